@@ -1,0 +1,310 @@
+"""Configurations of the DeepCrossAttention (DCA) models."""
+
+import difflib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.type_validators import interval
+
+
+class ResidualScheme(NamedTuple):
+    """What a residual scheme learns (paper, section 3.1)."""
+
+    outputs: int  # generalized residuals per block: one shared by queries, keys and values, or one for each
+    elementwise: bool  # `b` has an element per feature rather than one for the whole entry
+    gated: bool  # `relu(w . f_i)` is added to `b`
+
+
+#: The schemes by name; `standard` is the plain residual sum and learns nothing.
+RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
+    "standard": None,
+    "grn_v1": ResidualScheme(outputs=1, elementwise=False, gated=False),
+    "grn_v2": ResidualScheme(outputs=1, elementwise=True, gated=False),
+    "grn_v3": ResidualScheme(outputs=1, elementwise=True, gated=True),
+    "dca": ResidualScheme(outputs=3, elementwise=True, gated=True),
+}
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, and all that are known."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}."
+
+
+@strict
+class DCAConfig(PreTrainedConfig):
+    r"""
+    Configuration of the DCA text models. The defaults are the paper's 12-layer language model (section 5): no gating
+    in the feed-forward module, an untied output embedding, rotary positions, 64-wide heads.
+
+    Args:
+        residual_scheme (`str`, *optional*, defaults to `"dca"`):
+            How a block's input is formed from the outputs of all blocks before it (section 3.1): `"standard"` (the
+            plain sum), `"grn_v1"`, `"grn_v2"`, `"grn_v3"` or `"dca"`.
+        last_k (`int`, *optional*):
+            The `k` of k-DCA, for every scheme but `"standard"`: only the model's input and the last `k` outputs are
+            kept apart, those between are summed. `None` keeps all of them.
+        grn_implementation (`str`, *optional*, defaults to `"auto"`):
+            Which implementation computes the generalized residuals: a name in `modeling_dca.grn.ALL_GRN_FUNCTIONS`,
+            or `"auto"` for the best one that the device allows. Not saved with the model.
+        intermediate_size (`int`, *optional*):
+            Width of the feed-forward module; 4 x `hidden_size` if not given.
+        num_key_value_heads (`int`, *optional*):
+            Number of key and value heads (grouped-query attention); `num_attention_heads` if not given.
+        head_dim (`int`, *optional*):
+            Width of a head; `hidden_size // num_attention_heads` if not given.
+        norm_type (`str`, *optional*, defaults to `"rms_norm"`):
+            `"rms_norm"` or `"layer_norm"`.
+        norm_eps (`float`, *optional*, defaults to 1e-6):
+            The epsilon of all norms.
+        gated_mlp (`bool`, *optional*, defaults to `False`):
+            Whether the feed-forward module is gated (`down(act(gate(x)) * up(x))`, as in Llama) or plain
+            (`down(act(up(x)))`).
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether the heads of queries and keys are normalized before the rotary embedding.
+        position_embedding (`str`, *optional*, defaults to `"rope"`):
+            `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
+            `"none"`.
+        sliding_window (`int`, *optional*):
+            How many tokens a sliding-window layer attends to.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers slide if
+            `sliding_window` is set, and none does otherwise.
+
+    All other fields mean what they mean in [`~transformers.LlamaConfig`].
+
+    Raises:
+        `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
+
+    Example:
+
+    ```python
+    >>> from modeling_dca import DCAConfig, DCAForCausalLM
+
+    >>> configuration = DCAConfig(vocab_size=1000, hidden_size=64, num_attention_heads=4, num_hidden_layers=4, last_k=2)
+    >>> model = DCAForCausalLM(configuration)
+    ```
+    """
+
+    model_type = "dca"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    # What flows between stages is the whole stack, not one hidden state.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["stack", "attention_mask"], ["stack"]),
+        "residual": (["stack"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    residual_scheme: str = "dca"
+    last_k: int | None = None
+    grn_implementation: str = "auto"
+    norm_type: str = "rms_norm"
+    norm_eps: float = 1e-6
+    gated_mlp: bool = False
+    qk_norm: bool = False
+    position_embedding: str = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._check_divides("hidden_size", "num_attention_heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        # How to compute is the machine's matter, not the checkpoint's.
+        output = super().to_dict()
+        output.pop("grn_implementation", None)
+        return output
+
+    @property
+    def max_stack_entries(self) -> int | None:
+        """The most entries that a block's stack has: 1 for the standard sum, `last_k + 2` for k-DCA, `None` for all."""
+        if self.residual_scheme == "standard":
+            return 1
+        return None if self.last_k is None else self.last_k + 2
+
+    @property
+    def num_residual_inputs(self) -> int:
+        """How many inputs are formed from the stack: one a block, and the output's."""
+        return self.num_hidden_layers + 1
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: every value that does not fit is named with one that would."""
+        self._check_known("residual_scheme", RESIDUAL_SCHEMES)
+        self._check_known("norm_type", ("rms_norm", "layer_norm"))
+        self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            self._check_positive(name)
+        for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings", "last_k", "sliding_window"):
+            self._check_positive(name)
+        if self.last_k is not None and self.residual_scheme == "standard":
+            raise ValueError(
+                f"`last_k` is {self.last_k}, but the 'standard' scheme sums all outputs: leave `last_k` out or choose "
+                "another `residual_scheme`."
+            )
+        self._check_divides("num_attention_heads", "num_key_value_heads")
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
+        if self.position_embedding == "sincos" and self.hidden_size % 2:
+            raise ValueError(f"`hidden_size` is {self.hidden_size}; sine-cosine positions need an even one.")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` has {len(self.layer_types)} entries, but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}; give one for each layer."
+            )
+        for layer_type in self.layer_types:
+            if layer_type not in ("full_attention", "sliding_attention"):
+                raise ValueError(
+                    f"`layer_types` holds {layer_type!r}; {nearest_name(layer_type, ('full_attention', 'sliding_attention'))}"
+                )
+            if layer_type == "sliding_attention" and self.sliding_window is None:
+                raise ValueError("`layer_types` holds 'sliding_attention', which needs `sliding_window` (an integer).")
+
+    def _check_known(self, field: str, known: Iterable[str]):
+        value = getattr(self, field)
+        if value not in known:
+            raise ValueError(f"`{field}` is {value!r}; {nearest_name(value, known)}")
+
+    def _check_positive(self, field: str):
+        value = getattr(self, field)
+        if value is not None and value < 1:
+            raise ValueError(f"`{field}` is {value}; it must be at least 1.")
+
+    def _check_divides(self, field: str, divisor: str):
+        value, by = getattr(self, field), getattr(self, divisor)
+        if by < 1 or value % by:
+            raise ValueError(f"`{field}` ({value}) is not a multiple of `{divisor}` ({by}).")
+
+
+@strict
+class DCAVisionConfig(DCAConfig):
+    r"""
+    Configuration of the DCA vision models. The defaults are ViT-S/16 with the plain recipe of Beyer et al. (2022) that
+    the paper uses for ImageNet (table 8): global average pooling and fixed 2-D sine-cosine positions.
+
+    Args:
+        image_size (`int` or pair of `int`, *optional*, defaults to 224):
+            Height and width of the images, in pixels.
+        patch_size (`int` or pair of `int`, *optional*, defaults to 16):
+            Height and width of a patch, in pixels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Number of channels of the images.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            What the classifier sees: `"mean"` (the average over the patches) or `"cls"` (a class token before them).
+
+    All other fields mean what they mean in [`DCAConfig`]; `position_embedding` is `"sincos"`, `"learned"` or `"none"`.
+
+    Example:
+
+    ```python
+    >>> from modeling_dca import DCAForImageClassification, DCAVisionConfig
+
+    >>> configuration = DCAVisionConfig(image_size=32, patch_size=8, hidden_size=64, num_attention_heads=4, num_labels=10)
+    >>> model = DCAForImageClassification(configuration)
+    ```
+    """
+
+    model_type = "dca_vision"
+    base_model_pp_plan = {
+        "embeddings": (["pixel_values"], ["inputs_embeds"]),
+        "layers": (["stack"], ["stack"]),
+        "residual": (["stack"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+
+    hidden_size: int = 384
+    num_attention_heads: int = 6
+    norm_type: str = "layer_norm"
+    position_embedding: str = "sincos"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    pooling: str = "mean"
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _pair(self.patch_size)
+
+    def validate_vision(self):
+        """Part of `@strict`-powered validation, as `validate_architecture`."""
+        self._check_known("pooling", ("mean", "cls"))
+        self._check_known("position_embedding", ("learned", "sincos", "none"))
+        self._check_positive("num_channels")
+        for name in ("image_size", "patch_size"):
+            sizes = _pair(getattr(self, name))
+            if len(sizes) != 2 or min(sizes) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; give one positive integer, or height and width.")
+        for image, patch in zip(self.image_height_width, self.patch_height_width):
+            if image % patch:
+                raise ValueError(
+                    f"`image_size` ({self.image_size}) is not a multiple of `patch_size` ({self.patch_size})."
+                )
+        if self.position_embedding == "sincos" and self.hidden_size % 4:
+            raise ValueError(f"`hidden_size` is {self.hidden_size}; 2-D sine-cosine positions need a multiple of 4.")
+        if self.sliding_window is not None:
+            raise ValueError(
+                f"`sliding_window` is {self.sliding_window}; vision models attend to all patches, leave it out."
+            )
+
+
+def _pair(size) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, Iterable) else (size, size)
+
+
+__all__ = ["DCAConfig", "DCAVisionConfig"]

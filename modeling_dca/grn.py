@@ -1,0 +1,140 @@
+"""Generalized residuals (paper, section 3.1): the stack that a block may see, their parameters, the reference maths."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import nn
+from transformers.utils.generic import GeneralInterface
+
+from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
+
+
+class ResidualStack:
+    """
+    What a block may see: the model's input and the outputs of the blocks before it.
+
+    With `max_entries = k + 2` this is the stack of k-DCA (section 3.1): once it is full, each new output pushes the
+    oldest of the last `k` into the one merged entry. With `max_entries = 1` it is the plain residual sum.
+
+    Args:
+        first (`torch.Tensor` of shape `(..., hidden_size)`): the model's input, `f_0`.
+        max_entries (`int`, *optional*): the most entries that are kept apart; `None` for all.
+    """
+
+    def __init__(self, first: torch.Tensor, max_entries: int | None = None):
+        self.entries = [first]
+        self.max_entries = max_entries
+
+    def append(self, output: torch.Tensor) -> None:
+        """Add what a block adds to the network, `f_t`, of the shape of the first entry."""
+        if output.device != self.entries[-1].device:
+            # A model spread over devices: bring the stack along once, rather than once for every block to come.
+            self.entries = [entry.to(output.device) for entry in self.entries]
+        self.entries.append(output)
+        if self.max_entries is not None and len(self.entries) > self.max_entries:
+            merged = min(1, self.max_entries - 1)
+            # Under autocast outputs come in half precision: a sum over many is kept in that of the model's input.
+            total = self.entries[merged].to(self.entries[0].dtype) + self.entries[merged + 1]
+            self.entries[merged : merged + 2] = [total]
+
+
+def generalized_residual(
+    stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """
+    The generalized residuals of a stack, `g = sum_i (b_i + relu(w . f_i)) * f_i` with `b = 1 + delta` (GRN-v3, section
+    3.1; GRN-v1 and v2 have no gate, DCA has three outputs), as plain PyTorch.
+
+    Args:
+        stack (sequence of `t` tensors of shape `(..., d)`): the entries `f_i`.
+        delta (`torch.Tensor` of shape `(outputs, t, d)` or `(outputs, t, 1)`): what `b` differs from 1 by.
+        gate (`torch.Tensor` of shape `(outputs, d)`, *optional*): `w`.
+
+    Returns:
+        `outputs` tensors of shape `(..., d)`, in the widest type of the stack. Sums are taken in float32 at least.
+    """
+    dtype = reduce(torch.promote_types, (entry.dtype for entry in stack))
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    entries = [entry.to(compute_dtype) for entry in stack]
+    b = 1 + delta.to(compute_dtype)
+    # The output is split as sum_i b_i * f_i + sum_i relu(w . f_i) * f_i: so nothing as large as an entry, other than
+    # the entries themselves, is kept for the backward pass.
+    outputs = []
+    for output in range(b.shape[0]):
+        total = b[output, 0] * entries[0]
+        for i in range(1, len(entries)):
+            total = torch.addcmul(total, b[output, i], entries[i])
+        outputs.append(total)
+    if gate is not None:
+        with torch.autocast(entries[0].device.type, enabled=False):
+            for entry in entries:
+                # clamp, and not relu: its gradient at exactly 0 is 1, so that a gate that starts at zero can learn.
+                open_gates = nn.functional.linear(entry, gate.to(compute_dtype)).clamp(min=0)
+                for output, total in enumerate(outputs):
+                    outputs[output] = torch.addcmul(total, open_gates[..., output, None], entry)
+    return tuple(output.to(dtype) for output in outputs)
+
+
+class GRNInterface(GeneralInterface):
+    """The implementations of [`generalized_residual`] by name, all of one signature; `register` adds one."""
+
+    _global_mapping = {"eager": generalized_residual}
+
+
+#: All implementations of [`generalized_residual`] that `config.grn_implementation` can name.
+ALL_GRN_FUNCTIONS = GRNInterface()
+
+
+class GeneralizedResidual(nn.Module):
+    """
+    Forms the inputs of one block, or the model's output, from the stack (section 3.1).
+
+    Args:
+        config (`DCAConfig`): which scheme, and how many entries are kept apart.
+        num_blocks (`int`): how many blocks have added to the stack.
+        outputs (`int`, *optional*): how many inputs are formed; those of a block if not given (three for DCA, one
+            otherwise).
+
+    Parameters: `delta`, the deviation of `b` from 1, of shape `(outputs, entries, hidden_size)` (`(outputs, entries, 1)`
+    for GRN-v1), and `gate` of shape `(outputs, hidden_size)`, both zero at the start, where the scheme has them.
+    """
+
+    def __init__(self, config: DCAConfig, num_blocks: int, outputs: int | None = None):
+        super().__init__()
+        scheme = RESIDUAL_SCHEMES[config.residual_scheme]
+        if config.grn_implementation not in ("auto", *ALL_GRN_FUNCTIONS.valid_keys()):
+            raise ValueError(
+                f"`grn_implementation` is {config.grn_implementation!r}; "
+                + nearest_name(config.grn_implementation, ["auto", *ALL_GRN_FUNCTIONS.valid_keys()])
+            )
+        self.config = config
+        self.delta = self.gate = None
+        if scheme is not None:
+            outputs = outputs or scheme.outputs
+            entries = min(num_blocks + 1, config.max_stack_entries or num_blocks + 1)
+            self.delta = nn.Parameter(torch.zeros(outputs, entries, config.hidden_size if scheme.elementwise else 1))
+            if scheme.gated:
+                self.gate = nn.Parameter(torch.zeros(outputs, config.hidden_size))
+
+    def forward(self, *stack: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            stack (tensors of shape `(batch, sequence, hidden_size)`): one for each entry.
+
+        Returns:
+            `outputs` tensors of the same shape: for DCA the inputs of queries, keys and values, in this order.
+        """
+        if self.delta is None:
+            return stack  # the standard scheme's only entry is the residual sum
+        name = self.config.grn_implementation
+        implementation = ALL_GRN_FUNCTIONS["eager" if name == "auto" else name]
+        return implementation(stack, self.delta, self.gate)
+
+    def extra_repr(self) -> str:
+        if self.delta is None:
+            return "sum"
+        return f"outputs={self.delta.shape[0]}, entries={self.delta.shape[1]}, gated={self.gate is not None}"
+
+
+__all__ = ["ALL_GRN_FUNCTIONS", "GeneralizedResidual", "ResidualStack", "generalized_residual"]

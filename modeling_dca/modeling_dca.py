@@ -1,0 +1,463 @@
+"""
+DeepCrossAttention (DCA) language models: Llama's parts, in Llama's places, around generalized residuals.
+
+Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connections", ICML 2025, arXiv 2502.06785.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto import AutoModel
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_dca import DCAConfig
+from .grn import GeneralizedResidual, ResidualStack
+
+
+class DCARMSNorm(LlamaRMSNorm):
+    """Root mean square norm, in float32 whatever the type of its input."""
+
+
+def build_norm(config: DCAConfig, size: int) -> nn.Module:
+    """The norm that `config.norm_type` names, over the last dimension, of width `size`."""
+    norm_class = DCARMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return norm_class(size, eps=config.norm_eps)
+
+
+class DCARotaryEmbedding(PhiRotaryEmbedding):
+    """Llama's rotary embedding for all or, with a `partial_rotary_factor`, for the first features of each head."""
+
+
+def apply_partial_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first `cos.shape[-1]` features of `query` and `key`, `(batch, heads, sequence, head_dim)` each."""
+    width = cos.shape[-1]
+    if width == query.shape[-1]:
+        return apply_rotary_pos_emb(query, key, cos, sin)
+    rotated = apply_rotary_pos_emb(query[..., :width], key[..., :width], cos, sin)
+    return tuple(torch.cat((part, whole[..., width:]), dim=-1) for part, whole in zip(rotated, (query, key)))
+
+
+def sincos_embedding(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """Fixed sine and cosine embedding, `(..., width)` in float32, of `positions` `(...)`; `width` is even."""
+    frequencies = torch.arange(width // 2, device=positions.device, dtype=torch.float32) / max(width // 2 - 1, 1)
+    angles = positions[..., None].float() * 10000.0**-frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class DCAMLP(nn.Module):
+    """Feed-forward module without gating, as in the paper."""
+
+    def __init__(self, config: DCAConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class DCAGatedMLP(LlamaMLP):
+    """Feed-forward module with gating, as in Llama."""
+
+
+class DCAAttention(nn.Module):
+    """Llama's attention, but for queries, keys and values that may come from different inputs."""
+
+    def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+        query_width = config.num_attention_heads * self.head_dim
+        key_value_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        query_input: torch.Tensor,
+        key_input: torch.Tensor,
+        value_input: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = query_input.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+
+        query_states = self.q_norm(self.q_proj(query_input).view(hidden_shape)).transpose(1, 2)
+        key_states = self.k_norm(self.k_proj(key_input).view(hidden_shape)).transpose(1, 2)
+        value_states = self.v_proj(value_input).view(hidden_shape).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query_states, key_states = apply_partial_rotary_pos_emb(query_states, key_states, *position_embeddings)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.config.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+        return attn_output, attn_weights
+
+
+class DCALayer(GradientCheckpointingLayer):
+    """
+    The DCA block (paper, figure 4). It takes the stack and returns `f_t`, what it adds to it: the block's own input
+    reaches both the attention and the feed-forward module, but is no part of what the block returns.
+    """
+
+    def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
+        super().__init__()
+        self.residual = GeneralizedResidual(config, num_blocks=layer_idx)
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        # The norm above is that of the queries; keys and values have their own where their inputs differ.
+        separate_inputs = config.residual_scheme == "dca"
+        self.key_layernorm = build_norm(config, config.hidden_size) if separate_inputs else None
+        self.value_layernorm = build_norm(config, config.hidden_size) if separate_inputs else None
+        self.self_attn = DCAAttention(config, layer_idx, is_causal)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.mlp = DCAGatedMLP(config) if config.gated_mlp else DCAMLP(config)
+
+    def forward(
+        self,
+        *stack: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        inputs = self.residual(*stack)
+        query_input = self.input_layernorm(inputs[0])
+        if self.key_layernorm is None:
+            key_input = value_input = query_input
+        else:
+            key_input, value_input = self.key_layernorm(inputs[1]), self.value_layernorm(inputs[2])
+
+        attn_output, _ = self.self_attn(
+            query_input,
+            key_input,
+            value_input,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
+
+
+@dataclass
+class BlockInputRecorder(OutputRecorder):
+    """
+    Records as hidden states what the blocks take in (the input of the queries), and not what they return: with the
+    standard scheme these are the hidden states of any residual model. The last one is the model's output.
+    """
+
+    capture_initial_hidden_state: bool = False
+    num_hidden_layers_key: str = "num_residual_inputs"
+
+
+class DCAPreTrainedModel(PreTrainedModel):
+    """What all DCA models share: initialization, loading, saving, and what transformers may do with them."""
+
+    config_class = DCAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DCALayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": BlockInputRecorder(GeneralizedResidual),
+        "attentions": DCAAttention,
+    }
+    #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
+    _auto_map = {
+        "AutoConfig": "configuration_dca.DCAConfig",
+        "AutoModel": "modeling_dca.DCAModel",
+        "AutoModelForCausalLM": "modeling_dca.DCAForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_dca.DCAForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_dca.DCAForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, GeneralizedResidual):
+            # b = 1 and w = 0: the plain residual sum (method of the paper's section 3.1).
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
+        self.config.auto_map = dict(self._auto_map)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class DCAModel(DCAPreTrainedModel):
+    """The DCA decoder without a head: blocks that each see the outputs of all blocks before them."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: DCAConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_positions = self.rotary_emb = None
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_embedding == "rope":
+            self.rotary_emb = DCARotaryEmbedding(config=config)
+        self.layers = nn.ModuleList([DCALayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.residual = GeneralizedResidual(config, num_blocks=config.num_hidden_layers, outputs=1)
+        self.norm = build_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args and result as in [`~transformers.LlamaModel`]. `hidden_states[i]`, where asked for, is the query input of
+        block `i`, `(batch, sequence, hidden_size)`, and the last one is the model's output.
+
+        Raises:
+            `ValueError`: not exactly one of `input_ids` and `inputs_embeds` is given, or the sequence is longer than
+            the learned positions.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        # It may already have been prepared by e.g. `generate`
+        if not isinstance(mask_mapping := attention_mask, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            mask_mapping = {}
+            if "full_attention" in self.config.layer_types:
+                mask_mapping["full_attention"] = create_causal_mask(**mask_kwargs)
+            if "sliding_attention" in self.config.layer_types:
+                mask_mapping["sliding_attention"] = create_sliding_window_causal_mask(**mask_kwargs)
+
+        hidden_states = self._add_positions(inputs_embeds, position_ids)
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+
+        stack = ResidualStack(hidden_states, self.config.max_stack_entries)
+        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
+            output = decoder_layer(
+                *stack.entries,
+                attention_mask=mask_mapping[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            stack.append(output)
+
+        (hidden_states,) = self.residual(*stack.entries)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def _add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
+        if self.embed_positions is not None:
+            if inputs_embeds.shape[1] > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"The sequence has {inputs_embeds.shape[1]} tokens, but the learned positions end at "
+                    f"`max_position_embeddings` = {self.config.max_position_embeddings}: shorten the sequence."
+                )
+            return inputs_embeds + self.embed_positions(position_ids)
+        if self.config.position_embedding == "sincos":
+            return inputs_embeds + sincos_embedding(position_ids, self.config.hidden_size).to(inputs_embeds.dtype)
+        return inputs_embeds
+
+
+class DCAForCausalLM(DCAPreTrainedModel, GenerationMixin):
+    """The DCA language model: the decoder with a linear head over the vocabulary."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DCAConfig):
+        super().__init__(config)
+        self.model = DCAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args and result as in [`~transformers.LlamaForCausalLM`].
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_dca import DCAForCausalLM
+
+        >>> model = DCAForCausalLM.from_pretrained("runs/demo/text")
+        >>> tokenizer = AutoTokenizer.from_pretrained("runs/demo/text")
+        >>> inputs = tokenizer("def __init__(self", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0])
+        ```
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        # Only compute necessary logits, and do not upcast them to float if we are not computing the loss
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DCAForSequenceClassification(GenericForSequenceClassification, DCAPreTrainedModel):
+    """The DCA decoder with a linear classifier on the last token that is not padding."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class DCAForTokenClassification(GenericForTokenClassification, DCAPreTrainedModel):
+    """The DCA decoder with a linear classifier on each token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAPreTrainedModel):
+    """The DCA decoder with a linear head for the start and the end of an answer in the text."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+
+# The generic heads build their backbone through AutoModel, also where this file came with a checkpoint.
+AutoModel.register(DCAConfig, DCAModel, exist_ok=True)
+
+
+__all__ = [
+    "DCAForCausalLM",
+    "DCAForQuestionAnswering",
+    "DCAForSequenceClassification",
+    "DCAForTokenClassification",
+    "DCAModel",
+    "DCAPreTrainedModel",
+]

@@ -1,0 +1,217 @@
+"""DeepCrossAttention (DCA) vision models: ViT's parts, in ViT's places, around the blocks of the language models."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_dca import DCAVisionConfig
+from .grn import GeneralizedResidual, ResidualStack
+from .modeling_dca import DCALayer, DCAPreTrainedModel, build_norm, sincos_embedding
+
+
+class DCAVisionPatchEmbeddings(nn.Module):
+    """Cuts images `(batch, channels, height, width)` into patches and embeds them, `(batch, patches, hidden_size)`."""
+
+    def __init__(self, config: DCAVisionConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        patch_size = config.patch_height_width
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` has {pixel_values.shape[1]} channels, but the model's `num_channels` is "
+                f"{self.num_channels}: convert the images."
+            )
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class DCAVisionEmbeddings(nn.Module):
+    """Patch embeddings with positions and, for `pooling="cls"`, a class token before them."""
+
+    def __init__(self, config: DCAVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = DCAVisionPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.pooling == "cls" else None
+        self.position_embeddings = None
+        if config.position_embedding == "learned":
+            rows, columns = self._grid(*config.image_height_width)
+            num_positions = rows * columns + (self.cls_token is not None)
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        patch_height, patch_width = self.config.patch_height_width
+        return height // patch_height, width // patch_width
+
+    def _learned_positions(self, height: int, width: int) -> torch.Tensor:
+        """The learned positions, resampled where the images have another size than the configuration's."""
+        if (height, width) == self.config.image_height_width:
+            return self.position_embeddings
+        num_class_tokens = int(self.cls_token is not None)
+        class_position = self.position_embeddings[:, :num_class_tokens]
+        patch_positions = self.position_embeddings[:, num_class_tokens:]
+        patch_positions = patch_positions.unflatten(1, self._grid(*self.config.image_height_width)).permute(0, 3, 1, 2)
+        patch_positions = nn.functional.interpolate(
+            patch_positions, size=self._grid(height, width), mode="bicubic", align_corners=False
+        )
+        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+
+    def _sincos_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Fixed 2-D positions: one half of the features tells the row, the other the column. A class token has none."""
+        rows, columns = self._grid(height, width)
+        row = torch.arange(rows, device=like.device).repeat_interleave(columns)
+        column = torch.arange(columns, device=like.device).repeat(rows)
+        half = self.config.hidden_size // 2
+        positions = torch.cat((sincos_embedding(column, half), sincos_embedding(row, half)), dim=-1).to(like.dtype)
+        return nn.functional.pad(positions, (0, 0, int(self.cls_token is not None), 0))
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        if not interpolate_pos_encoding and (height, width) != self.config.image_height_width:
+            raise ValueError(
+                f"The images are {height} x {width} pixels, but the model's `image_size` is {self.config.image_size}: "
+                "resize them, or pass `interpolate_pos_encoding=True`."
+            )
+        embeddings = self.patch_embeddings(pixel_values)
+        if self.cls_token is not None:
+            embeddings = torch.cat((self.cls_token.expand(embeddings.shape[0], -1, -1), embeddings), dim=1)
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self._learned_positions(height, width)
+        elif self.config.position_embedding == "sincos":
+            embeddings = embeddings + self._sincos_positions(height, width, like=embeddings)
+        return embeddings
+
+
+class DCAVisionPreTrainedModel(DCAPreTrainedModel):
+    """What the DCA vision models share."""
+
+    config_class = DCAVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["DCAVisionEmbeddings", "DCALayer"]
+    _input_embed_layer = "patch_embeddings"
+    _auto_map = {
+        "AutoConfig": "configuration_dca.DCAVisionConfig",
+        "AutoModel": "modeling_dca_vision.DCAVisionModel",
+        "AutoModelForImageClassification": "modeling_dca_vision.DCAForImageClassification",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DCAVisionEmbeddings):
+            for parameter in (module.cls_token, module.position_embeddings):
+                if parameter is not None:
+                    init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+class DCAVisionModel(DCAVisionPreTrainedModel):
+    """The DCA vision encoder: bidirectional blocks that each see the outputs of all blocks before them."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: DCAVisionConfig):
+        super().__init__(config)
+        self.embeddings = DCAVisionEmbeddings(config)
+        self.layers = nn.ModuleList(
+            [DCALayer(config, layer_idx, is_causal=False) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.residual = GeneralizedResidual(config, num_blocks=config.num_hidden_layers, outputs=1)
+        self.norm = build_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`): the images.
+            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
+
+        Returns:
+            `last_hidden_state` `(batch, tokens, hidden_size)` after the final norm, and `pooler_output`
+            `(batch, hidden_size)`, pooled from it as `config.pooling` says. `hidden_states[i]`, where asked for, is
+            the query input of block `i`, and the last one is the output before the final norm.
+
+        Raises:
+            `ValueError`: the images are missing, or have another size or number of channels than the configuration.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        embeddings = self.embeddings(
+            pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype), interpolate_pos_encoding
+        )
+
+        stack = ResidualStack(embeddings, self.config.max_stack_entries)
+        for layer in self.layers:
+            stack.append(layer(*stack.entries, **kwargs))
+
+        (hidden_states,) = self.residual(*stack.entries)
+        hidden_states = self.norm(hidden_states)
+        pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states.mean(dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class DCAForImageClassification(DCAVisionPreTrainedModel):
+    """The DCA vision encoder with a linear classifier on its pooled output."""
+
+    _auto_class = "AutoModelForImageClassification"
+
+    def __init__(self, config: DCAVisionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DCAVisionModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`): the images.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): classes in `[0, config.num_labels)`; with
+                `num_labels == 1` the values of a regression.
+            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
+
+        Returns:
+            `logits` `(batch, num_labels)` and, with `labels`, `loss`.
+        """
+        outputs: BaseModelOutputWithPooling = self.model(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        logits = self.classifier(outputs.pooler_output)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+
+        return ImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["DCAForImageClassification", "DCAVisionModel", "DCAVisionPreTrainedModel"]
