@@ -1,0 +1,1 @@
+"""How DCA models are trained: commands to run from a checkout."""

@@ -1,0 +1,132 @@
+"""
+Train a DCA language model:
+
+    python -m training.causal_lm configuration/demo/text.yaml [--field value ...]
+
+`--help` lists all fields. Several processes: `accelerate launch -m training.causal_lm ...`.
+"""
+
+import dataclasses
+import itertools
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction
+
+from modeling_dca import DCAConfig, DCAForCausalLM
+from training.arguments import RunArguments, parse_run
+from training.data import PackedBlocks, TextDataArguments, is_on_the_hub, load_text, texts
+from training.errors import UserError, command
+from training.metrics import Perplexity
+from training.run import check_output_folder, config_of_baseline, make_output_folder, run_models
+from training.tokenizer import load_tokenizer, train_tokenizer
+
+
+@dataclasses.dataclass
+class CausalLMArguments(RunArguments):
+    """The paper's recipe for language models (section 5), where a run does not say otherwise."""
+
+    learning_rate: float = dataclasses.field(default=1.6e-3, metadata={"help": "The peak learning rate."})
+    lr_scheduler_type: str = dataclasses.field(
+        default="inverse_sqrt", metadata={"help": "The learning rate schedule."}
+    )
+    warmup_steps: float = dataclasses.field(
+        default=1000, metadata={"help": "Steps to warm up, or below 1 their share."}
+    )
+    adam_beta2: float = dataclasses.field(default=0.98, metadata={"help": "Beta2 of AdamW."})
+    weight_decay: float = dataclasses.field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of blocks; every token is a label, end-of-text tokens too."""
+    input_ids = torch.tensor([example["input_ids"] for example in examples])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def block_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each block, `(batch,)`, all that the metrics need of `(batch, length, vocab)`."""
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
+
+
+def describe(data: TextDataArguments, train_documents, held_out_documents, held_out_blocks) -> str:
+    """What a model card says of the text."""
+    source = data.dataset if data.dataset_config is None else f"{data.dataset} ({data.dataset_config})"
+    if data.dataset == "stdlib":
+        source = f"the source text of the standard library of Python {platform.python_version()}, split by file"
+    held_out = f"{len(held_out_documents):,} documents ({len(held_out_blocks):,} blocks of {data.block_size} tokens)"
+    if data.streaming:
+        return f"Trained on {source}, streamed; {held_out} were held out."
+    return f"Trained on {source}: {len(train_documents):,} documents; {held_out} were held out."
+
+
+@command
+def main():
+    run = parse_run(
+        sys.argv[1:],
+        "training.causal_lm",
+        "Train a DCA language model.",
+        DCAConfig,
+        TextDataArguments,
+        CausalLMArguments,
+    )
+    data, config = run.data, run.config
+    if config.position_embedding == "learned" and data.block_size > config.max_position_embeddings:
+        raise UserError(
+            f"`block_size` is {data.block_size}, longer than the learned positions allow: `max_position_embeddings` is "
+            f"{config.max_position_embeddings}."
+        )
+    configs = [config, config_of_baseline(run)]
+    check_output_folder(run.training)
+
+    with run.training.main_process_first(desc="preparing the data"):
+        train_documents, held_out_documents = load_text(data, run.training.seed)
+        if data.tokenizer is not None:
+            tokenizer = load_tokenizer(data.tokenizer, config.vocab_size)
+        else:
+            sample = itertools.islice(texts(train_documents, data.text_column), data.tokenizer_documents)
+            tokenizer = train_tokenizer(sample, config.vocab_size, config.max_position_embeddings)
+        options = (data.text_column, tokenizer, data.block_size, config.vocab_size)
+        train_blocks = PackedBlocks(train_documents, *options)
+        held_out = PackedBlocks(held_out_documents, *options)
+        held_out_blocks = held_out.materialize()
+        if not data.streaming:
+            train_blocks = train_blocks.materialize()
+    for each in filter(None, configs):
+        each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        each.pad_token_id = tokenizer.pad_token_id
+    if run.training.should_save:
+        make_output_folder(run)
+
+    metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        losses = prediction.predictions
+        num_tokens = [data.block_size - 1] * len(losses)
+        return metric.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
+
+    note = {
+        "task": "text-generation",
+        "dataset": data.dataset if is_on_the_hub(data.dataset) else None,
+        "dataset_name": "Python standard library" if data.dataset == "stdlib" else Path(data.dataset).name,
+        "data": describe(data, train_documents, held_out_documents, held_out_blocks),
+        "prompt": tokenizer.decode(held_out_blocks[0]["input_ids"][:8]),
+    }
+    run_models(
+        run,
+        DCAForCausalLM,
+        configs[1],
+        note,
+        train_dataset=train_blocks,
+        eval_dataset=held_out_blocks,
+        data_collator=collate,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=block_losses,
+    )
+
+
+if __name__ == "__main__":
+    main()

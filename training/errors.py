@@ -1,0 +1,118 @@
+"""What a command tells its user when it cannot go on: one line on standard error, free of access tokens."""
+
+import functools
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+# The base of all errors of the HTTP client, which is httpx or httpx2 by the version of huggingface_hub.
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, StrictDataclassError
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+#: What stands in a message where a secret stood.
+HIDDEN = "[hidden]"
+
+NO_TOKEN = (
+    "There is no access token for the Hub: log in with `hf auth login`, or set HF_TOKEN to a token with write access."
+)
+
+SECRETS = re.compile(
+    r"""
+    hf_[A-Za-z0-9]{16,}               # an access token
+    | (?<=Bearer\s) [^\s'"]+          # an authorization header
+    | (?<=://) [^\s/@]+ (?=@)         # user and password in a URL
+    | (?<=\?) [^\s'"?]*=[^\s'"]*      # the query of a URL: those for uploads are signed
+    """,
+    re.VERBOSE,
+)
+
+
+class UserError(Exception):
+    """
+    A sentence about what the user did or met, and what helps. What looks like an access token, a password or a signed
+    URL is hidden, and line breaks become spaces.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(SECRETS.sub(HIDDEN, " ".join(message.split())))
+
+
+def innermost_message(error: BaseException) -> str:
+    """What an error says, in one line and without what strict dataclasses put around the words of a validator."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
+
+
+def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """
+    Makes `main` a command: a `UserError` and a configuration that does not fit end it with `error: ...` on standard
+    error and exit status 2, an interrupt with status 130. All other exceptions are faults in the code and pass through.
+    """
+
+    @functools.wraps(main)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            message, status = str(error), 2
+        except StrictDataclassError as error:
+            message, status = str(UserError(innermost_message(error))), 2
+        except KeyboardInterrupt:
+            message, status = "interrupted", 130
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(status)
+
+    return run
+
+
+def hub_error(error: Exception) -> UserError:
+    """
+    What huggingface_hub raised in a push, as a sentence for the user.
+
+    Args:
+        error: any exception that came out of a call of huggingface_hub, or of a `push_to_hub`.
+    """
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        # The client wraps what goes wrong in the upload of a file.
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error)
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, HTTPError):
+        return UserError(f"The connection to the Hub failed: run the same command again ({reason}).")
+    if isinstance(error, OfflineModeIsEnabled):
+        return UserError("HF_HUB_OFFLINE is set: unset it to push to the Hub.")
+    if isinstance(error, json.JSONDecodeError):
+        return UserError("What answers is no Hub: check HF_ENDPOINT and the proxy.")
+    return UserError(f"The push to the Hub failed ({reason}).")
+
+
+def _refusal(error: HfHubHTTPError) -> UserError:
+    """What an answer of status 400 or above means for who pushes."""
+    scheme, _, token = error.response.request.headers.get("authorization", "").partition(" ")
+    status = error.response.status_code
+    if status == 401 and not scheme:
+        return UserError(NO_TOKEN)
+    if status == 401:
+        advice = "The Hub does not accept the access token: make a new one with write access and `hf auth login` again"
+    elif status == 403:
+        advice = "The access token does not allow this: it needs write access to the repository"
+    elif status == 404:
+        advice = "The Hub has no such repository, or hides it from the access token"
+    elif status == 429:
+        advice = "The Hub had too many requests: wait a few minutes and run the same command again"
+    elif status >= 500:
+        advice = "The Hub has trouble of its own: run the same command again later"
+    else:
+        advice = "The Hub refused the push"
+    answer = textwrap.shorten(error.server_message or "", 300, placeholder=" ...")
+    if token:
+        answer = answer.replace(token, HIDDEN)
+    return UserError(f"{advice} (status {status}{': ' if answer else ''}{answer}).")

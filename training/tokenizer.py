@@ -1,0 +1,73 @@
+"""Tokenizers of language models: a byte-level BPE trained on the run's own text, or one that exists."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training.errors import UserError, innermost_message
+
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """
+    Train a byte-level BPE tokenizer, which represents any text and loses none of it.
+
+    Args:
+        texts: the documents to train on.
+        vocab_size: the number of tokens wanted: the 256 bytes, two special tokens, and merges for the rest.
+        model_max_length: the number of tokens that the model is made for.
+    """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    if vocab_size < smallest:
+        raise UserError(
+            f"`vocab_size` is {vocab_size}, but a byte-level tokenizer has at least {smallest} tokens: "
+            f"give {smallest} or more."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer from a local path or the Hub.
+
+    Raises:
+        [`UserError`]: there is none, it has no end-of-text token, or it has more tokens than `vocab_size`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        where = "folder" if Path(name_or_path).exists() else "local folder or Hub id"
+        raise UserError(
+            f"`tokenizer` is {name_or_path!r}, a {where} with no tokenizer: {innermost_message(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer {name_or_path!r} has no end-of-text token (`eos_token`) to part documents with."
+        )
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"`vocab_size` is {vocab_size}, but the tokenizer {name_or_path!r} has {len(tokenizer)} tokens: "
+            f"give {len(tokenizer)} or more."
+        )
+    return tokenizer
