@@ -42,6 +42,26 @@ class DCAConfig(PreTrainedConfig):
     in the feed-forward module, an untied output embedding, rotary positions, 64-wide heads.
 
     Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Number of tokens that the model knows.
+        hidden_size (`int`, *optional*, defaults to 512):
+            Width of the model.
+        intermediate_size (`int`, *optional*):
+            Width of the feed-forward module; 4 x `hidden_size` if not given.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*):
+            Number of key and value heads (grouped-query attention); `num_attention_heads` if not given.
+        head_dim (`int`, *optional*):
+            Width of a head; `hidden_size // num_attention_heads` if not given.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            The activation of the feed-forward module.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            The longest sequence that the model is made for, in tokens.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights.
         residual_scheme (`str`, *optional*, defaults to `"dca"`):
             How a block's input is formed from the outputs of all blocks before it (section 3.1): `"standard"` (the
             plain sum), `"grn_v1"`, `"grn_v2"`, `"grn_v3"` or `"dca"`.
@@ -51,12 +71,6 @@ class DCAConfig(PreTrainedConfig):
         grn_implementation (`str`, *optional*, defaults to `"auto"`):
             Which implementation computes the generalized residuals: a name in `modeling_dca.grn.ALL_GRN_FUNCTIONS`,
             or `"auto"` for the best one that the device allows. Not saved with the model.
-        intermediate_size (`int`, *optional*):
-            Width of the feed-forward module; 4 x `hidden_size` if not given.
-        num_key_value_heads (`int`, *optional*):
-            Number of key and value heads (grouped-query attention); `num_attention_heads` if not given.
-        head_dim (`int`, *optional*):
-            Width of a head; `hidden_size // num_attention_heads` if not given.
         norm_type (`str`, *optional*, defaults to `"rms_norm"`):
             `"rms_norm"` or `"layer_norm"`.
         norm_eps (`float`, *optional*, defaults to 1e-6):
@@ -69,13 +83,29 @@ class DCAConfig(PreTrainedConfig):
         position_embedding (`str`, *optional*, defaults to `"rope"`):
             `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
             `"none"`.
+        rope_parameters (`dict`, *optional*):
+            The type and the parameters of the rotary positions, as in all of transformers.
         sliding_window (`int`, *optional*):
             How many tokens a sliding-window layer attends to.
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers slide if
             `sliding_window` is set, and none does otherwise.
-
-    All other fields mean what they mean in [`~transformers.LlamaConfig`].
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of the attention have a bias.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        mlp_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of the feed-forward module have a bias.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its keys and values, for fast decoding.
+        pad_token_id (`int`, *optional*):
+            The id of the padding token.
+        bos_token_id (`int`, *optional*):
+            The id of the token that starts a text.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            The id of the token that ends a text.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the output embedding is the input embedding.
 
     Raises:
         `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
@@ -98,7 +128,6 @@ class DCAConfig(PreTrainedConfig):
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
@@ -151,6 +180,16 @@ class DCAConfig(PreTrainedConfig):
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
+        # The plan names only modules that the model has.
+        if self.gated_mlp:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
+        if self.qk_norm:
+            # All heads share these norms, but each device has the gradient of its own heads only.
+            self.base_model_tp_plan = {
+                **self.base_model_tp_plan,
+                "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+                "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+            }
         super().__post_init__(**kwargs)
 
     def to_dict(self):
@@ -297,7 +336,7 @@ class DCAVisionConfig(DCAConfig):
                 )
         if self.position_embedding == "sincos" and self.hidden_size % 4:
             raise ValueError(f"`hidden_size` is {self.hidden_size}; 2-D sine-cosine positions need a multiple of 4.")
-        if self.sliding_window is not None:
+        if "sliding_attention" in self.layer_types:
             raise ValueError(
                 f"`sliding_window` is {self.sliding_window}; vision models attend to all patches, leave it out."
             )

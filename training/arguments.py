@@ -19,6 +19,8 @@ from training.errors import UserError, innermost_message
 
 CONFIGURATION_ROOM = "configuration"
 RUNS_FOLDER = "runs"
+# What was asked for, in the folder of a run.
+RECORD = "run.yaml"
 # What `resume_from_checkpoint` is when it is given without a path.
 LAST = "last"
 
@@ -37,6 +39,12 @@ class RunArguments(TrainingArguments):
     overwrite: bool = dataclasses.field(
         default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}
     )
+    push_to_hub: bool = dataclasses.field(
+        default=False, metadata={"help": "Publish the run on the Hub when it is complete, as `training.publish` does."}
+    )
+    hub_strategy: str = dataclasses.field(
+        default="end", metadata={"help": "When to push to the Hub: 'end', the only time that a run is whole."}
+    )
     model_license: str = dataclasses.field(
         default="apache-2.0", metadata={"help": "The license that the model card states for the weights."}
     )
@@ -48,6 +56,11 @@ class RunArguments(TrainingArguments):
         default="tensorboard", metadata={"help": "Where to log to: an integration of the Trainer, or 'none'."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
+
 
 class Run(NamedTuple):
     """A run as it was asked for."""
@@ -55,7 +68,11 @@ class Run(NamedTuple):
     config: DCAConfig
     data: Any
     training: RunArguments
-    configuration_file: Path
+    named: dict[str, dict[str, Any]]  # the fields that the YAML file or the command line names, by section
+
+
+# How a run is started is no part of what it is.
+NOT_RECORDED = {"hub_token", "overwrite", "resume_from_checkpoint"}
 
 
 class _RunParser(HfArgumentParser):
@@ -194,23 +211,31 @@ def parse_run(argv: list[str], command: str, description: str, config_class, dat
     }
     arguments = _read_yaml(configuration_file, sections)
     known = [name for names in sections.values() for name in names]
-    for argument in argv[1:]:
+    named = {"output_dir"}
+    for argument in [*arguments, *argv[1:]]:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0].replace("-", "_")
-            if name not in known and name.removeprefix("no_") not in known and name != "help":
+            if name.startswith("no_") and name not in known:
+                name = name.removeprefix("no_")
+            if name not in known and name != "help":
                 raise UserError(f"Unknown field --{name} on the command line; {_nearest(name, known)}")
+            named.add(name)
     try:
         data, training, rest = parser.parse_args_into_dataclasses(
-            [argv[0], *arguments, *argv[1:]], look_for_args_file=False
+            [argv[0], f"--output_dir={default_output_dir(configuration_file)}", *arguments, *argv[1:]],
+            look_for_args_file=False,
         )
         model = {name: value for name, value in vars(rest).items() if name != "configuration"}
         config = config_class(**model)
     except (StrictDataclassError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
-    if "--output_dir" not in " ".join([*arguments, *argv[1:]]):
-        training.output_dir = str(default_output_dir(configuration_file))
+    values = {"model": model, "data": vars(data), "training": training.to_dict()}
+    record = {
+        section: {name: value for name, value in values[section].items() if name in named - NOT_RECORDED}
+        for section in sections
+    }
     if training.hub_token is not None:
         # The token must reach the client, but none of the files that training arguments are saved to.
         os.environ["HF_TOKEN"] = training.hub_token
         training.hub_token = None
-    return Run(config, data, training, configuration_file)
+    return Run(config, data, training, json.loads(json.dumps(record, default=str)))

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from training.arguments import RUNS_FOLDER, Run
 from training.figures import draw_depth_weights, draw_loss_curves
 
 
@@ -51,15 +52,15 @@ def read_json(file: Path) -> dict | list:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_card(folder: Path, note: dict) -> None:
+def write_card(folder: Path, run: Run, note: dict) -> None:
     """
     Write `README.md` and its pictures into the folder of a run.
 
     Args:
-        folder: with `config.json`, the weights, `all_results.json` and `trainer_state.json`, as the run left them.
+        folder: of the run, with `config.json`, the weights, `all_results.json` and `trainer_state.json`, as the run left them.
         note: what the folder cannot tell: `task` (a pipeline tag), `data` (a sentence), `dataset` (an id on the Hub, or
-            `None`) and `dataset_name`, `prompt` (for text generation), `run` (what was asked for, as `run.yaml` has
-            it) and `baseline` (the folder of the baseline, or `None`).
+            `None`), `dataset_name`, `baseline` (the folder of the baseline, or `None`) and, for text generation,
+            `prompt`.
     """
     if not (folder / "all_results.json").exists():
         return  # the run is still under way: there are no figures to show
@@ -78,18 +79,19 @@ def write_card(folder: Path, note: dict) -> None:
 
     metrics = METRICS[note["task"]]
     own = next(iter(models))
-    arguments = note["run"]["training"]
+    arguments = run.training.to_dict()
+    name = folder.as_posix().removeprefix(f"{RUNS_FOLDER}/").strip("/").replace("/", "-")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=note["task"],
         license=arguments["model_license"],
         datasets=[note["dataset"]] if note["dataset"] else None,
-        tags=["deep-cross-attention", "dca", note["run"]["model"].get("residual_scheme", "dca")],
-        model_name=folder.name,
+        tags=["deep-cross-attention", "dca", run.config.residual_scheme],
+        model_name=name,
         eval_results=[
             EvalResult(
                 task_type=note["task"],
-                dataset_type=note["dataset"] or note["run"]["data"]["dataset"],
+                dataset_type=note["dataset"] or run.data.dataset,
                 dataset_name=note["dataset_name"],
                 metric_type=key.removeprefix("eval_"),
                 metric_name=label,
@@ -103,7 +105,7 @@ def write_card(folder: Path, note: dict) -> None:
         template_path=str(TEMPLATE),
         folder=folder.as_posix(),
         task=note["task"],
-        model_name=folder.name,
+        model_name=name,
         scheme=own,
         data_sentence=note["data"],
         metrics=metrics,
@@ -112,8 +114,7 @@ def write_card(folder: Path, note: dict) -> None:
         verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
         steps=read_json(folder / "trainer_state.json")["global_step"],
         hyper_parameters={name: arguments[name] for name in HYPER_PARAMETERS},
-        model_fields=note["run"]["model"],
-        data_fields={name: value for name, value in note["run"]["data"].items() if value is not None},
+        config=run.config,
         loss_curve=LOSS_CURVE,
         depth_weights=DEPTH_WEIGHTS if weights else None,
         prompt=note.get("prompt"),
@@ -121,7 +122,7 @@ def write_card(folder: Path, note: dict) -> None:
             "Python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "datasets")},
         },
-        configuration=yaml.safe_dump(note["run"]["model"], sort_keys=False).strip(),
+        configuration=yaml.safe_dump(run.named["model"], sort_keys=False).strip(),
     )
     card.save(folder / "README.md")
 
@@ -155,6 +156,6 @@ def _verdict(metric: tuple[str, str, bool], results: dict[str, dict]) -> str:
         return f"On this run `{own}` and `{other}` have the same {label}."
     better, worse = (own, other) if (difference < 0) == less_is_better else (other, own)
     return (
-        f"On this run `{better}` is better than `{worse}`: its {label} is {abs(difference):.4f} "
+        f"On this run `{better}` is better than `{worse}`: its {label} is {abs(difference):.3g} "
         f"{'lower' if less_is_better else 'higher'}. This is one run with one seed."
     )

@@ -85,10 +85,10 @@ def hub_error(error: Exception) -> UserError:
     if isinstance(error, HfHubHTTPError):
         return _refusal(error)
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, HTTPError):
-        return UserError(f"The connection to the Hub failed: run the same command again ({reason}).")
     if isinstance(error, OfflineModeIsEnabled):
         return UserError("HF_HUB_OFFLINE is set: unset it to push to the Hub.")
+    if isinstance(error, (HTTPError, ConnectionError)):
+        return UserError(f"The connection to the Hub failed: run the same command again ({reason}).")
     if isinstance(error, json.JSONDecodeError):
         return UserError("What answers is no Hub: check HF_ENDPOINT and the proxy.")
     return UserError(f"The push to the Hub failed ({reason}).")

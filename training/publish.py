@@ -6,16 +6,17 @@ push that breaks off leaves the repository as it was and can be run again. The r
 """
 
 import argparse
-import fnmatch
 import json
 import sys
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, logging, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from training.arguments import RECORD
 from training.errors import NO_TOKEN, UserError, command, hub_error
 
 
@@ -39,11 +40,12 @@ def published_files(run: Path) -> list[str]:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder.")
     paths = [path.relative_to(run).as_posix() for path in sorted(run.rglob("*")) if path.is_file()]
-    files = list(filter_repo_objects(paths, ignore_patterns=NOT_PUBLISHED))
     for needed in ("config.json", "*.safetensors", "README.md"):
-        if not fnmatch.filter(files, needed):
+        if not any(run.glob(needed)):
             raise UserError(f"{run} has no {needed}: only the folder of a finished run can be published.")
-    return files
+    # A folder with a configuration of its own holds another model: the baseline, say.
+    other_models = [f"{Path(path).parent}/*" for path in paths if path.endswith("/config.json")]
+    return list(filter_repo_objects(paths, ignore_patterns=NOT_PUBLISHED + other_models))
 
 
 def read_config(run: Path) -> dict:
@@ -80,6 +82,16 @@ def loading_line(config: dict, repo_id: str) -> str:
     return f"from transformers import {auto_class}; {load}"
 
 
+def published_card(run: Path, repo_id: str) -> bytes:
+    """The model card, whose code loads the model from the Hub where that of the run loads it from its folder."""
+    card = (run / "README.md").read_text(encoding="utf-8")
+    record = run / RECORD
+    if record.exists():
+        folder = yaml.safe_load(record.read_text(encoding="utf-8"))["training"]["output_dir"]
+        card = card.replace(f'from_pretrained("{folder}"', f'from_pretrained("{repo_id}"')
+    return card.encode()
+
+
 def check_token(token: str | None, run: Path, files: list[str]) -> None:
     """
     Raises:
@@ -110,15 +122,50 @@ def push(run: Path, files: list[str], repo_id: str, private: bool, token: str) -
         raise UserError(f"{url} exists and is public: make it private in its settings, or choose another name.")
     # Weights of an earlier push that were cut into other files would be loaded in place of the new ones.
     old_files = [sibling.rfilename for sibling in published.siblings]
-    old_weights = filter_repo_objects(old_files, allow_patterns=WEIGHTS, ignore_patterns=files)
+    old_weights = filter_repo_objects(old_files, allow_patterns=WEIGHTS, ignore_patterns=["*/*", *files])
     # Not `upload_folder`, which may split a push into several commits.
     api.create_commit(
         repo_id,
-        [CommitOperationAdd(path_in_repo=file, path_or_fileobj=run / file) for file in files]
+        [
+            CommitOperationAdd("README.md", published_card(run, repo_id)),
+            *(CommitOperationAdd(file, run / file) for file in files if file != "README.md"),
+        ]
         + [CommitOperationDelete(path_in_repo=file) for file in old_weights],
         commit_message=f"Publish {run.resolve().name}",
     )
     return url
+
+
+def publish(run: Path, repo_id: str, private: bool) -> None:
+    """
+    Makes a finished run the model `repo_id` (`user/name`) on the Hub, and prints its URL and how to load it.
+
+    Raises:
+        `UserError`: the run is not whole, the name is none, or the Hub could not be reached or refused the push.
+    """
+    if repo_id.count("/") != 1:
+        raise UserError(f"{repo_id!r} is not the name of a model: write it as user/name.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(str(error)) from error
+    files = published_files(run)
+    config = read_config(run)
+
+    # The client warns of each attempt that failed, with URLs that are signed; the last failure is told below.
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        token = get_token()
+        check_token(token, run, files)
+        url = push(run, files, repo_id, private, token)
+    except UserError:
+        raise
+    except Exception as error:
+        raise hub_error(error) from error
+    print(url)
+    print(loading_line(config, repo_id))
 
 
 @command
@@ -128,30 +175,7 @@ def main():
     parser.add_argument("repo_id", metavar="user/name", help="the model's name on the Hub")
     parser.add_argument("--private", action="store_true", help="create the model as a private one")
     arguments = parser.parse_args()
-
-    try:
-        validate_repo_id(arguments.repo_id)
-    except HFValidationError as error:
-        raise UserError(str(error)) from error
-    if "/" not in arguments.repo_id:
-        raise UserError(f"{arguments.repo_id!r} does not say whose model it is: write it as user/name.")
-    files = published_files(arguments.run)
-    config = read_config(arguments.run)
-
-    # The client warns of each attempt that failed, with URLs that are signed; the last failure is told below.
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        token = get_token()
-        check_token(token, arguments.run, files)
-        url = push(arguments.run, files, arguments.repo_id, arguments.private, token)
-    except UserError:
-        raise
-    except Exception as error:
-        raise hub_error(error) from error
-    print(url)
-    print(loading_line(config, arguments.repo_id))
+    publish(arguments.run, arguments.repo_id, arguments.private)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
 """What the training commands share: the folder of a run, its trainer, and its results."""
 
-import contextlib
 import copy
-import itertools
 import json
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES, nearest_name
-from training.arguments import LAST, Run, RunArguments
-from training.card import DEPTH_WEIGHTS_DATA, write_card
+from training.arguments import LAST, RECORD, Run, RunArguments
+from training.card import DEPTH_WEIGHTS_DATA, read_json, write_card
 from training.depth_weights import measure_depth_weights
 from training.errors import UserError, hub_error, innermost_message
+from training.publish import publish
 
 
-RECORD = "run.yaml"
 # How many held-out batches tell the mean gates.
 DEPTH_WEIGHT_BATCHES = 16
 
@@ -63,18 +63,7 @@ def make_output_folder(run: Run) -> None:
     if run.training.overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(yaml.safe_dump(record(run), sort_keys=False), encoding="utf-8")
-
-
-def record(run: Run) -> dict:
-    """What a run was asked for, with all fields, as its YAML file could say it."""
-    model = {
-        name: value
-        for name, value in run.config.to_diff_dict().items()
-        if name not in ("model_type", "transformers_version")
-    }
-    training = {name: value for name, value in run.training.to_dict().items() if not name.endswith("token")}
-    return json.loads(json.dumps({"model": model, "data": vars(run.data), "training": training}, default=str))
+    (folder / RECORD).write_text(yaml.safe_dump(run.named, sort_keys=False), encoding="utf-8")
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -86,43 +75,42 @@ class NonFiniteGuard(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not (control.should_log or control.should_evaluate or control.should_save):
             return  # looking at a value on the device means waiting for it
-        step, learning_rate = (value.item() for value in self.trainer.first_non_finite)
-        if step < 0 and control.should_save and not all(p.isfinite().all() for p in model.parameters()):
-            step, learning_rate = state.global_step, self.trainer._get_learning_rate()
-        if step >= 0:
+        bad = next((entry for entry in self.trainer.take_losses() if not math.isfinite(entry[2])), None)
+        if bad is None and control.should_save and not all(p.isfinite().all() for p in model.parameters()):
+            bad = (state.global_step, self.trainer._get_learning_rate(), None)
+        if bad is not None:
+            step, learning_rate, loss = bad
             last = get_last_checkpoint(args.output_dir)
             raise UserError(
-                f"The loss became NaN or infinite at step {int(step)}, with a learning rate of {learning_rate:.3g}: lower "
-                f"`learning_rate` or lengthen `warmup_steps`. "
+                f"The {'weights' if loss is None else 'loss'} became NaN or infinite at step {step}, with a learning rate "
+                f"of {learning_rate:.3g}: lower `learning_rate` or lengthen `warmup_steps`. "
                 + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved.")
             )
 
 
 class RunTrainer(Trainer):
-    """The trainer of a run: stops at a loss that is not finite, and writes the project's own model card."""
+    """The trainer of a run: it stops at a loss that is not finite, and publishes the run as a whole."""
 
-    def __init__(self, *args, card=None, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.card = card
-        # Step and learning rate of the first loss that was not finite, kept on the device until someone looks.
-        self.first_non_finite = torch.tensor(
-            [-1.0, 0.0],
-            device=self.args.device,
-            dtype=torch.float64 if self.args.device.type == "cpu" else torch.float32,
-        )
+        self.losses = []
         self.add_callback(NonFiniteGuard(self))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        now = self.first_non_finite.new_tensor([self.state.global_step + 1, self._get_learning_rate()])
-        is_first = ~loss.detach().isfinite().all() & (self.first_non_finite[0] < 0)
-        self.first_non_finite = torch.where(is_first, now, self.first_non_finite)
+        self.losses.append((self.state.global_step + 1, self._get_learning_rate(), loss.detach()))
         return loss
 
-    def create_model_card(self, **kwargs):
-        """Called by `push_to_hub`, where transformers would write a card of its own."""
-        if self.card is not None:
-            self.card()
+    def take_losses(self) -> list[tuple[int, float, float]]:
+        """Step, learning rate and loss of every batch since the last call."""
+        steps, learning_rates, losses = zip(*self.losses)
+        self.losses = []
+        return list(zip(steps, learning_rates, torch.stack(losses).tolist()))
+
+    def push_to_hub(self, *args, **kwargs):
+        """Publish the folder of the run, model card and all, rather than what transformers would make of it."""
+        if self.is_world_process_zero():
+            publish(Path(self.args.output_dir), self.hub_model_id, bool(self.args.hub_private_repo))
 
 
 def config_of_baseline(run: Run) -> DCAConfig | None:
@@ -153,60 +141,59 @@ def run_models(
         trainer_options: datasets, collator, processor and metrics, as [`~transformers.Trainer`] takes them.
     """
     folder = Path(run.training.output_dir)
-    note = {**note, "run": record(run), "baseline": None}
+    note = {**note, "baseline": None}
     if baseline is not None:
         arguments = copy.copy(run.training)
         arguments.output_dir, arguments.push_to_hub = str(folder / baseline.residual_scheme), False
         train(model_class, baseline, arguments, **trainer_options)
         note["baseline"] = Path(arguments.output_dir)
 
-    trainer = train(model_class, run.config, run.training, card=lambda: write_card(folder, note), **trainer_options)
+    trainer = train(model_class, run.config, run.training, **trainer_options)
     if trainer.is_world_process_zero():
-        batches = itertools.islice(trainer.get_eval_dataloader(), DEPTH_WEIGHT_BATCHES)
-        weights = measure_depth_weights(
-            trainer.accelerator.unwrap_model(trainer.model), (trainer._prepare_inputs(batch) for batch in batches)
-        )
+        # From the saved weights, which are whole however the trainer had spread the model.
+        model = model_class.from_pretrained(folder).to(run.training.device)
+        weights = measure_depth_weights(model, held_out_batches(trainer))
         (folder / DEPTH_WEIGHTS_DATA).write_text(json.dumps(weights, indent=1), encoding="utf-8")
-        write_card(folder, note)
+        write_card(folder, run, note)
     if run.training.push_to_hub:
-        with hub_errors():
-            trainer.push_to_hub()
+        trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(f"\nThe run is complete: {folder} (model card: {folder / 'README.md'})")
 
 
+def held_out_batches(trainer: RunTrainer) -> Iterator[dict[str, torch.Tensor]]:
+    """The first held-out batches, whole, on the process that asks."""
+    size = trainer.args.per_device_eval_batch_size
+    examples = trainer.eval_dataset.select(range(min(size * DEPTH_WEIGHT_BATCHES, len(trainer.eval_dataset))))
+    for batch in DataLoader(examples, batch_size=size, collate_fn=trainer.data_collator):
+        yield {name: values.to(trainer.args.device) for name, values in batch.items()}
+
+
 def train(
-    model_class: type[PreTrainedModel], config: DCAConfig, arguments: RunArguments, card=None, **trainer_options
+    model_class: type[PreTrainedModel], config: DCAConfig, arguments: RunArguments, **trainer_options
 ) -> RunTrainer:
     """Train one model, from where it was left if `resume_from_checkpoint` is set, and save and evaluate it."""
     folder = Path(arguments.output_dir)
     set_seed(arguments.seed)
     model = model_class(config)
     try:
-        with hub_errors() if arguments.push_to_hub else contextlib.nullcontext():
-            trainer = RunTrainer(model=model, args=arguments, card=card, **trainer_options)
+        trainer = RunTrainer(model=model, args=arguments, **trainer_options)
+    except (HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        # The repository is created at the start: better to hear now than after the training that it cannot be.
+        raise hub_error(error) from error
     except (ValueError, ImportError) as error:
         raise UserError(innermost_message(error)) from error
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint == LAST:
         checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-    if trainer.args.should_save:
-        # There from the start, so that what is pushed while training can be loaded, too.
-        folder.mkdir(parents=True, exist_ok=True)
-        custom_object_save(model, folder)
+    first_step = read_json(Path(checkpoint) / "trainer_state.json")["global_step"] if checkpoint else 0
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    metrics = {**result.metrics, **trainer.evaluate()}
+    if result.global_step > first_step:
+        # (The figures of a run that had already come to its end stay as they are.)
+        trainer.save_metrics("train", result.metrics)
+    metrics = trainer.evaluate()
     trainer.log_metrics(config.residual_scheme, metrics)
-    trainer.save_metrics("all", metrics, combined=False)
+    trainer.save_metrics("eval", metrics)
     return trainer
-
-
-@contextlib.contextmanager
-def hub_errors():
-    """What goes wrong in a push becomes a sentence for the user."""
-    try:
-        yield
-    except (HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OSError, RuntimeError) as error:
-        raise hub_error(error) from error

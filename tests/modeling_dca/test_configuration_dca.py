@@ -1,0 +1,232 @@
+"""Configurations: defaults, what is refused and with which words, and what survives being saved."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from modeling_dca import DCAConfig, DCAForCausalLM, DCAVisionConfig
+
+
+def test_defaults_are_the_language_model_of_the_paper():
+    config = DCAConfig()
+    assert (config.residual_scheme, config.last_k, config.grn_implementation) == ("dca", None, "auto")
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (512, 2048, 12)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 8, 64)
+    assert (config.gated_mlp, config.hidden_act, config.tie_word_embeddings) == (False, "gelu", False)
+    assert (config.norm_type, config.norm_eps, config.qk_norm) == ("rms_norm", 1e-6, False)
+    assert (config.position_embedding, config.sliding_window) == ("rope", None)
+    assert config.layer_types == ["full_attention"] * 12
+
+
+def test_vision_defaults_are_the_vit_of_the_paper():
+    config = DCAVisionConfig()
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (384, 1536, 12)
+    assert (config.num_attention_heads, config.head_dim) == (6, 64)
+    assert (config.image_height_width, config.patch_height_width, config.num_channels) == ((224, 224), (16, 16), 3)
+    assert (config.pooling, config.position_embedding, config.norm_type) == ("mean", "sincos", "layer_norm")
+    assert (config.residual_scheme, config.last_k) == ("dca", None)
+
+
+def test_sizes_that_are_not_given_follow_from_others():
+    config = DCAConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=3, sliding_window=8)
+    assert (config.intermediate_size, config.num_key_value_heads, config.head_dim) == (384, 4, 24)
+    assert config.layer_types == ["sliding_attention"] * 3
+
+
+@pytest.mark.parametrize(
+    "fields, entries",
+    [
+        ({"residual_scheme": "standard"}, 1),
+        ({"residual_scheme": "dca"}, None),
+        ({"residual_scheme": "dca", "last_k": 1}, 3),
+        ({"residual_scheme": "grn_v1", "last_k": 2}, 4),
+    ],
+)
+def test_max_stack_entries(fields, entries):
+    assert DCAConfig(**fields).max_stack_entries == entries
+
+
+REFUSED = [
+    # Names: the message tells the nearest one, and all.
+    ({"residual_scheme": "grn_3"}, ["`residual_scheme`", "'grn_3'", "did you mean 'grn_v3'?", "standard", "dca"]),
+    ({"residual_scheme": "other"}, ["`residual_scheme`", "'other'", "standard, grn_v1, grn_v2, grn_v3, dca"]),
+    ({"norm_type": "rmsnorm"}, ["`norm_type`", "'rmsnorm'", "did you mean 'rms_norm'?", "rms_norm, layer_norm"]),
+    ({"norm_type": "layernorm"}, ["`norm_type`", "'layernorm'", "did you mean 'layer_norm'?"]),
+    (
+        {"position_embedding": "sin_cos"},
+        ["`position_embedding`", "'sin_cos'", "did you mean 'sincos'?", "rope, learned, sincos, none"],
+    ),
+    # Sizes of at least one.
+    ({"last_k": 0}, ["`last_k`", "0", "at least 1"]),
+    ({"last_k": -2}, ["`last_k`", "-2", "at least 1"]),
+    ({"vocab_size": 0}, ["`vocab_size`", "0", "at least 1"]),
+    ({"hidden_size": 0}, ["`hidden_size`", "0", "at least 1"]),
+    ({"hidden_size": -8}, ["`hidden_size`", "-8", "at least 1"]),
+    ({"intermediate_size": 0}, ["`intermediate_size`", "0", "at least 1"]),
+    ({"num_hidden_layers": 0}, ["`num_hidden_layers`", "0", "at least 1"]),
+    ({"num_attention_heads": 0}, ["`num_attention_heads`", "0"]),
+    ({"num_attention_heads": 0, "head_dim": 64}, ["`num_attention_heads`", "0", "at least 1"]),
+    ({"num_key_value_heads": 0}, ["`num_key_value_heads`", "0", "at least 1"]),
+    ({"head_dim": 0}, ["`head_dim`", "0", "at least 1"]),
+    ({"max_position_embeddings": 0}, ["`max_position_embeddings`", "0", "at least 1"]),
+    ({"sliding_window": 0}, ["`sliding_window`", "0", "at least 1"]),
+    # Values that do not fit others.
+    ({"residual_scheme": "standard", "last_k": 2}, ["`last_k`", "2", "'standard'", "leave `last_k` out"]),
+    (
+        {"hidden_size": 512, "num_attention_heads": 7},
+        ["`hidden_size`", "512", "multiple", "`num_attention_heads`", "7"],
+    ),
+    ({"num_key_value_heads": 3}, ["`num_attention_heads`", "8", "multiple", "`num_key_value_heads`", "3"]),
+    ({"head_dim": 7}, ["`head_dim`", "7", "even"]),
+    ({"position_embedding": "sincos", "hidden_size": 15, "num_attention_heads": 5}, ["`hidden_size`", "15", "even"]),
+    ({"layer_types": ["full_attention"]}, ["`layer_types`", "1", "`num_hidden_layers`", "12", "one for each layer"]),
+    (
+        {"layer_types": ["full_atention"], "num_hidden_layers": 1},
+        ["`layer_types`", "'full_atention'", "did you mean 'full_attention'?", "sliding_attention"],
+    ),
+    (
+        {"layer_types": ["sliding_attention"], "num_hidden_layers": 1},
+        ["`layer_types`", "'sliding_attention'", "`sliding_window`"],
+    ),
+    # Types.
+    ({"residual_scheme": 3}, ["residual_scheme", "3", "str"]),
+    ({"last_k": 2.5}, ["last_k", "2.5", "int"]),
+    ({"last_k": "two"}, ["last_k", "two", "int"]),
+    ({"vocab_size": "many"}, ["vocab_size", "many", "int"]),
+    ({"gated_mlp": "no"}, ["gated_mlp", "no", "bool"]),
+]
+
+VISION_REFUSED = [
+    ({"pooling": "means"}, ["`pooling`", "'means'", "did you mean 'mean'?", "mean, cls"]),
+    ({"position_embedding": "rope"}, ["`position_embedding`", "'rope'", "learned, sincos, none"]),
+    ({"num_channels": 0}, ["`num_channels`", "0", "at least 1"]),
+    ({"image_size": 0}, ["`image_size`", "0", "positive", "height and width"]),
+    ({"image_size": []}, ["`image_size`", "[]", "height and width"]),
+    ({"image_size": [224]}, ["`image_size`", "[224]", "height and width"]),
+    ({"image_size": (32, 32, 32)}, ["image_size", "(32, 32, 32)"]),
+    ({"patch_size": 0}, ["`patch_size`", "0", "positive", "height and width"]),
+    ({"patch_size": (16, -16)}, ["`patch_size`", "(16, -16)", "positive"]),
+    ({"image_size": 30}, ["`image_size`", "30", "multiple", "`patch_size`", "16"]),
+    ({"image_size": [32, 30]}, ["`image_size`", "[32, 30]", "multiple", "`patch_size`", "16"]),
+    ({"patch_size": [16, 15]}, ["`image_size`", "224", "multiple", "`patch_size`", "[16, 15]"]),
+    ({"hidden_size": 30, "num_attention_heads": 5}, ["`hidden_size`", "30", "multiple of 4"]),
+    ({"sliding_window": 3}, ["`sliding_window`", "3", "leave it out"]),
+    ({"residual_scheme": "standard", "last_k": 1}, ["`last_k`", "1", "leave `last_k` out"]),
+    ({"residual_scheme": "dcc"}, ["`residual_scheme`", "'dcc'", "did you mean 'dca'?"]),
+]
+
+
+@pytest.mark.parametrize(
+    "config_class, fields, words",
+    [(DCAConfig, *case) for case in REFUSED] + [(DCAVisionConfig, *case) for case in VISION_REFUSED],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_refused_values_are_named_with_what_is_right(config_class, fields, words):
+    with pytest.raises(StrictDataclassError) as error:
+        config_class(**fields)
+    message = str(error.value)
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "sincos", "none"])
+def test_odd_head_dim_is_fine_without_rotary_positions(position_embedding):
+    config = DCAConfig(position_embedding=position_embedding, hidden_size=20, num_attention_heads=4)
+    assert config.head_dim == 5
+
+
+def test_odd_head_dim_is_fine_for_vision():
+    assert DCAVisionConfig(hidden_size=20, num_attention_heads=4).head_dim == 5
+
+
+def test_hidden_size_need_not_be_a_multiple_of_the_heads_if_head_dim_is_given():
+    assert DCAConfig(hidden_size=30, num_attention_heads=4, head_dim=8).head_dim == 8
+
+
+def test_unknown_grn_implementation_is_refused_by_the_model():
+    # Which implementations there are is only known where the model is: others may be registered.
+    config = DCAConfig(
+        vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, grn_implementation="eagr"
+    )
+    with pytest.raises(ValueError, match="`grn_implementation` is 'eagr'; did you mean 'eager'\\? Known: auto, eager"):
+        DCAForCausalLM(config)
+
+
+TEXT_FIELDS = {
+    "vocab_size": 77,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 99,
+    "residual_scheme": "grn_v3",
+    "last_k": 2,
+    "norm_type": "layer_norm",
+    "norm_eps": 1e-5,
+    "gated_mlp": True,
+    "qk_norm": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_dropout": 0.1,
+    "pad_token_id": 0,
+    "eos_token_id": [1, 2],
+    "tie_word_embeddings": True,
+}
+VISION_FIELDS = {
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "residual_scheme": "dca",
+    "last_k": 1,
+    "image_size": (16, 32),
+    "patch_size": [4, 8],
+    "num_channels": 1,
+    "pooling": "cls",
+    "position_embedding": "learned",
+    "num_labels": 5,
+}
+
+
+def through_json(value):
+    # JSON has no tuples.
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("config_class, fields", [(DCAConfig, TEXT_FIELDS), (DCAVisionConfig, VISION_FIELDS)])
+def test_saved_configuration_is_loaded_as_it_was(tmp_path, config_class, fields):
+    config = config_class(**fields)
+    config.save_pretrained(tmp_path)
+    for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is config_class
+        assert through_json(loaded.to_dict() | {"_name_or_path": ""}) == through_json(config.to_dict())
+        for name, value in through_json(fields).items():
+            assert through_json(getattr(loaded, name)) == value, name
+
+
+def test_grn_implementation_is_not_saved(tmp_path):
+    config = DCAConfig(grn_implementation="eager")
+    assert "grn_implementation" not in config.to_dict() and "grn_implementation" not in config.to_diff_dict()
+    config.save_pretrained(tmp_path)
+    assert "grn_implementation" not in json.loads((tmp_path / "config.json").read_text())
+    assert DCAConfig.from_pretrained(tmp_path).grn_implementation == "auto"
+    assert DCAConfig.from_pretrained(tmp_path, grn_implementation="eager").grn_implementation == "eager"
+
+
+def test_invalid_saved_value_is_refused_on_loading(tmp_path):
+    DCAConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"residual_scheme": "grn-v2"}))
+    with pytest.raises(StrictDataclassError, match="did you mean 'grn_v2'"):
+        DCAConfig.from_pretrained(tmp_path)
+
+
+def test_auto_config_knows_both_model_types():
+    assert type(AutoConfig.for_model("dca", last_k=3)) is DCAConfig
+    assert type(AutoConfig.for_model("dca_vision", last_k=3)) is DCAVisionConfig

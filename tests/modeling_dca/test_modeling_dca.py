@@ -1,0 +1,883 @@
+"""Language models: the maths of the whole model, what transformers does with it, and the trip through the Hub."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers.utils.output_capturing
+from reference_dca import causal_lm_logits
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+from modeling_dca import (
+    ALL_GRN_FUNCTIONS,
+    DCAConfig,
+    DCAForCausalLM,
+    DCAForImageClassification,
+    DCAForQuestionAnswering,
+    DCAForSequenceClassification,
+    DCAForTokenClassification,
+    DCAModel,
+    DCAVisionConfig,
+    ResidualStack,
+    generalized_residual,
+)
+from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
+
+
+#: Every scheme with every kind of stack, as fields of the configuration.
+LEARNED_SCHEMES = [
+    {"residual_scheme": scheme, "last_k": last_k}
+    for scheme in ("grn_v1", "grn_v2", "grn_v3", "dca")
+    for last_k in (None, 1, 2)
+]
+ALL_SCHEMES = [{"residual_scheme": "standard"}, *LEARNED_SCHEMES]
+#: Fewer, where a test is about something else: the plain sum, all entries, and a stack with a merged entry.
+SOME_SCHEMES = [{"residual_scheme": "standard"}, {"residual_scheme": "dca"}, {"residual_scheme": "dca", "last_k": 1}]
+
+LLAMA = {"gated_mlp": True, "hidden_act": "silu"}
+LAYER_NORM = {"norm_type": "layer_norm", "norm_eps": 1e-5}
+
+VOCABULARY = 50
+
+
+def name_of(value):
+    return "-".join(str(part) for part in value.values()) if isinstance(value, dict) else str(value)
+
+
+def tiny_config(**fields):
+    # Two entries are merged in the stack of the output for `last_k=2`, and three for `last_k=1`.
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    return DCAConfig(**(sizes | heads | fields))
+
+
+@torch.no_grad()
+def randomize(model, seed=0):
+    """
+    Weights of a size that makes every part matter: linear maps that keep the scale, and residual parameters, norms and
+    biases away from where they start.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.3 * noise)
+        elif "embed" in name:
+            parameter.copy_(noise)
+        elif parameter.ndim >= 2 and not name.endswith(("delta", "gate")):
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(0.3 * noise)
+    return model.eval()
+
+
+def tiny_model(model_class=DCAForCausalLM, dtype=torch.float32, seed=0, **fields):
+    return randomize(model_class(tiny_config(**fields)).to(dtype), seed)
+
+
+def random_ids(*shape, seed=0, low=0):
+    return torch.randint(low, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(result, expected, tolerance):
+    """Within `tolerance` of the largest expected value: what a sum of many terms can be held to."""
+    result, expected = torch.as_tensor(result).double(), torch.as_tensor(expected).double()
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def standard_weights(model):
+    """The weights of a standard model, for any scheme: keys and values get the norm that the three shared."""
+    weights = dict(model.state_dict())
+    for name in list(weights):
+        if ".input_layernorm." in name:
+            weights[name.replace("input_layernorm", "key_layernorm")] = weights[name]
+            weights[name.replace("input_layernorm", "value_layernorm")] = weights[name]
+    return weights
+
+
+def load_standard_weights(model, standard):
+    loading = model.load_state_dict(standard_weights(standard), strict=False)
+    assert all(name.endswith((".delta", ".gate")) for name in loading.missing_keys)
+    assert model.config.residual_scheme == "dca" or all("layernorm" in name for name in loading.unexpected_keys)
+    return model.eval()
+
+
+# The maths
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
+def test_logits_equal_the_slow_rendering(scheme):
+    # In this architecture nothing is computed in less than float64.
+    model = tiny_model(
+        dtype=torch.float64, position_embedding="learned", attention_bias=True, mlp_bias=True, **LAYER_NORM, **scheme
+    )
+    input_ids = random_ids(2, 7)
+    assert_close(model(input_ids).logits, causal_lm_logits(model, input_ids), 1e-12)
+
+
+ARCHITECTURES = {
+    "paper": {"num_key_value_heads": 4},
+    "llama": LLAMA,
+    "qk_norm": {"qk_norm": True, "head_dim": 6, **LLAMA},
+    "qk_layer_norm": {"qk_norm": True, **LAYER_NORM},
+    "one_key_value_head": {"num_key_value_heads": 1},
+    "learned": {"position_embedding": "learned"},
+    "sincos": {"position_embedding": "sincos"},
+    "no_positions": {"position_embedding": "none", "attention_bias": True, "mlp_bias": True},
+    "partial_rope": {"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "sliding": {"sliding_window": 3},
+    "sliding_and_full": {
+        "sliding_window": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "tied": {"tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_equal_the_slow_rendering_in_every_architecture(architecture, attn_implementation):
+    fields = ARCHITECTURES[architecture]
+    if "rope_parameters" in fields:
+        fields = fields | {"rope_parameters": {"rope_type": "default", **fields["rope_parameters"]}}
+    model = tiny_model(last_k=2, attn_implementation=attn_implementation, **fields)
+    input_ids = random_ids(2, 9)
+    # Transformers computes RMS norms, softmax and positions in float32 in any model.
+    assert_close(model(input_ids).logits, causal_lm_logits(model, input_ids), 1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("scheme", LEARNED_SCHEMES, ids=name_of)
+def test_fresh_model_equals_the_standard_one(scheme, dtype, tolerance):
+    standard = tiny_model(dtype=dtype, residual_scheme="standard")
+    model = load_standard_weights(DCAForCausalLM(tiny_config(**scheme)).to(dtype), standard)
+    input_ids = random_ids(2, 11)
+    expected, result = standard(input_ids, output_hidden_states=True), model(input_ids, output_hidden_states=True)
+    assert_close(result.logits, expected.logits, tolerance)
+    for hidden_states, expected_hidden_states in zip(result.hidden_states, expected.hidden_states, strict=True):
+        assert_close(hidden_states, expected_hidden_states, tolerance)
+
+
+def fresh_model_and_llama(dtype, **scheme):
+    model = DCAForCausalLM(tiny_config(**LLAMA, **scheme)).to(dtype)
+    same = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    same += ["num_key_value_heads"]
+    llama_config = LlamaConfig(**{name: getattr(model.config, name) for name in same})
+    llama = randomize(LlamaForCausalLM(llama_config).to(dtype))
+    return load_standard_weights(model, llama), llama
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_fresh_model_equals_llama(scheme, dtype, tolerance):
+    model, llama = fresh_model_and_llama(dtype, **scheme)
+    input_ids = random_ids(2, 11)
+    expected, result = llama(input_ids, output_hidden_states=True), model(input_ids, output_hidden_states=True)
+    assert_close(result.logits, expected.logits, tolerance)
+    for hidden_states, expected_hidden_states in zip(result.hidden_states, expected.hidden_states, strict=True):
+        assert_close(hidden_states, expected_hidden_states, tolerance)
+
+
+def test_standard_and_llama_have_the_same_weights():
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=2))
+    model = DCAForCausalLM(
+        DCAConfig(
+            vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=11008,
+            residual_scheme="standard", **LLAMA,
+        )
+    )  # fmt: skip
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    assert shapes == {name: weight.shape for name, weight in llama.state_dict().items()}
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
+def test_residual_parameters(scheme):
+    model = DCAForCausalLM(tiny_config(**scheme))
+    weights = model.state_dict()
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert name in weights
+    prefixes = [f"model.layers.{layer}.residual" for layer in range(5)] + ["model.residual"]
+    expected = {}
+    if scheme["residual_scheme"] != "standard":
+        for t, prefix in enumerate(prefixes, start=1):
+            # The output has one residual, whatever the scheme; blocks of DCA have three.
+            outputs = 3 if scheme["residual_scheme"] == "dca" and prefix != "model.residual" else 1
+            entries = t if scheme["last_k"] is None else min(t, scheme["last_k"] + 2)
+            expected[f"{prefix}.delta"] = (outputs, entries, 1 if scheme["residual_scheme"] == "grn_v1" else 16)
+            if scheme["residual_scheme"] in ("grn_v3", "dca"):
+                expected[f"{prefix}.gate"] = (outputs, 16)
+    residual = {name: weight for name, weight in weights.items() if ".residual." in name}
+    assert {name: tuple(weight.shape) for name, weight in residual.items()} == expected
+    assert all((weight == 0).all() for weight in residual.values())
+    # Only where their inputs differ do keys and values have norms of their own.
+    has_norms = "model.layers.0.key_layernorm.weight" in weights, "model.layers.4.value_layernorm.weight" in weights
+    assert has_norms == (scheme["residual_scheme"] == "dca",) * 2
+
+
+@pytest.mark.parametrize("scheme", LEARNED_SCHEMES, ids=name_of)
+def test_one_step_moves_every_residual_parameter(scheme):
+    torch.manual_seed(0)
+    model = DCAForCausalLM(tiny_config(**scheme))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    input_ids = random_ids(4, 16)
+    model(input_ids, labels=input_ids).loss.backward()
+    optimizer.step()
+    residual = {name: parameter for name, parameter in model.named_parameters() if ".residual." in name}
+    assert len(residual) == 6 * (2 if scheme["residual_scheme"] in ("grn_v3", "dca") else 1)
+    assert [name for name, parameter in residual.items() if not (parameter != 0).all()] == []
+
+
+def record(modules, inputs=False):
+    """Collects what each of the modules returns, or its first input, from now on."""
+    recorded = []
+    for module in modules:
+        if inputs:
+            module.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+        else:
+            module.register_forward_hook(lambda module, args, output: recorded.append(output))
+    return recorded
+
+
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_blocks_return_what_they_add_to_the_residual_stream(scheme):
+    model, llama = fresh_model_and_llama(torch.float64, **scheme)
+    first, outputs = record([model.model.embed_tokens]), record(model.model.layers)
+    stream = record([model.model.norm], inputs=True)
+    before, after = record(llama.model.layers, inputs=True), record(llama.model.layers)
+    model(random_ids(2, 6))
+    llama(random_ids(2, 6))
+    for output, llama_before, llama_after in zip(outputs, before, after, strict=True):
+        assert_close(output, llama_after - llama_before, 1e-10)
+    assert_close(stream[0], first[0] + sum(outputs), 1e-14)
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
+def test_block_output_holds_no_copy_of_its_input(scheme):
+    model = tiny_model(DCAModel, **scheme)
+    for layer in model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    outputs = record(model.layers)
+    model(random_ids(2, 6))
+    assert len(outputs) == 5 and all((output == 0).all() for output in outputs)
+
+
+def test_grn_implementation_names_the_function_that_is_used():
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return generalized_residual(*args)
+
+    ALL_GRN_FUNCTIONS["counted"] = counted
+    try:
+        model = tiny_model(grn_implementation="counted")
+        expected = tiny_model(grn_implementation="eager")(random_ids(1, 5)).logits
+        assert torch.equal(model(random_ids(1, 5)).logits, expected)
+    finally:
+        del ALL_GRN_FUNCTIONS["counted"]
+    assert [len(args[0]) for args in calls] == [1, 2, 3, 4, 5, 6]
+
+
+def test_missing_residual_parameters_start_at_zero(tmp_path):
+    # Loading fills new parameters from uninitialized memory, unless `_init_weights` knows them.
+    tiny_model(residual_scheme="standard").save_pretrained(tmp_path)
+    model = DCAForCausalLM.from_pretrained(tmp_path, residual_scheme="dca", last_k=2)
+    residual = [parameter for name, parameter in model.named_parameters() if ".residual." in name]
+    assert len(residual) == 12 and all((parameter == 0).all() for parameter in residual)
+    norms = [parameter for name, parameter in model.named_parameters() if "key_layernorm" in name]
+    assert len(norms) == 5 and all((parameter == 1).all() for parameter in norms)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = DCAForCausalLM(tiny_config(hidden_size=32, initializer_range=0.5, attention_bias=True, **LAYER_NORM))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("delta", "gate", "bias")):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            # A standard deviation over n numbers is known to about 1 / sqrt(2 n); this is four times that.
+            assert abs(parameter.std() / 0.5 - 1) < 4 / (2 * parameter.numel()) ** 0.5, name
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "learned", "sincos", "none"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_padding_changes_nothing(side, position_embedding, attn_implementation):
+    model = tiny_model(last_k=1, position_embedding=position_embedding, attn_implementation=attn_implementation)
+    short, long = random_ids(1, 4), random_ids(1, 7, seed=1)
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    if side == "left":
+        batch, real = torch.cat((torch.cat((padding, short), 1), long)), slice(3, None)
+        mask[0, :3] = 0
+    else:
+        batch, real = torch.cat((torch.cat((short, padding), 1), long)), slice(None, 4)
+        mask[0, 4:] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=position_ids).logits
+    assert_close(logits[:1, real], model(short).logits, 1e-5)
+    assert_close(logits[1:], model(long).logits, 1e-5)
+    visible = (mask[:, None, :] == 1).numpy()
+    expected = causal_lm_logits(model, batch, position_ids, visible)
+    assert_close(logits[mask == 1], expected[mask.numpy() == 1], 1e-5)
+    # Without the mask, tokens see the padding before them.
+    if side == "left":
+        unmasked = model(batch, position_ids=position_ids, attention_mask=torch.ones_like(mask)).logits
+        assert (unmasked[:1, real] - logits[:1, real]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("fields", [{}, {"position_embedding": "learned"}, {"sliding_window": 2}], ids=name_of)
+def test_packed_sequences_do_not_see_each_other(fields, attn_implementation):
+    model = tiny_model(last_k=1, attn_implementation=attn_implementation, **fields)
+    parts = [random_ids(1, 3), random_ids(1, 5, seed=1), random_ids(1, 1, seed=2)]
+    position_ids = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    logits = model(torch.cat(parts, 1), position_ids=position_ids, use_cache=False).logits
+    assert_close(logits, torch.cat([model(part).logits for part in parts], 1), 1e-5)
+    segment = np.repeat([0, 1, 2], [3, 5, 1])
+    visible = (segment[:, None] == segment[None])[None]
+    assert_close(logits, causal_lm_logits(model, torch.cat(parts, 1), position_ids, visible), 1e-5)
+
+
+def test_sliding_window_hides_what_is_before_it():
+    # One layer, so that what a token sees is not passed on by those between.
+    fields = {"num_hidden_layers": 1, "position_embedding": "none"}
+    full, sliding = tiny_model(**fields), tiny_model(sliding_window=4, **fields)
+    input_ids = random_ids(1, 12)
+    changed = input_ids.clone()
+    changed[0, 0] = (input_ids[0, 0] + 1) % VOCABULARY
+    difference = (sliding(input_ids).logits - sliding(changed).logits).abs().amax(-1)[0]
+    assert (difference[:4] > 1e-4).all() and (difference[4:] == 0).all()
+    assert ((full(input_ids).logits - full(changed).logits).abs().amax(-1)[0] > 1e-4).all()
+    assert_close(sliding(input_ids).logits[:, :4], full(input_ids).logits[:, :4], 1e-6)
+
+
+def test_model_is_causal():
+    model = tiny_model()
+    input_ids = random_ids(1, 8)
+    changed = input_ids.clone()
+    changed[0, 5] = (input_ids[0, 5] + 1) % VOCABULARY
+    difference = (model(input_ids).logits - model(changed).logits).abs().amax(-1)[0]
+    assert (difference[:5] == 0).all() and (difference[5:] > 1e-4).all()
+
+
+def test_learned_positions_end():
+    model = tiny_model(position_embedding="learned", max_position_embeddings=8)
+    model(random_ids(1, 8))
+    with pytest.raises(ValueError, match="9 tokens.*`max_position_embeddings` = 8"):
+        model(random_ids(1, 9))
+
+
+def test_learned_positions_end_while_decoding_too():
+    # Each step is short, but its positions are not: an index out of range would be read from elsewhere on a GPU.
+    model = tiny_model(position_embedding="learned", max_position_embeddings=8)
+    cache = model(random_ids(1, 8)).past_key_values
+    with pytest.raises((ValueError, IndexError)):
+        model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_inputs_embeds_are_what_input_ids_become():
+    model = tiny_model()
+    input_ids = random_ids(2, 5)
+    logits = model(inputs_embeds=model.get_input_embeddings()(input_ids)).logits
+    assert torch.equal(logits, model(input_ids).logits)
+    for inputs in ({}, {"input_ids": input_ids, "inputs_embeds": torch.zeros(2, 5, 16)}):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            model(**inputs)
+
+
+# Caches and generation
+
+CACHES = {
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=16),
+}
+DECODED = [*SOME_SCHEMES, {"sliding_window": 3}, {"sliding_window": 3, "last_k": 1}, {"position_embedding": "learned"}]
+
+
+@pytest.mark.parametrize("steps", [[5, 1, 1, 1, 1, 1, 1], [1, 6, 4], [11]], ids=str)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("fields", DECODED, ids=name_of)
+def test_cached_decoding_equals_uncached(fields, cache, steps):
+    model = tiny_model(**fields)
+    input_ids = random_ids(2, 11)
+    expected = model(input_ids, use_cache=False)
+    assert expected.past_key_values is None
+    past_key_values = CACHES[cache](model)
+    logits = [model(part, past_key_values=past_key_values).logits for part in input_ids.split(steps, dim=1)]
+    assert_close(torch.cat(logits, 1), expected.logits, 1e-5)
+    assert past_key_values.get_seq_length() == 11
+
+
+def generate(model, input_ids, **kwargs):
+    tokens = model.generate(input_ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
+    assert tokens.shape == (len(input_ids), input_ids.shape[1] + 8)
+    return tokens.tolist()
+
+
+def greedy(model, input_ids):
+    """Greedy decoding without a cache, by hand."""
+    for _ in range(8):
+        input_ids = torch.cat((input_ids, model(input_ids, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+    return input_ids.tolist()
+
+
+GENERATED = [
+    {},
+    {"last_k": 1},
+    {"residual_scheme": "standard"},
+    {"position_embedding": "sincos"},
+    {"sliding_window": 3},
+]
+
+
+@pytest.mark.parametrize("fields", GENERATED, ids=name_of)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=name_of,
+)
+def test_greedy_generation(fields, kwargs):
+    model = tiny_model(**fields)
+    input_ids = random_ids(2, 5)
+    assert generate(model, input_ids, **kwargs) == greedy(model, input_ids)
+
+
+@pytest.mark.parametrize("fields", GENERATED, ids=name_of)
+def test_beam_search_is_the_same_with_and_without_a_cache(fields):
+    model = tiny_model(**fields)
+    input_ids = random_ids(2, 5)
+    cached = generate(model, input_ids, num_beams=3)
+    assert cached == generate(model, input_ids, num_beams=3, use_cache=False)
+    # Reordering the cache has to be needed for this to be a test.
+    assert cached != greedy(model, input_ids)
+
+
+@pytest.mark.parametrize("fields", GENERATED[:3], ids=name_of)
+def test_prompt_lookup_and_assisted_generation_equal_greedy(fields):
+    model, assistant = tiny_model(**fields), tiny_model(seed=1, num_hidden_layers=2)
+    input_ids = random_ids(1, 3).repeat(1, 3)
+    expected = greedy(model, input_ids)
+    assert generate(model, input_ids, prompt_lookup_num_tokens=2) == expected
+    assert generate(model, input_ids, assistant_model=assistant) == expected
+    # An assistant that is always right makes the model take several tokens at a time.
+    assert generate(model, input_ids, assistant_model=tiny_model(**fields)) == expected
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "learned", "sincos", "none"])
+def test_generation_of_a_left_padded_batch(position_embedding):
+    model = tiny_model(position_embedding=position_embedding, last_k=1)
+    short, long = random_ids(1, 3, low=1), random_ids(1, 6, seed=1, low=1)
+    batch = torch.cat((torch.cat((torch.zeros(1, 3, dtype=torch.long), short), 1), long))
+    tokens = generate(model, batch, attention_mask=(batch != 0).long())
+    assert [tokens[0][3:], tokens[1]] == [*greedy(model, short), *greedy(model, long)]
+
+
+# Losses, heads and outputs
+
+
+def test_labels_give_the_cross_entropy_of_the_next_token():
+    model = tiny_model()
+    input_ids = random_ids(2, 6)
+    labels = input_ids.clone()
+    labels[0, :3] = -100
+    outputs = model(input_ids, labels=labels)
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    expected = nn.functional.cross_entropy(logits[targets != -100], targets[targets != -100])
+    torch.testing.assert_close(outputs.loss, expected)
+    # With gradient accumulation the Trainer passes the number of tokens of all parts.
+    accumulated = model(input_ids, labels=labels, num_items_in_batch=100).loss
+    torch.testing.assert_close(accumulated, expected * (targets != -100).sum() / 100)
+
+
+def test_logits_to_keep():
+    model = tiny_model()
+    input_ids = random_ids(2, 6)
+    logits = model(input_ids).logits
+    assert logits.shape == (2, 6, VOCABULARY)
+    assert_close(model(input_ids, logits_to_keep=2).logits, logits[:, -2:], 1e-6)
+    assert_close(model(input_ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]], 1e-6)
+
+
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+@pytest.mark.parametrize("model_class", [DCAModel, DCAForCausalLM, DCAForTokenClassification])
+def test_hidden_states_and_attentions(model_class, scheme):
+    model = tiny_model(model_class, attn_implementation="eager", **scheme)
+    base = model if model_class is DCAModel else model.model
+    query_inputs = record([layer.input_layernorm for layer in base.layers], inputs=True)
+    last = record([base.norm])
+    outputs = model(random_ids(2, 6), output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == 6 and len(outputs.attentions) == 5
+    for hidden_states, expected in zip(outputs.hidden_states, [*query_inputs, *last], strict=True):
+        assert hidden_states.shape == (2, 6, 16) and torch.equal(hidden_states, expected)
+    for attentions in outputs.attentions:
+        assert attentions.shape == (2, 4, 6, 6)
+        torch.testing.assert_close(attentions.sum(-1), torch.ones(2, 4, 6))
+        assert (attentions.triu(1) == 0).all()
+    assert model(random_ids(2, 6)).hidden_states is None and model(random_ids(2, 6)).attentions is None
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.utils.output_capturing, "selected_hidden_states"),
+    reason="this transformers returns all hidden states or none",
+)
+@pytest.mark.parametrize("indices", [-1, 3, [1, -2], [-6, 5]], ids=str)
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_hidden_states_by_index(scheme, indices):
+    model = tiny_model(**scheme)
+    everything = model(random_ids(2, 6), output_hidden_states=True).hidden_states
+    selected = model(random_ids(2, 6), output_hidden_states=indices).hidden_states
+    wanted = {index % 6 for index in ([indices] if isinstance(indices, int) else indices)}
+    assert (
+        len(selected) == 6 and {i for i, hidden_states in enumerate(selected) if hidden_states is not None} == wanted
+    )
+    assert all(torch.equal(selected[i], everything[i]) for i in wanted)
+
+
+def test_sequence_classification_reads_the_last_token_that_is_not_padding():
+    model = tiny_model(DCAForSequenceClassification, num_labels=3, pad_token_id=0)
+    input_ids = random_ids(3, 6, low=1)
+    input_ids[0, 4:] = 0
+    input_ids[1, :2] = 0
+    mask = (input_ids != 0).long()
+    labels = torch.tensor([2, 0, 1])
+    outputs = model(input_ids, attention_mask=mask, labels=labels)
+    hidden_states = model.model(input_ids, attention_mask=mask).last_hidden_state
+    expected = model.score(hidden_states[torch.arange(3), [3, 5, 5]])
+    assert_close(outputs.logits, expected, 1e-6)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(expected, labels))
+
+
+def test_token_classification():
+    model = tiny_model(DCAForTokenClassification, num_labels=3)
+    input_ids, labels = random_ids(2, 6), torch.arange(12).view(2, 6) % 3
+    labels[0, 0] = -100
+    outputs = model(input_ids, labels=labels)
+    assert_close(outputs.logits, model.score(model.model(input_ids).last_hidden_state), 1e-6)
+    torch.testing.assert_close(
+        outputs.loss, nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+    )
+
+
+def test_question_answering():
+    model = tiny_model(DCAForQuestionAnswering)
+    input_ids, start, end = random_ids(2, 6), torch.tensor([1, 2]), torch.tensor([3, 4])
+    outputs = model(input_ids, start_positions=start, end_positions=end)
+    expected = model.qa_outputs(model.model(input_ids).last_hidden_state)
+    assert_close(torch.stack((outputs.start_logits, outputs.end_logits), -1), expected, 1e-6)
+    losses = [nn.functional.cross_entropy(expected[..., i], target) for i, target in enumerate((start, end))]
+    torch.testing.assert_close(outputs.loss, sum(losses) / 2)
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    loaded = DCAForCausalLM.from_pretrained(tmp_path)
+    for some_model in (model, loaded):
+        assert (some_model.lm_head.weight is some_model.model.embed_tokens.weight) == tied
+        assert some_model.get_input_embeddings() is some_model.model.embed_tokens
+        assert some_model.get_output_embeddings() is some_model.lm_head
+    assert_close(loaded(random_ids(1, 5)).logits, model(random_ids(1, 5)).logits, 1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [VOCABULARY + 7, VOCABULARY - 7])
+def test_resize_token_embeddings(tied, size):
+    model = tiny_model(tie_word_embeddings=tied)
+    input_ids = random_ids(2, 5) % (VOCABULARY - 7)
+    expected = model(input_ids).logits
+    model.resize_token_embeddings(size)
+    logits = model(input_ids, labels=input_ids).logits
+    assert logits.shape == (2, 5, size) and model.config.vocab_size == model.vocab_size == size
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    known = min(size, VOCABULARY)
+    assert_close(logits[..., :known], expected[..., :known], 1e-6)
+
+
+# How it runs
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_gradient_checkpointing_gives_the_same_gradients(scheme, use_reentrant):
+    model = tiny_model(dtype=torch.float64, **scheme).train()
+    input_ids = random_ids(2, 6)
+    calls = record([layer.input_layernorm for layer in model.model.layers], inputs=True)
+
+    def gradients():
+        model.zero_grad()
+        calls.clear()
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    assert len(calls) == 5
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = gradients()
+    # Each block was run once more for the backward pass.
+    assert len(calls) == 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", SOME_SCHEMES[1:], ids=name_of)
+def test_compiles_without_graph_breaks(scheme):
+    torch._dynamo.reset()
+    # Enough layers for `last_k=1` to merge entries.
+    model = tiny_model(num_hidden_layers=3, **scheme)
+    input_ids = random_ids(2, 6)
+    expected = model(input_ids, labels=input_ids, use_cache=False)
+    expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = compiled(input_ids, labels=input_ids, use_cache=False)
+    outputs.loss.backward()
+    assert_close(outputs.logits, expected.logits, 1e-6)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
+def test_half_precision(scheme, dtype):
+    model = tiny_model(dtype=dtype, **scheme)
+    input_ids = random_ids(2, 8)
+    outputs = model(input_ids, labels=input_ids)
+    assert outputs.logits.dtype == dtype and outputs.loss.isfinite()
+    outputs.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    # The same, already rounded weights in float64: what differs is that each of the five blocks, and the output,
+    # rounds a dozen times, each time by at most half an epsilon, and mostly in different directions.
+    exact = tiny_model(dtype=torch.float64, **scheme)
+    exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    assert_close(outputs.logits, exact(input_ids).logits, 6 * 12**0.5 * torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_mixed_precision(scheme):
+    model = tiny_model(**scheme)
+    input_ids = random_ids(2, 8)
+    exact = model(input_ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(input_ids, labels=input_ids)
+    outputs.loss.backward()
+    assert all(
+        parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in model.parameters()
+    )
+    # As above, with fewer roundings.
+    assert_close(outputs.logits, exact, 6 * 12**0.5 * torch.finfo(torch.bfloat16).eps / 2)
+
+
+# Plans for several devices
+
+
+def matching_modules(model, pattern):
+    names = dict(model.named_modules())
+    parts = pattern.split(".")
+    return [
+        name
+        for name in names
+        if len(name.split(".")) == len(parts)
+        and all(part in ("*", own) for part, own in zip(parts, name.split(".")))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{"gated_mlp": True}, {"gated_mlp": False}, {"qk_norm": True}], ids=str)
+def test_tensor_parallel_plan_names_every_linear_layer(fields):
+    model = DCAModel(tiny_config(**fields))
+    plan = model.config.base_model_tp_plan
+    matches = {pattern: matching_modules(model, pattern) for pattern in plan}
+    assert [pattern for pattern, names in matches.items() if len(names) != 5] == []
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert linear <= {name for names in matches.values() for name in names}
+    # The two that bring split features together again.
+    row_wise = {pattern for pattern, style in plan.items() if style == "rowwise"}
+    assert row_wise == {"layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"}
+
+
+def test_other_plans_name_existing_modules():
+    model = DCAForCausalLM(tiny_config())
+    for plan in (model.config.base_model_fsdp_plan, model.config.base_model_pp_plan):
+        assert [pattern for pattern in plan if not matching_modules(model.model, pattern)] == []
+    for plan in (DCAForCausalLM._tp_plan, DCAForCausalLM._pp_plan, DCAForCausalLM._fsdp_plan):
+        assert [pattern for pattern in plan if not matching_modules(model, pattern)] == []
+
+
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_parts_in_the_order_of_the_pipeline_plan_are_the_model(scheme):
+    model = tiny_model(**scheme)
+    base = model.model
+    values = {"input_ids": random_ids(2, 6), "attention_mask": None}
+    position_embeddings = base.rotary_emb(torch.zeros(1), torch.arange(6)[None])
+    for name, (takes, gives) in {**base.config.base_model_pp_plan, **DCAForCausalLM._pp_plan}.items():
+        part = getattr(base, name, None) or getattr(model, name)
+        if name == "layers":
+            # The first stage begins the stack; those after it take it over.
+            stack = ResidualStack(values.pop("inputs_embeds"), base.config.max_stack_entries)
+            assert takes == ["stack", "attention_mask"]
+            for layer in part:
+                stack.append(
+                    layer(
+                        *stack.entries,
+                        attention_mask=values["attention_mask"],
+                        position_embeddings=position_embeddings,
+                    )
+                )
+            result = stack.entries
+        elif takes == ["stack"]:
+            (result,) = part(*values.pop("stack"))
+        else:
+            (taken,) = takes
+            result = part(values.pop(taken))
+        (given,) = gives
+        values[given] = result
+    assert_close(values["logits"], model(random_ids(2, 6)).logits, 1e-6)
+
+
+# Saving, loading and the Hub
+
+HEADS = {
+    DCAModel: AutoModel,
+    DCAForCausalLM: AutoModelForCausalLM,
+    DCAForSequenceClassification: AutoModelForSequenceClassification,
+    DCAForTokenClassification: AutoModelForTokenClassification,
+    DCAForQuestionAnswering: AutoModelForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class):
+    model = tiny_model(model_class, last_k=2)
+    model.save_pretrained(tmp_path)
+    loaded = HEADS[model_class].from_pretrained(tmp_path)
+    assert type(loaded) is model_class
+    expected, result = model(random_ids(1, 5)).to_tuple(), loaded.eval()(random_ids(1, 5)).to_tuple()
+    assert_close(result[0], expected[0], 1e-6)
+    assert type(HEADS[model_class].from_config(model.config)) is model_class
+
+
+def test_all_schemes_are_tested():
+    assert {scheme["residual_scheme"] for scheme in ALL_SCHEMES} == set(RESIDUAL_SCHEMES)
+
+
+REMOTE_SCRIPT = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_dca":
+            raise ImportError(f"{name} is not installed here")
+
+
+sys.meta_path.insert(0, Blocker())
+
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification,
+)
+
+text, vision = sys.argv[1] + "/text", sys.argv[1] + "/vision"
+inputs = torch.load(sys.argv[1] + "/inputs.pt")
+
+
+def load(auto_class, path):
+    return auto_class.from_pretrained(path, trust_remote_code=True).eval()
+
+
+def save(model, path):
+    # What was loaded from the Hub can be pushed again, code and all.
+    model.save_pretrained(sys.argv[1] + path)
+    return load(type_of[path], sys.argv[1] + path)
+
+
+type_of = {"/text-again": AutoModelForCausalLM, "/vision-again": AutoModelForImageClassification}
+outputs = {}
+with torch.no_grad():
+    causal_lm = load(AutoModelForCausalLM, text)
+    outputs["causal_lm"] = causal_lm(inputs["input_ids"]).logits
+    outputs["generated"] = causal_lm.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    outputs["base"] = load(AutoModel, text)(inputs["input_ids"]).last_hidden_state
+    for name, auto_class in {
+        "sequence": AutoModelForSequenceClassification,
+        "token": AutoModelForTokenClassification,
+        "question": AutoModelForQuestionAnswering,
+    }.items():
+        model = load(auto_class, text)
+        outputs[name] = model.model(inputs["input_ids"]).last_hidden_state
+        model(inputs["input_ids"][:1])
+    image = load(AutoModelForImageClassification, vision)
+    outputs["image"] = image(inputs["pixel_values"]).logits
+    outputs["image_base"] = load(AutoModel, vision)(inputs["pixel_values"]).last_hidden_state
+    outputs["causal_lm_again"] = save(causal_lm, "/text-again")(inputs["input_ids"]).logits
+    outputs["image_again"] = save(image, "/vision-again")(inputs["pixel_values"]).logits
+assert type(AutoConfig.from_pretrained(text, trust_remote_code=True)).__name__ == "DCAConfig"
+assert type(AutoConfig.from_pretrained(vision, trust_remote_code=True)).__name__ == "DCAVisionConfig"
+assert "modeling_dca" not in sys.modules
+torch.save(outputs, sys.argv[1] + "/outputs.pt")
+"""
+
+
+def test_checkpoint_runs_where_the_package_is_not_installed(tmp_path):
+    # One process for all: starting one costs more than all that it does.
+    text = tiny_model(last_k=2)
+    text.save_pretrained(tmp_path / "text")
+    vision = randomize(
+        DCAForImageClassification(
+            DCAVisionConfig(
+                image_size=8, patch_size=4, hidden_size=16, num_attention_heads=2, num_hidden_layers=3, num_labels=3
+            )
+        )
+    )
+    vision.save_pretrained(tmp_path / "vision")
+    inputs = {"input_ids": random_ids(2, 6), "pixel_values": torch.randn(2, 3, 8, 8)}
+    torch.save(inputs, tmp_path / "inputs.pt")
+
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE_SCRIPT, str(tmp_path)]
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+
+    outputs = torch.load(tmp_path / "outputs.pt")
+    with torch.no_grad():
+        logits, image_logits = text(inputs["input_ids"]).logits, vision(inputs["pixel_values"]).logits
+        hidden_states = text.model(inputs["input_ids"]).last_hidden_state
+        for name in ("causal_lm", "causal_lm_again"):
+            assert_close(outputs[name], logits, 1e-6)
+        for name in ("base", "sequence", "token", "question"):
+            assert_close(outputs[name], hidden_states, 1e-6)
+        for name in ("image", "image_again"):
+            assert_close(outputs[name], image_logits, 1e-6)
+        assert_close(outputs["image_base"], vision.model(inputs["pixel_values"]).last_hidden_state, 1e-6)
+        generated = text.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(outputs["generated"], generated)
