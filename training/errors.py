@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 # The base of all errors of the HTTP client, which is httpx or httpx2 by the version of huggingface_hub.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, StrictDataclassError
+from tqdm.auto import tqdm
 
 
 Parameters = ParamSpec("Parameters")
@@ -66,7 +67,7 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
             message, status = str(UserError(innermost_message(error))), 2
         except KeyboardInterrupt:
             message, status = "interrupted", 130
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also within a progress bar
         raise SystemExit(status)
 
     return run

@@ -1,0 +1,74 @@
+"""The README: every block of code in it does what it says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.hub_server import HubServer, User
+
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "hf_" + "ReadmeSecretReadmeSecretReadmeSecr"
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+)
+
+# What makes the README's runs small enough for a test.
+SMALL_TEXT = "--dataset text.txt --eval_dataset text.txt --vocab_size 300 --hidden_size 16 --max_steps 2 --save_steps 2 --eval_steps 2"
+SMALL_IMAGES = "--hidden_size 16 --max_steps 2 --save_strategy steps --eval_strategy no"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder in which the README's commands run as in a checkout, with the two demo runs, made small."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for room in ("configuration", "model_cards", "training", "modeling_dca"):
+        (folder / room).symlink_to(ROOT / room)
+    shutil.copy(ROOT / "modeling_dca" / "grn.py", folder / "text.txt")
+    run(folder, "-m", "training.causal_lm", "configuration/demo/text.yaml", *SMALL_TEXT.split())
+    run(folder, "-m", "training.image_classification", "configuration/demo/image.yaml", *SMALL_IMAGES.split())
+    return folder
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HOME": str(folder / "cache"), **environment}
+    completed = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed
+
+
+def test_python_blocks_run_one_after_the_other(checkout):
+    code = "\n".join(text for language, text in BLOCKS if language == "python")
+    with HubServer({TOKEN: User("your-name")}) as hub:
+        run(checkout, "-c", code, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+        pushed = hub.repositories["your-name/your-model"].commits[-1].files
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_dca.py"} <= set(pushed)
+    assert (checkout / "runs" / "fine-tuned" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "line", [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+)
+def test_shell_command_runs(line, checkout):
+    program, *arguments = shlex.split(line)
+    if program == "make":
+        # What these do is tested by running them: here, that they exist.
+        subprocess.run([program, "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert program == "python"
+    small = SMALL_TEXT if "training.causal_lm" in arguments else SMALL_IMAGES
+    run(checkout, *arguments, *small.split())
+    output = arguments[arguments.index("--output_dir") + 1]
+    assert (checkout / output / "model.safetensors").exists()
+
+
+def test_no_block_is_left_out():
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "bibtex"}
