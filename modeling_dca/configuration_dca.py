@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
@@ -153,7 +154,7 @@ class DCAConfig(PreTrainedConfig):
     last_k: int | None = None
     grn_implementation: str = "auto"
     norm_type: str = "rms_norm"
-    norm_eps: float = 1e-6
+    norm_eps: float = interval(min=0.0)(default=1e-6)
     gated_mlp: bool = False
     qk_norm: bool = False
     position_embedding: str = "rope"
@@ -161,7 +162,7 @@ class DCAConfig(PreTrainedConfig):
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     attention_bias: bool = False
-    attention_dropout: float | int = 0.0
+    attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
     mlp_bias: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -174,8 +175,7 @@ class DCAConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self._check_divides("hidden_size", "num_attention_heads")
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -190,7 +190,17 @@ class DCAConfig(PreTrainedConfig):
                 "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
                 "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
             }
+        # Parts that only some models have are in the plan of those alone.
+        self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
+        if self.gated_mlp:
+            self.base_model_tp_plan["layers.*.mlp.gate_proj"] = "colwise"
+        if self.qk_norm:
+            # Each process has some of the heads, and all of them share one norm.
+            self.base_model_tp_plan["layers.*.self_attn.q_norm"] = "replicated_with_grad_allreduce"
+            self.base_model_tp_plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
         super().__post_init__(**kwargs)
+        if self.position_embedding != "rope":
+            self.rope_parameters = None
 
     def to_dict(self):
         # How to compute is the machine's matter, not the checkpoint's.
@@ -215,6 +225,7 @@ class DCAConfig(PreTrainedConfig):
         self._check_known("residual_scheme", RESIDUAL_SCHEMES)
         self._check_known("norm_type", ("rms_norm", "layer_norm"))
         self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
+        self._check_known("hidden_act", ACT2FN)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             self._check_positive(name)
         for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings", "last_k", "sliding_window"):
@@ -224,6 +235,8 @@ class DCAConfig(PreTrainedConfig):
                 f"`last_k` is {self.last_k}, but the 'standard' scheme sums all outputs: leave `last_k` out or choose "
                 "another `residual_scheme`."
             )
+        if self.head_dim is None:
+            self._check_divides("hidden_size", "num_attention_heads")
         self._check_divides("num_attention_heads", "num_key_value_heads")
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")

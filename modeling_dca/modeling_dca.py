@@ -306,6 +306,7 @@ class DCAModel(DCAPreTrainedModel):
 
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -346,13 +347,17 @@ class DCAModel(DCAPreTrainedModel):
             past_key_values=past_key_values,
         )
 
+    def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
+        # A static cache counts its tokens on the device: looking at them would mean waiting for it.
+        past_seen_tokens = past_seen_tokens if isinstance(past_seen_tokens, int) else 0
+        if self.embed_positions is not None and past_seen_tokens + num_tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The sequence has {past_seen_tokens + num_tokens} tokens, but the learned positions end at "
+                f"`max_position_embeddings` = {self.config.max_position_embeddings}: shorten the sequence."
+            )
+
     def _add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
         if self.embed_positions is not None:
-            if inputs_embeds.shape[1] > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"The sequence has {inputs_embeds.shape[1]} tokens, but the learned positions end at "
-                    f"`max_position_embeddings` = {self.config.max_position_embeddings}: shorten the sequence."
-                )
             return inputs_embeds + self.embed_positions(position_ids)
         if self.config.position_embedding == "sincos":
             return inputs_embeds + sincos_embedding(position_ids, self.config.hidden_size).to(inputs_embeds.dtype)
@@ -431,26 +436,31 @@ class DCAForCausalLM(DCAPreTrainedModel, GenerationMixin):
         )
 
 
-class DCAForSequenceClassification(GenericForSequenceClassification, DCAPreTrainedModel):
+class DCAGenericHead(DCAPreTrainedModel):
+    """What lets the generic heads of transformers, which build their backbone through AutoModel, find DCA's."""
+
+    def __init__(self, config: DCAConfig):
+        # The class of the configuration, and not DCAConfig: with code that came with a checkpoint they can be two.
+        AutoModel.register(type(config), DCAModel, exist_ok=True)
+        super().__init__(config)
+
+
+class DCAForSequenceClassification(GenericForSequenceClassification, DCAGenericHead):
     """The DCA decoder with a linear classifier on the last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
 
-class DCAForTokenClassification(GenericForTokenClassification, DCAPreTrainedModel):
+class DCAForTokenClassification(GenericForTokenClassification, DCAGenericHead):
     """The DCA decoder with a linear classifier on each token."""
 
     _auto_class = "AutoModelForTokenClassification"
 
 
-class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAPreTrainedModel):
+class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAGenericHead):
     """The DCA decoder with a linear head for the start and the end of an answer in the text."""
 
     _auto_class = "AutoModelForQuestionAnswering"
-
-
-# The generic heads build their backbone through AutoModel, also where this file came with a checkpoint.
-AutoModel.register(DCAConfig, DCAModel, exist_ok=True)
 
 
 __all__ = [

@@ -1,6 +1,8 @@
 """Language models: the maths of the whole model, what transformers does with it, and the trip through the Hub."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -32,6 +35,7 @@ from modeling_dca import (
     DCAForTokenClassification,
     DCAModel,
     DCAVisionConfig,
+    DCAVisionModel,
     ResidualStack,
     generalized_residual,
 )
@@ -49,7 +53,7 @@ ALL_SCHEMES = [{"residual_scheme": "standard"}, *LEARNED_SCHEMES]
 SOME_SCHEMES = [{"residual_scheme": "standard"}, {"residual_scheme": "dca"}, {"residual_scheme": "dca", "last_k": 1}]
 
 LLAMA = {"gated_mlp": True, "hidden_act": "silu"}
-LAYER_NORM = {"norm_type": "layer_norm", "norm_eps": 1e-5}
+LAYER_NORM = {"norm_type": "layer_norm", "norm_eps": 1e-3}
 
 VOCABULARY = 50
 
@@ -138,6 +142,7 @@ ARCHITECTURES = {
     "learned": {"position_embedding": "learned"},
     "sincos": {"position_embedding": "sincos"},
     "no_positions": {"position_embedding": "none", "attention_bias": True, "mlp_bias": True},
+    "large_epsilon": {"norm_eps": 0.1},
     "partial_rope": {"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},
     "sliding": {"sliding_window": 3},
     "sliding_and_full": {
@@ -192,16 +197,23 @@ def test_fresh_model_equals_llama(scheme, dtype, tolerance):
         assert_close(hidden_states, expected_hidden_states, tolerance)
 
 
-def test_standard_and_llama_have_the_same_weights():
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=2))
-    model = DCAForCausalLM(
-        DCAConfig(
-            vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=11008,
-            residual_scheme="standard", **LLAMA,
-        )
-    )  # fmt: skip
+@pytest.mark.parametrize("fields", [{}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 6}], ids=str)
+def test_standard_model_has_the_weights_of_llama(fields):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    fields = sizes | {"num_attention_heads": 4, "num_key_value_heads": 2} | fields
+    llama = LlamaForCausalLM(LlamaConfig(**fields))
+    model = DCAForCausalLM(DCAConfig(residual_scheme="standard", **LLAMA, **fields))
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     assert shapes == {name: weight.shape for name, weight in llama.state_dict().items()}
+
+
+@pytest.mark.parametrize("mlp_bias", [True, False])
+def test_feed_forward_module_without_gating_has_two_maps(mlp_bias):
+    mlp = DCAModel(tiny_config(mlp_bias=mlp_bias)).layers[0].mlp
+    expected = {"up_proj.weight": (24, 16), "down_proj.weight": (16, 24)}
+    if mlp_bias:
+        expected |= {"up_proj.bias": (24,), "down_proj.bias": (16,)}
+    assert {name: tuple(weight.shape) for name, weight in mlp.state_dict().items()} == expected
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
@@ -648,11 +660,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(scheme, use_reentrant):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("scheme", SOME_SCHEMES[1:], ids=name_of)
-def test_compiles_without_graph_breaks(scheme):
+def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
-    # Enough layers for `last_k=1` to merge entries.
-    model = tiny_model(num_hidden_layers=3, **scheme)
+    # Enough layers for `last_k=1` to merge entries; the full stack is compiled in the test of the vision models.
+    model = tiny_model(num_hidden_layers=3, last_k=1)
     input_ids = random_ids(2, 6)
     expected = model(input_ids, labels=input_ids, use_cache=False)
     expected.loss.backward()
@@ -695,6 +706,13 @@ def test_mixed_precision(scheme):
     )
     # As above, with fewer roundings.
     assert_close(outputs.logits, exact, 6 * 12**0.5 * torch.finfo(torch.bfloat16).eps / 2)
+
+
+def test_attention_dropout_is_for_training():
+    model, expected = tiny_model(attention_dropout=0.5), tiny_model()(random_ids(1, 6)).logits
+    assert torch.equal(model(random_ids(1, 6)).logits, expected)
+    torch.manual_seed(0)
+    assert (model.train()(random_ids(1, 6)).logits - expected).abs().max() > 1e-2
 
 
 # Plans for several devices
@@ -785,6 +803,25 @@ def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class):
     assert type(HEADS[model_class].from_config(model.config)) is model_class
 
 
+VISION_HEADS = {DCAVisionModel: AutoModel, DCAForImageClassification: AutoModelForImageClassification}
+
+
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_saved_model_tells_where_the_code_of_every_head_is(tmp_path, model_class):
+    heads, fields = HEADS, {"vocab_size": 8}
+    if model_class in VISION_HEADS:
+        heads, fields = VISION_HEADS, {"image_size": 4, "patch_size": 4}
+    config = model_class.config_class(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, **fields)
+    model_class(config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    expected = {auto_class.__name__: head for head, auto_class in heads.items()} | {"AutoConfig": type(config)}
+    for name, some_class in expected.items():
+        module, class_name = saved["auto_map"].pop(name).split(".")
+        assert (tmp_path / f"{module}.py").read_text().count(f"class {class_name}(") == 1
+        assert (f"modeling_dca.{module}", class_name) == (some_class.__module__, some_class.__name__)
+    assert saved["auto_map"] == {}
+
+
 def test_all_schemes_are_tested():
     assert {scheme["residual_scheme"] for scheme in ALL_SCHEMES} == set(RESIDUAL_SCHEMES)
 
@@ -807,77 +844,114 @@ from transformers import (
     AutoModelForSequenceClassification, AutoModelForTokenClassification,
 )
 
-text, vision = sys.argv[1] + "/text", sys.argv[1] + "/vision"
-inputs = torch.load(sys.argv[1] + "/inputs.pt")
+inputs = torch.load("inputs.pt")
+outputs = {}
 
 
 def load(auto_class, path):
-    return auto_class.from_pretrained(path, trust_remote_code=True).eval()
+    model = auto_class.from_pretrained(path, trust_remote_code=True).eval()
+    return model, type(model).__name__
 
 
-def save(model, path):
-    # What was loaded from the Hub can be pushed again, code and all.
-    model.save_pretrained(sys.argv[1] + path)
-    return load(type_of[path], sys.argv[1] + path)
-
-
-type_of = {"/text-again": AutoModelForCausalLM, "/vision-again": AutoModelForImageClassification}
-outputs = {}
-with torch.no_grad():
-    causal_lm = load(AutoModelForCausalLM, text)
-    outputs["causal_lm"] = causal_lm(inputs["input_ids"]).logits
-    outputs["generated"] = causal_lm.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    outputs["base"] = load(AutoModel, text)(inputs["input_ids"]).last_hidden_state
-    for name, auto_class in {
-        "sequence": AutoModelForSequenceClassification,
-        "token": AutoModelForTokenClassification,
-        "question": AutoModelForQuestionAnswering,
-    }.items():
-        model = load(auto_class, text)
-        outputs[name] = model.model(inputs["input_ids"]).last_hidden_state
+def run(source):
+    text, vision = f"{source}/text", f"{source}/vision"
+    assert type(AutoConfig.from_pretrained(text, trust_remote_code=True)).__name__ == "DCAConfig"
+    assert type(AutoConfig.from_pretrained(vision, trust_remote_code=True)).__name__ == "DCAVisionConfig"
+    results = {}
+    causal_lm, name = load(AutoModelForCausalLM, text)
+    results[name] = causal_lm(inputs["input_ids"]).logits
+    results["generated"] = causal_lm.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    image, name = load(AutoModelForImageClassification, vision)
+    results[name] = image(inputs["pixel_values"]).logits
+    # Pushed again, code and all, by one who has only what was loaded.
+    causal_lm.save_pretrained(f"{source}-again/text")
+    again, name = load(AutoModelForCausalLM, f"{source}-again/text")
+    results[name + "-again"] = again(inputs["input_ids"]).logits
+    image.save_pretrained(f"{source}-again/vision")
+    again, name = load(AutoModelForImageClassification, f"{source}-again/vision")
+    results[name + "-again"] = again(inputs["pixel_values"]).logits
+    # Each from a copy: the heads must find their backbone without AutoModel having been used with its code before.
+    for auto_class, copy in (
+        (AutoModelForSequenceClassification, "sequence"),
+        (AutoModelForTokenClassification, "token"),
+        (AutoModelForQuestionAnswering, "question"),
+    ):
+        model, name = load(auto_class, f"{source}/{copy}")
         model(inputs["input_ids"][:1])
-    image = load(AutoModelForImageClassification, vision)
-    outputs["image"] = image(inputs["pixel_values"]).logits
-    outputs["image_base"] = load(AutoModel, vision)(inputs["pixel_values"]).last_hidden_state
-    outputs["causal_lm_again"] = save(causal_lm, "/text-again")(inputs["input_ids"]).logits
-    outputs["image_again"] = save(image, "/vision-again")(inputs["pixel_values"]).logits
-assert type(AutoConfig.from_pretrained(text, trust_remote_code=True)).__name__ == "DCAConfig"
-assert type(AutoConfig.from_pretrained(vision, trust_remote_code=True)).__name__ == "DCAVisionConfig"
+        results[name] = model.model(inputs["input_ids"]).last_hidden_state
+    model, name = load(AutoModel, text)
+    results[name] = model(inputs["input_ids"]).last_hidden_state
+    model, name = load(AutoModel, vision)
+    results[name] = model(inputs["pixel_values"]).last_hidden_state
+    return results
+
+
+for source in sys.argv[1:]:
+    with torch.no_grad():
+        try:
+            outputs[source] = run(source)
+        except Exception as error:
+            outputs[source] = repr(error)
 assert "modeling_dca" not in sys.modules
-torch.save(outputs, sys.argv[1] + "/outputs.pt")
+torch.save(outputs, "outputs.pt")
 """
 
 
-def test_checkpoint_runs_where_the_package_is_not_installed(tmp_path):
-    # One process for all: starting one costs more than all that it does.
-    text = tiny_model(last_k=2)
-    text.save_pretrained(tmp_path / "text")
-    vision = randomize(
-        DCAForImageClassification(
-            DCAVisionConfig(
-                image_size=8, patch_size=4, hidden_size=16, num_attention_heads=2, num_hidden_layers=3, num_labels=3
-            )
-        )
-    )
-    vision.save_pretrained(tmp_path / "vision")
-    inputs = {"input_ids": random_ids(2, 6), "pixel_values": torch.randn(2, 3, 8, 8)}
-    torch.save(inputs, tmp_path / "inputs.pt")
+def put_into_hub_cache(checkpoint, repository, home):
+    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, folder / "snapshots" / ("0" * 40))
 
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE_SCRIPT, str(tmp_path)]
-    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory):
+    """
+    What checkpoints compute in a process that cannot import `modeling_dca`, and what they should: one process for all,
+    as starting one costs more than all that it does. `folder` is loaded from a local path and `someone` from the Hub,
+    for which transformers caches code differently.
+    """
+    path = tmp_path_factory.mktemp("elsewhere")
+    text = tiny_model(last_k=2)
+    vision_sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2}
+    vision_config = DCAVisionConfig(num_hidden_layers=3, num_labels=3, **vision_sizes)
+    vision = randomize(DCAForImageClassification(vision_config))
+    for name, model in {"vision": vision, **dict.fromkeys(("text", "sequence", "token", "question"), text)}.items():
+        model.save_pretrained(path / "folder" / name)
+        put_into_hub_cache(path / "folder" / name, f"someone/{name}", path / "home")
+    input_ids, pixel_values = random_ids(2, 6), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.save({"input_ids": input_ids, "pixel_values": pixel_values}, path / "inputs.pt")
+
+    environment = os.environ | {"HF_HOME": str(path / "home"), "HF_HUB_OFFLINE": "1"}
+    for variable in ("HF_HUB_CACHE", "HF_MODULES_CACHE"):
+        environment.pop(variable, None)
+    command = [sys.executable, "-c", REMOTE_SCRIPT, "folder", "someone"]
+    process = subprocess.run(
+        command, env=environment, cwd=path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr
 
-    outputs = torch.load(tmp_path / "outputs.pt")
     with torch.no_grad():
-        logits, image_logits = text(inputs["input_ids"]).logits, vision(inputs["pixel_values"]).logits
-        hidden_states = text.model(inputs["input_ids"]).last_hidden_state
-        for name in ("causal_lm", "causal_lm_again"):
-            assert_close(outputs[name], logits, 1e-6)
-        for name in ("base", "sequence", "token", "question"):
-            assert_close(outputs[name], hidden_states, 1e-6)
-        for name in ("image", "image_again"):
-            assert_close(outputs[name], image_logits, 1e-6)
-        assert_close(outputs["image_base"], vision.model(inputs["pixel_values"]).last_hidden_state, 1e-6)
-        generated = text.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert torch.equal(outputs["generated"], generated)
+        hidden_states, logits = text.model(input_ids).last_hidden_state, text(input_ids).logits
+        expected = {
+            "DCAForCausalLM": logits,
+            "DCAForCausalLM-again": logits,
+            "DCAForImageClassification": vision(pixel_values).logits,
+            "DCAForImageClassification-again": vision(pixel_values).logits,
+            "DCAForSequenceClassification": hidden_states,
+            "DCAForTokenClassification": hidden_states,
+            "DCAForQuestionAnswering": hidden_states,
+            "DCAModel": hidden_states,
+            "DCAVisionModel": vision.model(pixel_values).last_hidden_state,
+            "generated": text.generate(input_ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
+        }
+    return torch.load(path / "outputs.pt"), expected
+
+
+@pytest.mark.parametrize("source", ["folder", "someone"])
+def test_checkpoint_runs_where_the_package_is_not_installed(loaded_elsewhere, source):
+    results, expected = loaded_elsewhere
+    assert isinstance(results[source], dict), results[source]
+    assert results[source].keys() == expected.keys()
+    for name, result in results[source].items():
+        assert_close(result, expected[name], 1e-6)
