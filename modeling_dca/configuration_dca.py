@@ -180,16 +180,6 @@ class DCAConfig(PreTrainedConfig):
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
-        # The plan names only modules that the model has.
-        if self.gated_mlp:
-            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.mlp.gate_proj": "colwise"}
-        if self.qk_norm:
-            # All heads share these norms, but each device has the gradient of its own heads only.
-            self.base_model_tp_plan = {
-                **self.base_model_tp_plan,
-                "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-                "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-            }
         # Parts that only some models have are in the plan of those alone.
         self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
         if self.gated_mlp:
