@@ -304,9 +304,11 @@ class DCAModel(DCAPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if self.embed_positions is not None and (position_ids is None or past_key_values is not None):
+            # (Sequences that are packed into one have positions of their own, and may be longer together.)
             self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
+        if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -350,7 +352,7 @@ class DCAModel(DCAPreTrainedModel):
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
         # A static cache counts its tokens on the device: looking at them would mean waiting for it.
         past_seen_tokens = past_seen_tokens if isinstance(past_seen_tokens, int) else 0
-        if self.embed_positions is not None and past_seen_tokens + num_tokens > self.config.max_position_embeddings:
+        if past_seen_tokens + num_tokens > self.config.max_position_embeddings:
             raise ValueError(
                 f"The sequence has {past_seen_tokens + num_tokens} tokens, but the learned positions end at "
                 f"`max_position_embeddings` = {self.config.max_position_embeddings}: shorten the sequence."
