@@ -27,6 +27,17 @@ LAST = "last"
 # Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has.
 NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
 
+# What the Trainer meets only when it is too late for a sentence.
+SMALLEST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "seed": 0,
+}
+
 
 @dataclasses.dataclass
 class RunArguments(TrainingArguments):
@@ -58,6 +69,10 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name, smallest in SMALLEST.items():
+            # (Comparing so, and not with `<`, refuses NaN, too.)
+            if not getattr(self, name) >= smallest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {smallest}.")
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
 
@@ -162,9 +177,10 @@ def _read_yaml(path: Path, sections: dict[str, list[str]]) -> list[str]:
             raise UserError(
                 f"The configuration {path} has an unknown section {section!r}; {nearest_name(section, sections)}"
             )
-        if not isinstance(fields or {}, dict):
+        fields = {} if fields is None else fields
+        if not isinstance(fields, dict):
             raise UserError(f"The section {section!r} of {path} is {fields!r}; it must name fields and their values.")
-        for name, value in (fields or {}).items():
+        for name, value in fields.items():
             if name not in sections[section]:
                 raise UserError(
                     f"The section {section!r} of {path} has an unknown field {name!r}; {_nearest(name, sections[section])}"
@@ -230,6 +246,7 @@ def parse_run(argv: list[str], command: str, description: str, config_class, dat
     except (StrictDataclassError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
     values = {"model": model, "data": vars(data), "training": training.to_dict()}
+    values["training"]["report_to"] = training.report_to or ["none"]  # an empty list is none that could be given
     record = {
         section: {name: value for name, value in values[section].items() if name in named - NOT_RECORDED}
         for section in sections

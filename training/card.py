@@ -117,7 +117,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         config=run.config,
         loss_curve=LOSS_CURVE,
         depth_weights=DEPTH_WEIGHTS if weights else None,
-        prompt=note.get("prompt"),
+        prompt=repr(note.get("prompt")),  # as Python writes it: JSON's escapes of an emoji are another text to Python
         versions={
             "Python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "datasets")},

@@ -21,7 +21,7 @@ from training.arguments import RunArguments, parse_run
 from training.data import PackedBlocks, TextDataArguments, is_on_the_hub, load_text, texts
 from training.errors import UserError, command
 from training.metrics import Perplexity
-from training.run import check_output_folder, config_of_baseline, make_output_folder, run_models
+from training.run import check_hub, check_output_folder, config_of_baseline, make_output_folder, run_models
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -80,6 +80,7 @@ def main():
         )
     configs = [config, config_of_baseline(run)]
     check_output_folder(run.training)
+    check_hub(run.training)
 
     with run.training.main_process_first(desc="preparing the data"):
         train_documents, held_out_documents = load_text(data, run.training.seed)
@@ -92,15 +93,16 @@ def main():
         train_blocks = PackedBlocks(train_documents, *options)
         held_out = PackedBlocks(held_out_documents, *options)
         held_out_blocks = held_out.materialize()
-        if not data.streaming:
+        if data.streaming:
+            train_blocks.check_length()
+        else:
             train_blocks = train_blocks.materialize()
     for each in filter(None, configs):
         each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         each.pad_token_id = tokenizer.pad_token_id
+    metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
     if run.training.should_save:
         make_output_folder(run)
-
-    metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         losses = prediction.predictions

@@ -45,9 +45,6 @@ class DataArguments:
     eval_fraction: float = dataclasses.field(
         default=0.05, metadata={"help": "The share of the examples to hold out, where no other is named for it."}
     )
-    streaming: bool = dataclasses.field(
-        default=False, metadata={"help": "Read the training data while training, instead of before."}
-    )
 
 
 @dataclasses.dataclass
@@ -63,6 +60,9 @@ class TextDataArguments(DataArguments):
     )
     text_column: str = dataclasses.field(
         default="text", metadata={"help": "The column with the text, or with lists of token ids."}
+    )
+    streaming: bool = dataclasses.field(
+        default=False, metadata={"help": "Read the training data while training, instead of before."}
     )
     block_size: int = dataclasses.field(
         default=128, metadata={"help": "The length of the training sequences, in tokens."}
@@ -100,7 +100,9 @@ class ImageDataArguments(DataArguments):
     )
 
 
-def load_splits(arguments: DataArguments, built_in, formats: dict[str, str], column: str, seed: int, **split_options):
+def load_splits(
+    arguments: DataArguments, built_in, formats: dict[str, str], column: str, seed: int, streaming=False, classes=None
+):
     """
     The examples to train on and those held out, no example in both.
 
@@ -109,32 +111,43 @@ def load_splits(arguments: DataArguments, built_in, formats: dict[str, str], col
         formats: which loader of `datasets` reads a local file, by its ending.
         column: a column that the data must have.
         seed: the seed of the split, where a share of the training split is held out.
-        split_options: options of `Dataset.train_test_split`.
+        streaming: read the training part as it is used.
+        classes: the column of the classes, where of each the same share is to be held out.
 
     Raises:
         [`UserError`]: the data is missing, empty, of another format, or has no such column.
     """
-    if arguments.dataset in built_in:
-        return built_in[arguments.dataset](arguments, seed)
     if not 0 < arguments.eval_fraction < 1:
         raise UserError(f"`eval_fraction` is {arguments.eval_fraction}; it must lie between 0 and 1.")
-    train = _load(arguments.dataset, arguments.train_split, arguments, formats, column, arguments.streaming)
+    if arguments.dataset in built_in:
+        for name in ("eval_split", "eval_dataset"):
+            if getattr(arguments, name) is not None:
+                raise UserError(
+                    f"`{name}` is {getattr(arguments, name)!r}, but {arguments.dataset!r} has its own held-out part: leave it out."
+                )
+        return built_in[arguments.dataset](arguments, seed)
+    train = _load(arguments.dataset, arguments.train_split, arguments, formats, column, streaming)
     if arguments.eval_dataset is not None:
-        held_out = _load(arguments.eval_dataset, "train", arguments, formats, column)
-    elif arguments.eval_split is not None:
-        held_out = _load(arguments.dataset, arguments.eval_split, arguments, formats, column)
-    elif arguments.streaming:
+        return train, _load(arguments.eval_dataset, "train", arguments, formats, column)
+    if arguments.eval_split is not None:
+        return train, _load(arguments.dataset, arguments.eval_split, arguments, formats, column)
+    if streaming:
         raise UserError("`streaming` is on, so nothing can be split off: name an `eval_split` or an `eval_dataset`.")
-    else:
-        try:
-            parts = train.train_test_split(test_size=arguments.eval_fraction, seed=seed, **split_options)
-        except ValueError as error:
-            raise UserError(
-                f"The {len(train)} examples of {arguments.dataset!r} cannot be split with `eval_fraction` = "
-                f"{arguments.eval_fraction}: {innermost_message(error)}"
-            ) from error
-        train, held_out = parts["train"], parts["test"]
-    return train, held_out
+    stratified = isinstance(train.features.get(classes), ClassLabel)
+    return _hold_out(train, arguments, seed, classes if stratified else None)
+
+
+def _hold_out(data: Dataset, arguments: DataArguments, seed: int, classes: str | None) -> tuple[Dataset, Dataset]:
+    """What is left to train on, and a share of the examples, the same of each class."""
+    try:
+        parts = data.train_test_split(test_size=arguments.eval_fraction, seed=seed, stratify_by_column=classes)
+    except ValueError as error:
+        raise UserError(
+            f"The {len(data)} examples of {arguments.dataset!r} (a text file is one) cannot be split with "
+            f"`eval_fraction` = {arguments.eval_fraction}: name an `eval_dataset`, or give more examples "
+            f"({innermost_message(error)})"
+        ) from error
+    return parts["train"], parts["test"]
 
 
 def _load(name: str, split: str, arguments: DataArguments, formats, column: str, streaming: bool = False):
@@ -145,7 +158,7 @@ def _load(name: str, split: str, arguments: DataArguments, formats, column: str,
             data = load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
         else:
             loader, options = local
-            data = load_dataset(loader, split="train", streaming=streaming, **options)
+            data = load_dataset(loader, split=split, streaming=streaming, **options)
         # A stream is first read here.
         columns = data.column_names or list(next(iter(data), {}))
     except DatasetGenerationError as error:
@@ -155,7 +168,7 @@ def _load(name: str, split: str, arguments: DataArguments, formats, column: str,
         ) from error
     except (DatasetNotFoundError, DatasetBuildError, OSError, ValueError, ConnectionError) as error:
         raise UserError(
-            f"`dataset` is {name!r}, and its split {split!r} cannot be loaded: {innermost_message(error)}"
+            f"The split {split!r} of the data {name!r} cannot be loaded: {innermost_message(error)}"
         ) from error
     if not streaming and len(data) == 0 or not columns:
         raise UserError(f"The data {name!r} is empty: give a file with examples.")
@@ -191,6 +204,8 @@ def _local_files(name: str, formats: dict[str, str]) -> tuple[str, dict] | None:
     options = {"data_files": files}
     if loader == "text":
         options["sample_by"] = "document"  # a file is one document, and not each of its lines
+    elif loader == "csv":
+        options.update(keep_default_na=False, skip_blank_lines=False)  # "NA", say, is text
     return loader, options
 
 
@@ -246,15 +261,20 @@ def handwritten_digits(arguments: ImageDataArguments, seed: int) -> tuple[Datase
         {"image": Image(mode="L"), "label": ClassLabel(names=[str(name) for name in digits.target_names])}
     )
     data = Dataset.from_dict({"image": list(images), "label": digits.target.tolist()}, features=features)
-    parts = data.train_test_split(test_size=arguments.eval_fraction, seed=0, stratify_by_column="label")
-    return parts["train"], parts["test"]
+    return _hold_out(data, arguments, seed=0, classes="label")
 
 
 def load_text(arguments: TextDataArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset]:
     """The documents to train on and those held out, with the column `arguments.text_column`."""
     if arguments.block_size < 2:
         raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")
-    train, held_out = load_splits(arguments, {"stdlib": standard_library}, TEXT_FORMATS, arguments.text_column, seed)
+    for name in ("max_eval_documents", "tokenizer_documents"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"`{name}` is {value}; it must be at least 1.")
+    train, held_out = load_splits(
+        arguments, {"stdlib": standard_library}, TEXT_FORMATS, arguments.text_column, seed, arguments.streaming
+    )
     if arguments.max_eval_documents is not None:
         held_out = held_out.select(range(min(arguments.max_eval_documents, len(held_out))))
     return train, held_out
@@ -268,36 +288,66 @@ def load_images(arguments: ImageDataArguments, num_channels: int, seed: int) -> 
         [`UserError`]: also where an image has other than `num_channels` channels, or a label is out of range.
     """
     train, held_out = load_splits(
-        arguments, {"digits": handwritten_digits}, IMAGE_FORMATS, arguments.image_column, seed
+        arguments,
+        {"digits": handwritten_digits},
+        IMAGE_FORMATS,
+        arguments.image_column,
+        seed,
+        classes=arguments.label_column,
     )
+    columns = {arguments.image_column: "image", arguments.label_column: "label"}
     parts = []
-    for part in (train, held_out):
+    sources = arguments.dataset, arguments.eval_dataset or arguments.dataset
+    for part, source in zip((train, held_out), sources):
         if arguments.label_column not in part.column_names:
             raise UserError(
-                f"The data {arguments.dataset!r} has no column {arguments.label_column!r}; it has "
-                f"{', '.join(part.column_names)}."
+                f"The data {source!r} has no column {arguments.label_column!r}; it has {', '.join(part.column_names)}."
             )
-        part = part.select_columns([arguments.image_column, arguments.label_column])
-        part = part.rename_columns(
-            {arguments.image_column: "image", arguments.label_column: "label"}
-            if part.column_names != ["image", "label"]
-            else {}
-        )
-        parts.append(part if isinstance(part.features["image"], Image) else part.cast_column("image", Image()))
-    label_feature = parts[0].features["label"]
-    if isinstance(label_feature, ClassLabel):
-        names = label_feature.names
-    else:
-        num_labels = arguments.num_labels or 1 + max(parts[0]["label"])
-        names = [str(label) for label in range(num_labels)]
-    for part in parts:
-        _check_images(part, num_channels, len(names), arguments.dataset)
+        part = part.select_columns(list(columns)).rename_columns(columns)
+        if not isinstance(part.features["image"], Image):
+            try:
+                part = part.cast_column("image", Image())
+            except (NotImplementedError, TypeError, ValueError) as error:
+                raise UserError(f"The column {arguments.image_column!r} of {source!r} holds no images.") from error
+        parts.append(part)
+    names = _class_names(arguments, *(part.features["label"] for part in parts), labels=parts[0]["label"])
+    for part, source in zip(parts, sources):
+        _check_images(part, num_channels, len(names), source)
     return *parts, names
 
 
+def _class_names(arguments: ImageDataArguments, train_feature, held_out_feature, labels) -> list[str]:
+    """The names of the classes: the data's, or the numbers from 0."""
+    if isinstance(train_feature, ClassLabel):
+        if isinstance(held_out_feature, ClassLabel) and held_out_feature.names != train_feature.names:
+            raise UserError(
+                f"The data held out has the classes {', '.join(held_out_feature.names)}, but those to train on are "
+                f"{', '.join(train_feature.names)}: they must be the same."
+            )
+        return train_feature.names
+    if "int" not in str(getattr(train_feature, "dtype", "")):
+        raise UserError(
+            f"The column {arguments.label_column!r} of {arguments.dataset!r} holds {labels[0]!r}, for one; it must hold "
+            "integers from 0, one for each class."
+        )
+    num_labels = arguments.num_labels
+    if num_labels is None:
+        num_labels = 1 + max((label for label in labels if label is not None), default=0)
+    elif num_labels < 1:
+        raise UserError(f"`num_labels` is {num_labels}; it must be at least 1.")
+    return [str(label) for label in range(num_labels)]
+
+
 def _check_images(data: Dataset, num_channels: int, num_labels: int, name: str):
-    for index, example in enumerate(data):
-        channels = len(example["image"].getbands())
+    for index in range(len(data)):
+        try:
+            example = data[index]
+            channels = len(example["image"].getbands())
+        except (AttributeError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises, or there is none
+            file = (data.cast_column("image", Image(decode=False))[index]["image"] or {}).get("path")
+            raise UserError(
+                f"Image {index} of {name!r} ({file or 'no file'}) cannot be read: {innermost_message(error)}"
+            ) from error
         if channels != num_channels:
             raise UserError(
                 f"Image {index} of {name!r} has {channels} channels ({example['image'].mode}), but `num_channels` is "
@@ -311,9 +361,20 @@ def _check_images(data: Dataset, num_channels: int, num_labels: int, name: str):
 
 
 def texts(data: Dataset | IterableDataset, column: str) -> Iterator[str]:
-    """The texts of a column, one by one."""
+    """
+    The texts of a column, one by one.
+
+    Raises:
+        [`UserError`]: a document holds something else than text.
+    """
     for batch in data.select_columns([column]).iter(TOKENIZER_BATCH):
-        yield from batch[column]
+        for document in batch[column]:
+            if not isinstance(document, str):
+                raise UserError(
+                    f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, "
+                    "or lists of token ids with the `tokenizer` that they are of."
+                )
+            yield document
 
 
 class PackedBlocks(torch.utils.data.IterableDataset):
@@ -341,7 +402,10 @@ class PackedBlocks(torch.utils.data.IterableDataset):
             for document in documents:
                 self._check(document, index)
                 index += 1
-            if isinstance(documents[0], str):
+            are_texts = {isinstance(document, str) for document in documents}
+            if len(are_texts) > 1:
+                raise UserError(f"The column {self.column!r} has both texts and lists of token ids: give one of them.")
+            if True in are_texts:
                 documents = self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
             for document in documents:
                 yield [*document, self.tokenizer.eos_token_id]
@@ -361,19 +425,34 @@ class PackedBlocks(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         tokens = itertools.chain.from_iterable(self.tokens_of_documents())
-        while len(block := list(itertools.islice(tokens, self.block_size))) == self.block_size:
-            yield {"input_ids": block}
+        blocks = iter(lambda: list(itertools.islice(tokens, self.block_size)), [])
+        # Each worker of a data loader has a copy of this: together they give each block once.
+        worker = torch.utils.data.get_worker_info()
+        for block in itertools.islice(blocks, worker.id, None, worker.num_workers) if worker else blocks:
+            if len(block) == self.block_size:
+                yield {"input_ids": block}
 
     def materialize(self) -> Dataset:
         """All blocks as a data set on disk, read by memory-mapping."""
-        blocks = Dataset.from_generator(self.__iter__, features=Features({"input_ids": [Value("int32")]}))
-        if len(blocks) == 0:
+        self.check_length()
+        try:
+            return Dataset.from_generator(self.__iter__, features=Features({"input_ids": [Value("int32")]}))
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+
+    def check_length(self) -> None:
+        """
+        Raises:
+            [`UserError`]: the documents are too short for one block.
+        """
+        if next(iter(self), None) is None:
             tokens = sum(map(len, self.tokens_of_documents()))
             raise UserError(
                 f"The text has {tokens} tokens, too short for one block of `block_size` = {self.block_size}: give more "
                 "text, or a smaller `block_size`."
             )
-        return blocks
 
     def tokens_per_byte(self) -> float:
         """How many tokens a byte of the documents (in UTF-8) becomes, end-of-text tokens included."""
@@ -381,4 +460,6 @@ class PackedBlocks(torch.utils.data.IterableDataset):
         for document in self.tokens_of_documents():
             tokens += len(document)
             num_bytes += len(self.tokenizer.decode(document[:-1]).encode())
+        if num_bytes == 0:
+            raise UserError("All of the documents to evaluate on are empty: give some text.")
         return tokens / num_bytes

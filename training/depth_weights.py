@@ -32,9 +32,10 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
     gates = {residual: [] for residual in residuals}
 
     def record_gates(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
-        # (outputs, entries) of this batch
-        means = [(entry.float() @ residual.gate.float().T).clamp(min=0).flatten(0, -2).mean(dim=0) for entry in stack]
-        gates[residual].append(torch.stack(means, dim=-1))
+        # (tokens, outputs, entries) of this batch
+        opened = [(entry.float() @ residual.gate.float().T).clamp(min=0).flatten(0, -2) for entry in stack]
+        opened = torch.stack(opened, dim=-1)
+        gates[residual].append((opened.sum(dim=0), len(opened)))
 
     hooks = [residual.register_forward_pre_hook(record_gates) for residual in residuals if residual.gate is not None]
     was_training = model.training
@@ -48,7 +49,10 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
     weights = []
     for block, residual in enumerate(residuals, start=1):
         b = (1 + residual.delta.float()).mean(dim=-1)
-        gate = torch.stack(gates[residual]).mean(dim=0) if gates[residual] else torch.zeros_like(b)
+        gate = torch.zeros_like(b)
+        if gates[residual]:
+            sums, tokens = zip(*gates[residual])  # the last batch may be smaller than the others
+            gate = sum(sums) / sum(tokens)
         for index, name in enumerate(INPUTS if len(b) == len(INPUTS) else ["q, k, v"]):
             weights.append(
                 {

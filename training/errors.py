@@ -46,9 +46,12 @@ class UserError(Exception):
 
 def innermost_message(error: BaseException) -> str:
     """What an error says, in one line and without what strict dataclasses put around the words of a validator."""
+    field = re.match(r"Validation error for field '(\w+)'", str(error))
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())
+    message = " ".join(str(error).split())
+    # A validator of a range, say, does not know which field it is for.
+    return f"`{field[1]}`: {message}" if field and field[1] not in message else message
 
 
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -18,7 +18,7 @@ from training.arguments import RunArguments, parse_run
 from training.data import ImageDataArguments, is_on_the_hub, load_images
 from training.errors import command
 from training.metrics import Accuracy
-from training.run import check_output_folder, config_of_baseline, make_output_folder, run_models
+from training.run import check_hub, check_output_folder, config_of_baseline, make_output_folder, run_models
 
 
 @dataclasses.dataclass
@@ -58,6 +58,7 @@ def main():
     data, config = run.data, run.config
     baseline = config_of_baseline(run)
     check_output_folder(run.training)
+    check_hub(run.training)
 
     with run.training.main_process_first(desc="preparing the data"):
         train_images, held_out_images, names = load_images(data, config.num_channels, run.training.seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import create_repo
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -45,8 +45,13 @@ def check_output_folder(arguments: RunArguments) -> None:
             raise UserError("Both `overwrite` and `resume_from_checkpoint` are set: leave one of them out.")
         if not holds_run:
             raise UserError(f"{named}, which holds no run to resume: leave `resume_from_checkpoint` out.")
-        if checkpoint != LAST and not (Path(checkpoint) / "trainer_state.json").exists():
-            raise UserError(f"`resume_from_checkpoint` is {checkpoint!r}, which is no checkpoint of a run.")
+        if checkpoint != LAST and not (
+            (Path(checkpoint) / "trainer_state.json").exists()
+            and folder.resolve() in Path(checkpoint).resolve().parents
+        ):
+            raise UserError(
+                f"`resume_from_checkpoint` is {checkpoint!r}, which is no checkpoint of the run in {folder}."
+            )
     elif folder.exists() and any(folder.iterdir()):
         if not holds_run:
             raise UserError(f"{named}, which holds files that are not of a run: name another folder.")
@@ -55,15 +60,46 @@ def check_output_folder(arguments: RunArguments) -> None:
                 f"{named}, which holds another run: name another folder, or pass --overwrite to delete it or "
                 "--resume_from_checkpoint to go on with it."
             )
+        # (`runs/demo` of one configuration can hold `runs/demo/text` of another.)
+        other = next((record.parent for record in folder.rglob(RECORD) if record.parent != folder), None)
+        if other is not None:
+            raise UserError(f"{named}, which also holds the run {str(other)!r}: move that, or name another folder.")
+
+
+def check_hub(arguments: RunArguments) -> None:
+    """
+    Create the repository that a run is to be published in, before anything else is done for the run.
+
+    Raises:
+        [`UserError`]: the Hub cannot be reached, or refuses it.
+    """
+    if arguments.push_to_hub and arguments.should_save:
+        repo_id = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+        try:
+            create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True)
+        except Exception as error:
+            raise hub_error(error) from error
 
 
 def make_output_folder(run: Run) -> None:
     """Make the folder of a run, which `check_output_folder` has seen, with a record of what was asked for."""
     folder = Path(run.training.output_dir)
-    if run.training.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(yaml.safe_dump(run.named, sort_keys=False), encoding="utf-8")
+    record = folder / RECORD
+    if run.training.resume_from_checkpoint is not None:
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        for section in ("model", "data"):
+            if before[section] != run.named[section]:
+                raise UserError(
+                    f"The run in {folder} was started with other `{section}` fields ({record}): resume it with those, or "
+                    "name another `output_dir`."
+                )
+    try:
+        if run.training.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(yaml.safe_dump(run.named, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -95,6 +131,12 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.losses = []
         self.add_callback(NonFiniteGuard(self))
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        # A run that had come to its end is resumed: the trainer would take one more step before it saw that.
+        self.control.should_training_stop = True
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -178,17 +220,15 @@ def train(
     model = model_class(config)
     try:
         trainer = RunTrainer(model=model, args=arguments, **trainer_options)
-    except (HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        # The repository is created at the start: better to hear now than after the training that it cannot be.
-        raise hub_error(error) from error
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(innermost_message(error)) from error
     checkpoint = arguments.resume_from_checkpoint
-    if checkpoint == LAST:
+    if checkpoint is not None and Path(checkpoint).resolve().parent != folder.resolve():
+        # None is named, or one of the other model of a comparison.
         checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     first_step = read_json(Path(checkpoint) / "trainer_state.json")["global_step"] if checkpoint else 0
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # for others, the trainer would publish a run that is not yet whole
     trainer.save_state()
     if result.global_step > first_step:
         # (The figures of a run that had already come to its end stay as they are.)

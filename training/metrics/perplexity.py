@@ -30,6 +30,6 @@ class Perplexity(evaluate.Metric):
         nats_per_token = float(np.sum(predictions) / np.sum(references))
         return {
             # Above e^700 a float is infinite: a perplexity that means nothing any more.
-            "perplexity": math.exp(nats_per_token) if nats_per_token < 700 else math.inf,
+            "perplexity": math.inf if nats_per_token > 700 else math.exp(nats_per_token),
             "bits_per_byte": nats_per_token / math.log(2) * tokens_per_byte,
         }

@@ -1,0 +1,58 @@
+"""What all tests of the training room share: caches of their own, no network, and one finished run."""
+
+import datasets
+import evaluate
+import huggingface_hub.constants
+import pytest
+import transformers.dynamic_module_utils
+
+from tests.training.tiny import TEXT_RUN, call, record_training, write_room
+from training import causal_lm
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Everything that would be kept in the user's home is kept in a temporary folder."""
+    home = tmp_path_factory.mktemp("hf_home")
+    with pytest.MonkeyPatch.context() as patch:
+        # The libraries have read their environment by now; that is for the processes that tests start.
+        patch.setenv("HF_HOME", str(home))
+        patch.setenv("HF_DATASETS_CACHE", str(home / "datasets"))
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
+        patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(home / "metrics"))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(home / "token"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+        yield home
+        datasets.enable_progress_bars()
+        transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No hub is asked."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch, offline):
+    """The current folder: with a small text, and with `text.yaml` and `image.yaml`, which run in a moment."""
+    monkeypatch.chdir(tmp_path)
+    write_room(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory):
+    """The room of a finished run in `run`, of DCA next to the standard scheme, and the record of its training."""
+    room = tmp_path_factory.mktemp("comparison")
+    write_room(room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(room)
+        steps = record_training(patch)
+        call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard", "--report_to=tensorboard")
+    return room, steps

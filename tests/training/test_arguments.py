@@ -1,0 +1,301 @@
+"""What a run is asked for: the YAML file, the command line over it, and a sentence for whatever is wrong with them."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_dca import DCAConfig, DCAVisionConfig
+from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal, write_images
+from training import arguments, causal_lm, image_classification
+from training.data import ImageDataArguments, TextDataArguments
+from training.errors import innermost_message
+
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "text": (causal_lm.main, TEXT_RUN, TEXT),
+    "image": (image_classification.main, IMAGE_RUN, IMAGES),
+}
+
+
+def assert_names(line, *words):
+    """The sentence names the field or file, its value, and what would be right."""
+    assert not [word for word in words if word not in line], line
+    assert len(line) < 1000
+
+
+def parse(*argv):
+    classes = (DCAConfig, TextDataArguments, causal_lm.CausalLMArguments)
+    return arguments.parse_run(list(map(str, argv)), "training.causal_lm", "A test.", *classes)
+
+
+# Each field once in the YAML file and once on the command line: (command, section, field, value, words).
+WRONG_VALUES = [
+    ("text", "model", "residual_scheme", "grn_v4", ["`residual_scheme` is 'grn_v4'", "did you mean 'grn_v"]),
+    ("text", "model", "residual_scheme", "densenet", ["'densenet'", "Known: standard, grn_v1, grn_v2, grn_v3, dca"]),
+    ("text", "model", "last_k", 0, ["`last_k` is 0", "at least 1"]),
+    ("text", "model", "last_k", -2, ["`last_k` is -2", "at least 1"]),
+    ("text", "model", "last_k", "two", ["'last_k'", "int", "'two'"]),
+    ("text", "model", "hidden_size", "big", ["'hidden_size'", "int", "'big'"]),
+    ("text", "model", "hidden_size", 16.5, ["'hidden_size'", "int", "16.5"]),
+    ("text", "model", "hidden_size", 17, ["`hidden_size` (17)", "multiple of `num_attention_heads` (2)"]),
+    ("text", "model", "hidden_size", 0, ["`hidden_size` is 0", "at least 1"]),
+    ("text", "model", "num_attention_heads", 3, ["`hidden_size` (16)", "`num_attention_heads` (3)"]),
+    ("text", "model", "num_key_value_heads", 3, ["`num_attention_heads` (2)", "`num_key_value_heads` (3)"]),
+    ("text", "model", "gated_mlp", "maybe", ["'gated_mlp'", "bool", "'maybe'"]),
+    ("text", "model", "norm_type", "layernorm", ["`norm_type` is 'layernorm'", "'layer_norm'"]),
+    ("text", "model", "initializer_range", 2.5, ["`initializer_range`", "1.0", "2.5"]),
+    ("text", "model", "vocab_size", 257, ["`vocab_size` is 257", "258"]),
+    ("text", "data", "block_size", "long", ["--block_size", "int", "'long'"]),
+    ("text", "data", "block_size", 1, ["`block_size` is 1", "at least 2"]),
+    ("text", "data", "max_eval_documents", 0, ["`max_eval_documents` is 0", "at least 1"]),
+    ("text", "data", "tokenizer_documents", -1, ["`tokenizer_documents` is -1", "at least 1"]),
+    ("text", "data", "eval_fraction", 0, ["`eval_fraction` is 0", "between 0 and 1"]),
+    ("text", "data", "eval_fraction", 1, ["`eval_fraction` is 1", "between 0 and 1"]),
+    ("text", "data", "eval_fraction", "half", ["--eval_fraction", "float", "'half'"]),
+    ("text", "data", "streaming", "sometimes", ["--streaming", "sometimes", "true/false"]),
+    ("text", "training", "max_steps", "many", ["--max_steps", "int", "'many'"]),
+    ("text", "training", "max_steps", 2.5, ["--max_steps", "int", "'2.5'"]),
+    ("text", "training", "learning_rate", "fast", ["--learning_rate", "float", "'fast'"]),
+    ("text", "training", "learning_rate", -1, ["`learning_rate` is -1", "at least 0"]),
+    ("text", "training", "learning_rate", ".nan", ["`learning_rate`", "nan", "at least 0"]),
+    ("text", "training", "warmup_steps", -1, ["warmup_steps", "-1", ">= 0"]),
+    ("text", "training", "per_device_train_batch_size", 0, ["`per_device_train_batch_size` is 0", "at least 1"]),
+    ("text", "training", "per_device_eval_batch_size", -4, ["`per_device_eval_batch_size` is -4", "at least 1"]),
+    ("text", "training", "gradient_accumulation_steps", 0, ["`gradient_accumulation_steps` is 0", "at least 1"]),
+    ("text", "training", "seed", -1, ["`seed` is -1", "at least 0"]),
+    ("text", "training", "lr_scheduler_type", "cosinus", ["cosinus", "'cosine'"]),
+    ("text", "training", "optim", "adam", ["--optim", "'adam'", "adamw_torch"]),
+    ("text", "training", "eval_strategy", "often", ["--eval_strategy", "'often'", "'epoch'"]),
+    ("text", "training", "baseline", "standart", ["`baseline` is 'standart'", "did you mean 'standard'"]),
+    ("text", "training", "baseline", "dca", ["`baseline` is 'dca'", "own `residual_scheme`"]),
+    ("image", "model", "image_size", 9, ["`image_size` (9)", "multiple of `patch_size` (4)"]),
+    ("image", "model", "image_size", "big", ["'image_size'", "int", "'big'"]),
+    ("image", "model", "patch_size", 3, ["`image_size` (8)", "`patch_size` (3)"]),
+    ("image", "model", "num_channels", 0, ["`num_channels` is 0", "at least 1"]),
+    ("image", "model", "pooling", "max", ["`pooling` is 'max'", "mean, cls"]),
+    ("image", "data", "eval_fraction", 1.5, ["`eval_fraction` is 1.5", "between 0 and 1"]),
+    ("image", "training", "num_train_epochs", "few", ["--num_train_epochs", "float", "'few'"]),
+]
+
+
+@pytest.mark.parametrize("place", ["file", "command_line"])
+@pytest.mark.parametrize(("name", "section", "field", "value", "words"), WRONG_VALUES)
+def test_wrong_value_is_refused(room, capsys, place, name, section, field, value, words):
+    main, file, content = COMMANDS[name]
+    given = []
+    if place == "file":
+        value = float("nan") if value == ".nan" else value
+        (room / file).write_text(yaml.safe_dump({**content, section: {**content[section], field: value}}))
+    else:
+        given = [f"--{field}={value}" if value != ".nan" else f"--{field}=nan"]
+    assert_names(refusal(capsys, main, file, *given), *words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--residual_scheme=standard", "--last_k=1"], ["`last_k` is 1", "'standard'", "leave `last_k` out"]),
+        (
+            ["--position_embedding=learned", "--block_size=33"],
+            ["`block_size` is 33", "`max_position_embeddings` is 32"],
+        ),
+        (["--streaming", "--max_steps=-1", "--num_train_epochs=1"], ["max_steps"]),
+        (["--push_to_hub", "--hub_strategy=every_save"], ["`hub_strategy` is 'every_save'", "'end'"]),
+        (["--hidden_sz=16"], ["--hidden_sz", "command line", "did you mean 'hidden_size'"]),
+        (["--learning-rat", "0.1"], ["learning_rat", "did you mean 'learning_rate'"]),
+        (["--hidden=16"], ["--hidden ", "command line"]),  # not taken for the field that it begins
+        (["--qqqqqqqq=1"], ["--qqqqqqqq", "--help"]),
+        (["surplus"], ["surplus"]),
+        (["--max_steps"], ["--max_steps", "expected one argument"]),
+    ],
+)
+def test_wrong_command_line_is_refused(room, capsys, given, words, monkeypatch):
+    # A stream without a length is met by the trainer, in a folder that it has made.
+    if "--streaming" in given:
+        monkeypatch.setattr(causal_lm, "make_output_folder", lambda run: None)
+    assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, *given), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (bytes(range(256)), ["not a YAML file"]),
+        (b"\x00\x01\x02", ["not a YAML file"]),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", ["not a YAML file"]),
+        (b"model: {a: [\n", ["not a YAML file", "line 2"]),
+        (b"model:\n\thidden_size: 16\n", ["not a YAML file", "line 2"]),
+        (b"- model\n- data\n", ["sections model, data, training"]),
+        (b"hello", ["sections model, data, training"]),
+        (b"", ["sections model, data, training"]),
+        (b"trainin: {}\n", ["unknown section 'trainin'", "did you mean 'training'"]),
+        (b"1: {}\n", ["unknown section 1", "Known: model, data, training"]),
+        (b"model: [hidden_size, 16]\n", ["section 'model'", "['hidden_size', 16]", "fields and their values"]),
+        (b"training: fast\n", ["section 'training'", "'fast'", "fields and their values"]),
+        (b"training: 0\n", ["section 'training'", "is 0", "fields and their values"]),
+        (b"model: {hidden_sz: 16}\n", ["'model'", "unknown field 'hidden_sz'", "did you mean 'hidden_size'"]),
+        (b"data: {datset: x}\n", ["'data'", "unknown field 'datset'", "did you mean 'dataset'"]),
+        (b"training: {learning_rat: 1}\n", ["'training'", "'learning_rat'", "did you mean 'learning_rate'"]),
+        (b"model: {learning_rate: 1}\n", ["'model'", "unknown field 'learning_rate'"]),
+        (b"model: {pad_token_id: 1}\n", ["'model'", "unknown field 'pad_token_id'"]),  # the run sets it itself
+        (b"model: {7: 1}\n", ["'model'", "unknown field 7"]),
+    ],
+)
+def test_file_that_is_no_configuration_is_refused(room, capsys, content, words):
+    (room / "wrong.yaml").write_bytes(content)
+    assert_names(refusal(capsys, causal_lm.main, "wrong.yaml"), "wrong.yaml", *words)
+
+
+def test_file_that_is_not_there_is_refused(room, capsys):
+    assert_names(refusal(capsys, causal_lm.main, "nowhere.yaml"), "nowhere.yaml", "No such file")
+    assert_names(refusal(capsys, causal_lm.main, "."), "cannot be read", "directory")
+
+
+@pytest.mark.parametrize("given", [[], ["--max_steps=2"], ["--max_steps", "2", TEXT_RUN]])
+def test_configuration_must_be_named(room, capsys, given):
+    assert_names(refusal(capsys, causal_lm.main, *given), "CONFIGURATION.yaml")
+
+
+@pytest.mark.parametrize("command", ["causal_lm", "image_classification"])
+def test_commands_end_without_a_traceback(tmp_path, command):
+    line = [sys.executable, "-m", f"training.{command}", "nowhere.yaml"]
+    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    completed = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 2 and completed.stdout == ""
+    assert completed.stderr.splitlines()[-1].startswith("error: The configuration nowhere.yaml cannot be read")
+    assert "Traceback" not in completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "config_class", "data_class", "training_class"),
+    [
+        (causal_lm.main, DCAConfig, TextDataArguments, causal_lm.CausalLMArguments),
+        (
+            image_classification.main,
+            DCAVisionConfig,
+            ImageDataArguments,
+            image_classification.ImageClassificationArguments,
+        ),
+    ],
+)
+@pytest.mark.parametrize("given", [["--help"], ["-h"], ["run.yaml", "--help"]])
+def test_help_tells_every_field_and_its_meaning(room, capsys, main, config_class, data_class, training_class, given):
+    (room / "run.yaml").write_text("training: {max_steps: 1}\n")
+    with pytest.raises(SystemExit) as exit:
+        call(main, *given)
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    own = {name for name in config_class.__annotations__ if not name.startswith("_")}
+    inherited = set() if config_class is DCAConfig else set(DCAConfig.__annotations__)
+    fields = own | inherited - arguments.NOT_MODEL_FIELDS
+    fields -= {*arguments.NOT_MODEL_FIELDS, "model_type", "keys_to_ignore_at_inference"}
+    fields -= {name for name in fields if "plan" in name}
+    assert {"hidden_size", "last_k", "residual_scheme"} < fields
+    fields |= {field.name for each in (data_class, training_class) for field in dataclasses.fields(each) if field.init}
+    # Each begins a paragraph, and words follow: `--name VALUE  What it means.`
+    paragraphs = re.split(r"\n  (?=-)", text)
+    meanings = {}
+    for paragraph in paragraphs:
+        if match := re.match(r"(?:-\w,? ?)?(?:[^-\n]*)?--(\w+)", paragraph):
+            meanings[match[1]] = re.sub(r"--?[\w-]+|\{[^}]*\}|\b[A-Z_]+\b|\(default[^)]*\)", "", paragraph)
+    assert sorted(fields - meanings.keys()) == []
+    assert [name for name in sorted(fields) if len(re.findall(r"[a-z]{2,}", meanings[name])) < 3] == []
+
+
+def test_command_line_goes_over_the_file(room):
+    run = parse(TEXT_RUN, "--hidden_size=32", "--residual_scheme", "grn_v2", "--max-steps", "9", "--text_column=body")
+    assert run.config.hidden_size == 32 and run.config.residual_scheme == "grn_v2"
+    assert run.config.num_hidden_layers == TEXT["model"]["num_hidden_layers"]
+    assert run.training.max_steps == 9 and run.data.text_column == "body" and run.data.block_size == 16
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "last_k", None),
+        ("model", "layer_types", ["full_attention", "full_attention"]),
+        ("model", "rope_parameters", {"rope_type": "default", "rope_theta": 5000.0}),
+        ("model", "tie_word_embeddings", True),
+        ("model", "norm_eps", 1e-7),
+        ("training", "lr_scheduler_kwargs", {"timescale": 7}),
+        ("training", "include_for_metrics", ["inputs", "loss"]),
+        ("training", "bf16_full_eval", False),
+        ("training", "output_dir", "a folder/with a space"),
+        ("data", "text_column", "--text"),
+    ],
+)
+def test_values_of_every_kind_come_from_the_file(room, section, field, value):
+    (room / TEXT_RUN).write_text(yaml.safe_dump({**TEXT, section: {**TEXT[section], field: value}}))
+    run = parse(TEXT_RUN)
+    assert getattr(getattr(run, "config" if section == "model" else section), field) == value
+
+
+def test_number_that_yaml_takes_for_text_is_a_number(room):
+    assert parse(TEXT_RUN, "--norm_eps=1e-5").config.norm_eps == 1e-5
+    (room / TEXT_RUN).write_text("model: {norm_eps: 1e-7}\ntraining: {learning_rate: 1e-4}\n")
+    run = parse(TEXT_RUN)
+    assert run.config.norm_eps == 1e-7 and run.training.learning_rate == 1e-4
+
+
+def test_record_has_what_was_named_and_no_more(room, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    run = parse(TEXT_RUN, "--seed=7", "--overwrite", "--hub_token=hf_secret", "--last_k=2")
+    assert run.named == {
+        "model": {**TEXT["model"], "last_k": 2},
+        "data": TEXT["data"],
+        "training": {**TEXT["training"], "seed": 7, "output_dir": "runs/text", "report_to": ["none"]},
+    }
+    assert run.training.hub_token is None
+    (room / "record.yaml").write_text(yaml.safe_dump(run.named))
+    again = parse("record.yaml")
+    assert again.named == run.named and again.config.to_dict() == run.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("configuration/demo/text.yaml", "runs/demo/text"),
+        ("/somewhere/configuration/lm1b/dca.v2.yaml", "runs/lm1b/dca.v2"),
+        ("configuration/old/configuration/x.yml", "runs/x"),
+        ("mine.yaml", "runs/mine"),
+        ("../elsewhere/mine.yaml", "runs/mine"),
+    ],
+)
+def test_folder_of_a_run_follows_from_its_file(file, folder):
+    assert arguments.default_output_dir(Path(file)) == Path(folder)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configuration" / "demo").glob("*.yaml")), ids=lambda file: file.stem)
+def test_configurations_of_the_demo_are_valid(file):
+    classes = (DCAConfig, TextDataArguments, causal_lm.CausalLMArguments)
+    if file.stem == "image":
+        classes = (DCAVisionConfig, ImageDataArguments, image_classification.ImageClassificationArguments)
+    run = arguments.parse_run([str(file)], "command", "A test.", *classes)
+    assert run.config.residual_scheme == "dca" and run.training.output_dir == f"runs/demo/{file.stem}"
+
+
+def test_error_of_a_configuration_names_its_field():
+    with pytest.raises(StrictDataclassError) as error:
+        DCAConfig(initializer_range=2.0)
+    assert innermost_message(error.value).startswith("`initializer_range`: ")
+    with pytest.raises(StrictDataclassError) as error:
+        DCAConfig(hidden_size="big")
+    assert innermost_message(error.value).count("hidden_size") == 1
+
+
+def test_integration_that_is_not_installed_is_refused(room, capsys, monkeypatch):
+    monkeypatch.setattr(causal_lm, "make_output_folder", lambda run: None)
+    assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--report_to=wandb"), "wandb")
+    assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--report_to=paper"), "paper", "tensorboard")
+
+
+def test_images_are_needed_for_the_image_command(room, capsys):
+    assert_names(refusal(capsys, image_classification.main, IMAGE_RUN), "'images'")
+    write_images(room / "images", channels=3)
+    assert_names(refusal(capsys, image_classification.main, IMAGE_RUN), "3 channels", "`num_channels`")

@@ -1,0 +1,460 @@
+"""The data of a run: read from every kind of source, split, packed into blocks, and refused where it does not fit."""
+
+import gzip
+import itertools
+import json
+import math
+import shutil
+import sysconfig
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+
+import training.data
+from tests.training.tiny import IMAGE_RUN, TEXT_RUN, documents, image, refusal, write_images, write_jsonl
+from training import causal_lm, image_classification
+from training.data import (
+    TOKENIZER_BATCH,
+    ImageDataArguments,
+    PackedBlocks,
+    TextDataArguments,
+    is_on_the_hub,
+    load_images,
+    load_text,
+)
+from training.errors import UserError
+from training.tokenizer import train_tokenizer
+
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+
+# More than two of the batches in which documents are read.
+TEXTS = documents(2 * TOKENIZER_BATCH + 100)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(iter(TEXTS), 300, 64)
+
+
+def load(dataset, seed=0, **options):
+    return load_text(TextDataArguments(dataset=str(dataset), **options), seed)
+
+
+def blocks_of(data, tokenizer, column="text", block_size=16):
+    return [block["input_ids"] for block in PackedBlocks(data, column, tokenizer, block_size, 300)]
+
+
+def write_as(file, texts):
+    """Write texts in the format that the name of the file says."""
+    if file.name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": texts}), file)
+    elif file.name.endswith(".csv"):
+        Dataset.from_dict({"text": texts}).to_csv(file)
+    elif file.name.endswith(".gz"):
+        file.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    else:
+        write_jsonl(file, texts)
+
+
+# Packing
+
+
+@pytest.mark.parametrize("block_size", [2, 16, 4000])
+def test_packing_loses_nothing_but_the_end(tokenizer, block_size):
+    tokens = [token for text in TEXTS for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    blocks = blocks_of(Dataset.from_dict({"text": TEXTS}), tokenizer, block_size=block_size)
+    assert {len(block) for block in blocks} == {block_size}
+    assert list(itertools.chain.from_iterable(blocks)) == tokens[: len(tokens) // block_size * block_size]
+
+
+def test_packing_marks_the_end_of_each_document_even_of_an_empty_one(tokenizer):
+    data = Dataset.from_dict({"text": ["a", "", "b"]})
+    end = tokenizer.eos_token_id
+    assert blocks_of(data, tokenizer, block_size=5) == [
+        [*tokenizer("a")["input_ids"], end, end, *tokenizer("b")["input_ids"], end]
+    ]
+
+
+def test_blocks_on_disk_and_of_a_stream_are_the_same(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    write_jsonl(tmp_path / "held_out.jsonl", TEXTS[:3])
+    options = {"eval_dataset": str(tmp_path / "held_out.jsonl")}
+    whole, _ = load(tmp_path / "text.jsonl", **options)
+    stream, _ = load(tmp_path / "text.jsonl", streaming=True, **options)
+    assert isinstance(stream, datasets.IterableDataset) and not isinstance(whole, datasets.IterableDataset)
+    on_disk = PackedBlocks(whole, "text", tokenizer, 16, 300).materialize()
+    assert len(on_disk) > 100
+    assert on_disk["input_ids"][:] == blocks_of(stream, tokenizer) == blocks_of(whole, tokenizer)
+
+
+def test_workers_of_a_data_loader_share_the_stream(tokenizer):
+    stream = Dataset.from_dict({"text": TEXTS[:40]}).to_iterable_dataset()
+    blocks = PackedBlocks(stream, "text", tokenizer, 16, 300)
+    loader = torch.utils.data.DataLoader(blocks, batch_size=None, num_workers=2, collate_fn=lambda block: block)
+    assert sorted(block["input_ids"] for block in loader) == sorted(blocks_of(stream, tokenizer))
+
+
+def test_token_ids_are_taken_as_they_are(tokenizer):
+    data = Dataset.from_dict({"ids": [[5, 6, 7], [], [299, 0]]})
+    end = tokenizer.eos_token_id
+    assert blocks_of(data, tokenizer, "ids", block_size=4) == [[5, 6, 7, end], [end, 299, 0, end]]
+
+
+def test_tokens_per_byte(tokenizer):
+    texts = ["größe 🙂", "a b"]
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    blocks = PackedBlocks(Dataset.from_dict({"text": texts}), "text", tokenizer, 2, 300)
+    assert blocks.tokens_per_byte() == tokens / (len("größe 🙂".encode()) + 3)
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        ([[1, 2], [3, 300]], ["Document 1", "300", "`vocab_size` = 300", "0 to 299"]),
+        ([[1, 2], [-1]], ["Document 1", "-1", "0 to 299"]),
+        ([["a", "b"]], ["Document 0", "'text'", "['a', 'b']", "token ids"]),
+        (["text" * 99, None], ["Document 1", "'text'", "None"]),
+        ([{"a": 1}], ["Document 0", "{'a': 1}", "token ids"]),
+        (["short"], ["tokens", "`block_size` = 16", "more text"]),
+    ],
+)
+@pytest.mark.parametrize("place", ["first", "late"])
+def test_documents_that_cannot_be_packed(tokenizer, documents, words, place):
+    if place == "late" and len(documents) == 2:
+        # In a later batch, and so not met before the first blocks have been written.
+        documents = [documents[0]] * TOKENIZER_BATCH + documents
+        words = [word.replace("Document 1", f"Document {TOKENIZER_BATCH + 1}") for word in words]
+    data = Dataset.from_list([{"text": document} for document in documents])
+    with pytest.raises(UserError) as error:
+        PackedBlocks(data, "text", tokenizer, 16, 300).materialize()
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+# Sources
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "a.csv", "a.v2.jsonl"])
+def test_formats(tmp_path, name):
+    texts = ["größe 🙂", 'two\nlines, "quoted"', " ", "NA", "x" * 5000] * 3
+    write_as(tmp_path / name, texts)
+    train, held_out = load(tmp_path / name, eval_dataset=str(tmp_path / name))
+    assert train["text"][:] == held_out["text"][:] == texts
+
+
+def test_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("größe\n\nmore lines\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"packed"))
+    train, _ = load(tmp_path / "a.txt", eval_dataset=str(tmp_path / "b.txt.gz"))
+    assert train["text"][:] == ["größe\n\nmore lines\n"]
+
+
+def test_folder_and_pattern(tmp_path, monkeypatch):
+    (tmp_path / "corpus" / "deep").mkdir(parents=True)
+    for name in ("a.txt", "deep/b.txt", "deep/c.txt"):
+        (tmp_path / "corpus" / name).write_text(name)
+    (tmp_path / "corpus" / "notes.doc").write_text("no text")
+    folder, pattern = load(tmp_path / "corpus", eval_dataset=str(tmp_path / "corpus" / "deep" / "*.txt"))
+    assert sorted(folder["text"]) == ["a.txt", "deep/b.txt", "deep/c.txt"]
+    assert sorted(pattern["text"]) == ["deep/b.txt", "deep/c.txt"]
+    deep, _ = load(tmp_path / "corpus" / "**" / "*.txt", eval_dataset=str(tmp_path / "corpus"))
+    assert len(deep) == 3
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home, _ = load("~/corpus", eval_dataset="~/corpus/a.txt")
+    assert len(home) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_set_on_the_hub_is_asked_for_by_its_id(monkeypatch, streaming):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        data = Dataset.from_dict({"body": ["a", "b"]})
+        return data.to_iterable_dataset() if kwargs["streaming"] else data
+
+    monkeypatch.setattr(training.data, "load_dataset", load_dataset)
+    options = {"dataset_config": "en", "text_column": "body", "train_split": "train[:9]", "eval_split": "validation"}
+    load("user/corpus", streaming=streaming, **options)
+    assert asked == [
+        (("user/corpus", "en"), {"split": "train[:9]", "streaming": streaming}),
+        (("user/corpus", "en"), {"split": "validation", "streaming": False}),
+    ]
+    assert is_on_the_hub("user/corpus")
+
+
+def test_what_is_not_on_the_hub(room):
+    for name in ("stdlib", "digits", "text.jsonl", "*.jsonl", ".", str(room)):
+        assert not is_on_the_hub(name)
+
+
+# Splits
+
+
+def test_share_of_the_examples_is_held_out(tmp_path):
+    texts = [f"document {number}" for number in range(400)]
+    write_jsonl(tmp_path / "text.jsonl", texts)
+    train, held_out = load(tmp_path / "text.jsonl", eval_fraction=0.1)
+    assert len(held_out) == 40
+    assert sorted([*train["text"], *held_out["text"]]) == sorted(texts)
+    assert load(tmp_path / "text.jsonl", eval_fraction=0.1)[1]["text"][:] == held_out["text"][:]
+    assert load(tmp_path / "text.jsonl", eval_fraction=0.1, seed=1)[1]["text"][:] != held_out["text"][:]
+    assert load(tmp_path / "text.jsonl", eval_fraction=0.1, max_eval_documents=3)[1]["text"][:] == held_out["text"][:3]
+
+
+def test_splits_of_a_local_file(tmp_path):
+    write_jsonl(tmp_path / "text.jsonl", TEXTS[:10])
+    train, held_out = load(tmp_path / "text.jsonl", train_split="train[:7]", eval_split="train[7:]")
+    assert train["text"][:] == TEXTS[:7] and held_out["text"][:] == TEXTS[7:10]
+    with pytest.raises(UserError, match="split 'validation' of the data .* Unknown split"):
+        load(tmp_path / "text.jsonl", eval_split="validation")
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A standard library of 300 files and some odd ones."""
+    root = tmp_path / "lib"
+    (root / "package").mkdir(parents=True)
+    for number in range(300):
+        (root / "package" / f"module_{number}.py").write_text(f"NUMBER = {number}\n")
+    (root / "package" / "copy.py").write_text("NUMBER = 7\n")
+    (root / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# Größe\n".encode("latin-1"))
+    (root / "wrong.py").write_bytes(b"# Gr\xf6\xdfe, but said to be UTF-8\n")
+    (root / "nothing.py").write_text("")
+    (root / "data.txt").write_text("no source")
+    for folder in ("site-packages", "dist-packages"):
+        (root / folder).mkdir()
+        (root / folder / "other.py").write_text("OTHER = True\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root))
+    return root
+
+
+def test_standard_library_is_split_by_file(library):
+    train, held_out = load("stdlib")
+    rows = [*train, *held_out]
+    assert len({row["path"] for row in rows}) == len({row["text"] for row in rows}) == len(rows) == 301
+    assert {row["path"]: row["text"] for row in rows}["latin.py"] == "# -*- coding: latin-1 -*-\n# Größe\n"
+    assert sum(row["text"] == "NUMBER = 7\n" for row in rows) == 1
+    assert not {"wrong.py", "nothing.py", "data.txt", "site-packages/other.py", "dist-packages/other.py"} & {
+        row["path"] for row in rows
+    }
+    assert 5 <= len(held_out) <= 30  # about a twentieth
+
+
+def test_standard_library_is_split_the_same_way_always(library):
+    train, held_out = load("stdlib", seed=0)
+    assert load("stdlib", seed=1)[1].to_list() == held_out.to_list()
+    # Not by the place of a file among the others, which is another in each release of Python.
+    for path in ("package/module_0.py", "latin.py", "package/module_31.py"):
+        (library / path).unlink()
+    (library / "aaa.py").write_text("NEW = True\n")
+    train_after, held_out_after = load("stdlib", seed=2)
+    assert not set(train["path"]) & set(held_out_after["path"])
+    assert not set(held_out["path"]) & set(train_after["path"])
+    # A larger share holds out the same files, and more.
+    assert set(held_out_after["path"]) < set(load("stdlib", eval_fraction=0.5)[1]["path"])
+
+
+def test_standard_library_of_this_python():
+    train, held_out = load("stdlib")
+    assert len(train) > 1000 and len(held_out) > 30
+    assert not set(train["path"]) & set(held_out["path"]) and not set(train["text"]) & set(held_out["text"])
+    assert "ast.py" in {*train["path"], *held_out["path"]}
+    assert not [path for path in (*train["path"], *held_out["path"]) if "site-packages" in path]
+
+
+# Images
+
+
+def images(dataset, num_channels=1, seed=0, **options):
+    return load_images(ImageDataArguments(dataset=str(dataset), **options), num_channels, seed)
+
+
+def write_parquet(file, labels, pictures=None):
+    pictures = pictures or [image(number) for number in range(len(labels))]
+    Dataset.from_dict({"picture": pictures, "class": labels}).to_parquet(file)
+
+
+COLUMNS = {"image_column": "picture", "label_column": "class"}
+
+
+def test_digits():
+    train, held_out, names = images("digits")
+    assert len(train) + len(held_out) == 1797 and len(held_out) == math.ceil(0.2 * 1797)
+    assert names == [str(digit) for digit in range(10)]
+    counts = torch.bincount(torch.tensor(train["label"])), torch.bincount(torch.tensor(held_out["label"]))
+    # The same share of each class, but for the one image that cannot be cut.
+    assert ((counts[1] - 0.2 * (counts[0] + counts[1])).abs() <= 1).all()
+    assert images("digits", seed=1)[1]["label"][:] == held_out["label"][:]
+    pixels = [{each["image"].tobytes() for each in part} for part in (train, held_out)]
+    assert len(pixels[0] | pixels[1]) == 1797 and not pixels[0] & pixels[1]
+    example = train[0]["image"]
+    assert example.size == (8, 8) and example.mode == "L" and example.getextrema() == (0, 255)
+
+
+def test_image_folder(tmp_path):
+    write_images(tmp_path / "images", count=40, classes=("cat", "dog", "owl", "rat"))
+    train, held_out, names = images(tmp_path / "images", eval_fraction=0.2)
+    assert names == ["cat", "dog", "owl", "rat"] and len(train) == 32
+    assert sorted(held_out["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]  # of each class alike
+    assert train.column_names == ["image", "label"]
+    pixels = [{each["image"].tobytes() for each in part} for part in (train, held_out)]
+    assert len(pixels[0] | pixels[1]) == 40
+
+
+def test_image_folder_with_folders_for_the_splits(tmp_path):
+    write_images(tmp_path / "images" / "train", count=10)
+    write_images(tmp_path / "images" / "test", count=4)
+    train, held_out, names = images(tmp_path / "images", eval_split="test")
+    assert (len(train), len(held_out), names) == (10, 4, ["even", "odd"])
+
+
+@pytest.mark.parametrize("num_labels", [None, 5])
+def test_images_in_parquet(tmp_path, num_labels):
+    write_parquet(tmp_path / "images.parquet", [0, 2, 1, 2] * 5)
+    train, held_out, names = images(tmp_path / "images.parquet", num_labels=num_labels, **COLUMNS)
+    assert names == [str(number) for number in range(num_labels or 3)]
+    assert train.column_names == ["image", "label"] and len(train) == 16 and len(held_out) == 4
+    assert train[0]["image"].size == (8, 8)
+
+
+# Refusals
+
+
+def bytes_of(file, content):
+    file.write_bytes(content)
+
+
+WRONG_TEXTS = [
+    (lambda file: None, "nowhere.txt", [], ["'nowhere.txt' does not exist"]),
+    (lambda file: None, "nowhere/*.txt", [], ["'nowhere/*.txt' does not exist"]),
+    (lambda file: None, "nowhere", [], ["'nowhere'", "Hub"]),
+    (lambda file: None, "text.yaml", [], ["'text.yaml'", ".jsonl", ".parquet"]),
+    (lambda file: bytes_of(file, b""), "empty.txt", [], ["'empty.txt' is empty"]),
+    (lambda file: bytes_of(file, b"\n\n"), "lines.jsonl", [], ["'lines.jsonl'"]),
+    (lambda file: bytes_of(file, b"this is no json\nat all\n"), "wrong.jsonl", [], ["'wrong.jsonl'", "json"]),
+    (lambda file: bytes_of(file, b"[1, 2]\n[3]\n"), "list.jsonl", [], ["'list.jsonl'", "json"]),
+    (lambda file: bytes_of(file, b"this is no parquet\n"), "wrong.parquet", [], ["'wrong.parquet'", "parquet"]),
+    (lambda file: bytes_of(file, b"this is no gzip\n"), "wrong.jsonl.gz", [], ["'wrong.jsonl.gz'", "gzip"]),
+    (lambda file: bytes_of(file, bytes(range(256))), "wrong.txt", [], ["'wrong.txt'", "utf-8"]),
+    (lambda file: bytes_of(file, b"\xff\xfea\x00,\x00"), "wrong.csv", [], ["'wrong.csv'", "utf-8"]),
+    (lambda file: pq.write_table(pa.table({"text": pa.array([], pa.string())}), file), "no.parquet", [], ["no.parquet"]),
+    (lambda file: file.mkdir(), "folder", [], ["'folder'", ".txt", ".jsonl"]),
+    (lambda file: write_jsonl(file, TEXTS[:9], "body"), "body.jsonl", [], ["'body.jsonl'", "'text'", "it has body"]),
+    (lambda file: write_jsonl(file, TEXTS[:1]), "one.jsonl", [], ["1 examples of 'one.jsonl'", "`eval_dataset`"]),
+    (lambda file: bytes_of(file, b"short"), "a.txt", ["--eval_dataset=a.txt"], ["`block_size` = 16", "more text"]),
+    (lambda file: bytes_of(file, b"short"), "a.txt", ["--streaming"], ["`block_size` = 16", "more text"]),
+    (lambda file: write_jsonl(file, [[1, 2]] * 90), "ids.jsonl", [], ["'text'", "[1, 2]", "`tokenizer`"]),
+    (lambda file: write_jsonl(file, [*TEXTS[:90], None]), "null.jsonl", [], ["'text'", "None"]),
+    (lambda file: write_jsonl(file, [1.5] * 90), "numbers.jsonl", [], ["'text'", "1.5"]),
+    (lambda file: write_jsonl(file, [*TEXTS[:9], [1]]), "mixed.jsonl", ["--tokenizer_documents=1"], ["'text'", "token ids"]),
+    (lambda file: write_jsonl(file, [""] * 90), "blank.jsonl", [], ["evaluate on", "empty"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "options", "words"), WRONG_TEXTS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_text_that_cannot_be_used_is_refused(room, capsys, write, name, options, words):
+    write(room / name)
+    if not [option for option in options if "eval_dataset" in option]:
+        options = [*options, "--eval_dataset=held_out.jsonl" if "--streaming" in options else "--eval_fraction=0.25"]
+    record = (room / TEXT_RUN).read_text().replace("  eval_dataset: held_out.jsonl\n", "")
+    (room / TEXT_RUN).write_text(record)
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, f"--dataset={name}", *options)
+    assert not [word for word in words if word not in line], line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--eval_dataset=nowhere.txt"], ["'nowhere.txt' does not exist"]),
+        (["--eval_dataset=text.yaml"], ["'text.yaml'"]),
+        (["--text_column=body"], ["'body'", "it has text"]),
+        (["--train_split=training"], ["'training'", "Should be one of ['train']"]),
+        (["--dataset=stdlib"], ["`eval_dataset` is 'held_out.jsonl'", "'stdlib'", "leave it out"]),
+        (["--tokenizer=nowhere"], ["`tokenizer` is 'nowhere'"]),
+        (["--tokenizer=text.jsonl"], ["`tokenizer` is 'text.jsonl'"]),
+    ],
+)
+def test_data_that_does_not_fit_the_run_is_refused(room, capsys, options, words):
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, *options)
+    assert not [word for word in words if word not in line], line
+
+
+def test_stream_cannot_be_split(room, capsys):
+    (room / TEXT_RUN).write_text((room / TEXT_RUN).read_text().replace("  eval_dataset: held_out.jsonl\n", ""))
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, "--streaming")
+    assert "`streaming`" in line and "`eval_split`" in line and "`eval_dataset`" in line
+
+
+def write_broken(folder):
+    write_images(folder)
+    (folder / "odd" / "3.png").write_bytes(b"no image")
+
+
+def write_cut(folder):
+    write_images(folder)
+    noise = torch.randint(256, (64, 64), generator=torch.manual_seed(0), dtype=torch.uint8)
+    file = folder / "odd" / "3.bmp"
+    training_image = image(3).resize((64, 64))
+    training_image.putdata(noise.flatten().tolist())
+    training_image.save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+def write_other_classes(folder):
+    write_images(folder)
+    write_images(folder.parent / "other", classes=("odd", "zero"))
+
+
+WRONG_IMAGES = [
+    (lambda path: None, "nowhere", [], ["'nowhere'", "Hub"]),
+    (lambda path: path.mkdir(), "images", [], ["'images'"]),
+    (lambda path: write_images(path, channels=3), "images", [], ["Image 0", "'images'", "3 channels", "`num_channels` is 1"]),
+    (lambda path: write_images(path), "images", ["--num_channels=3"], ["Image 0", "1 channels", "`num_channels` is 3"]),
+    (write_broken, "images", [], ["odd/3.png", "cannot be read"]),
+    (write_cut, "images", [], ["odd/3.bmp", "cannot be read"]),
+    (lambda path: write_images(path, classes=("all",)), "images", [], ["'images'", "no column 'label'"]),
+    (lambda path: write_images(path), "images", ["--eval_fraction=0.01"], ["20 examples of 'images'", "0.01"]),
+    (write_other_classes, "images", ["--eval_dataset=other"], ["classes odd, zero", "even, odd", "the same"]),
+    (lambda path: bytes_of(path, b"this is no parquet"), "a.parquet", [], ["'a.parquet'", "Parquet"]),
+    (lambda path: bytes_of(path, b"0,1"), "a.csv", [], ["'a.csv'", ".parquet"]),
+    (lambda path: write_parquet(path, [0, 1] * 9), "a.parquet", ["--image_column=image"], ["'a.parquet'", "'image'", "picture, class"]),
+    (lambda path: write_parquet(path, [0, 1] * 9), "a.parquet", ["--label_column=label"], ["'a.parquet'", "'label'", "picture, class"]),
+    (lambda path: write_parquet(path, [0, 1, 2] * 9), "a.parquet", ["--num_labels=2"], ["The label", "'a.parquet' is 2", "0 to 1"]),
+    (lambda path: write_parquet(path, [0, 1, -1] * 9), "a.parquet", [], ["The label", "'a.parquet' is -1", "0 to 1"]),
+    (lambda path: write_parquet(path, [0, 1, None] * 9), "a.parquet", [], ["The label", "'a.parquet' is None", "0 to 1"]),
+    (lambda path: write_parquet(path, [0.5, 1.0] * 9), "a.parquet", [], ["'class' of 'a.parquet'", "integers from 0"]),
+    (lambda path: write_parquet(path, ["a", "b"] * 9), "a.parquet", [], ["'class' of 'a.parquet'", "integers from 0"]),
+    (lambda path: write_parquet(path, [0, 1] * 9), "a.parquet", ["--num_labels=0"], ["`num_labels` is 0", "at least 1"]),
+    (lambda path: write_parquet(path, [0, 1] * 9, [1] * 18), "a.parquet", [], ["'picture' of 'a.parquet'", "no images"]),
+    (lambda path: write_parquet(path, [0, 1] * 9, ["x.png"] * 18), "a.parquet", [], ["Image 0", "x.png"]),
+    (lambda path: write_parquet(path, [0, 1] * 9, [image(1), None] * 9), "a.parquet", [], ["Image", "'a.parquet'", "cannot be read"]),
+    (lambda path: None, "digits", ["--num_channels=3"], ["Image 0 of 'digits'", "1 channels"]),
+    (lambda path: None, "digits", ["--eval_fraction=0.001"], ["1797 examples of 'digits'", "0.001", "10"]),
+    (lambda path: None, "digits", ["--eval_dataset=x"], ["`eval_dataset` is 'x'", "'digits'", "leave it out"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "name", "options", "words"), WRONG_IMAGES)
+def test_images_that_cannot_be_used_are_refused(room, capsys, write, name, options, words):
+    write(room / name)
+    if name.endswith(".parquet"):
+        columns = {**COLUMNS, **dict(option[2:].split("=") for option in options if "_column" in option)}
+        options = [*(f"--{column}={value}" for column, value in columns.items()), *options]
+    line = refusal(capsys, image_classification.main, IMAGE_RUN, f"--dataset={name}", *options)
+    assert not [word for word in words if word not in line], line
+
+
+def test_data_is_read_again_after_it_changed(room, tokenizer):
+    write_jsonl(room / "text.jsonl", ["first"] * 20)
+    first = PackedBlocks(load("text.jsonl")[0], "text", tokenizer, 4, 300).materialize()
+    shutil.copy("held_out.jsonl", "text.jsonl")
+    second = PackedBlocks(load("text.jsonl")[0], "text", tokenizer, 4, 300).materialize()
+    assert first["input_ids"][:] != second["input_ids"][:]
