@@ -7,7 +7,7 @@ from typing import NamedTuple
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils.type_validators import interval
 
 
@@ -154,7 +154,7 @@ class DCAConfig(PreTrainedConfig):
     last_k: int | None = None
     grn_implementation: str = "auto"
     norm_type: str = "rms_norm"
-    norm_eps: float = interval(min=0.0)(default=1e-6)
+    norm_eps: float | int = interval(min=0.0)(default=1e-6)
     gated_mlp: bool = False
     qk_norm: bool = False
     position_embedding: str = "rope"
@@ -228,8 +228,15 @@ class DCAConfig(PreTrainedConfig):
         if self.head_dim is None:
             self._check_divides("hidden_size", "num_attention_heads")
         self._check_divides("num_attention_heads", "num_key_value_heads")
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
+        if self.position_embedding == "rope":
+            if self.head_dim % 2:
+                raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
+            rope_type = self.rope_parameters.get("rope_type")
+            if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+                raise ValueError(
+                    f"`rope_parameters` has the `rope_type` {rope_type!r}; "
+                    + nearest_name(rope_type, ("default", *ROPE_INIT_FUNCTIONS))
+                )
         if self.position_embedding == "sincos" and self.hidden_size % 2:
             raise ValueError(f"`hidden_size` is {self.hidden_size}; sine-cosine positions need an even one.")
         if len(self.layer_types) != self.num_hidden_layers:

@@ -21,7 +21,14 @@ from training.arguments import RunArguments, parse_run
 from training.data import PackedBlocks, TextDataArguments, is_on_the_hub, load_text, texts
 from training.errors import UserError, command
 from training.metrics import Perplexity
-from training.run import check_hub, check_output_folder, config_of_baseline, make_output_folder, run_models
+from training.run import (
+    check_hub,
+    check_model,
+    check_output_folder,
+    config_of_baseline,
+    make_output_folder,
+    run_models,
+)
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -78,7 +85,10 @@ def main():
             f"`block_size` is {data.block_size}, longer than the learned positions allow: `max_position_embeddings` is "
             f"{config.max_position_embeddings}."
         )
+    if data.streaming and run.training.max_steps < 1:
+        raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must say when the run ends.")
     configs = [config, config_of_baseline(run)]
+    check_model(DCAForCausalLM, config)
     check_output_folder(run.training)
     check_hub(run.training)
 

@@ -18,7 +18,14 @@ from training.arguments import RunArguments, parse_run
 from training.data import ImageDataArguments, is_on_the_hub, load_images
 from training.errors import command
 from training.metrics import Accuracy
-from training.run import check_hub, check_output_folder, config_of_baseline, make_output_folder, run_models
+from training.run import (
+    check_hub,
+    check_model,
+    check_output_folder,
+    config_of_baseline,
+    make_output_folder,
+    run_models,
+)
 
 
 @dataclasses.dataclass
@@ -57,6 +64,7 @@ def main():
     )
     data, config = run.data, run.config
     baseline = config_of_baseline(run)
+    check_model(DCAForImageClassification, config)
     check_output_folder(run.training)
     check_hub(run.training)
 

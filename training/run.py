@@ -66,6 +66,20 @@ def check_output_folder(arguments: RunArguments) -> None:
             raise UserError(f"{named}, which also holds the run {str(other)!r}: move that, or name another folder.")
 
 
+def check_model(model_class: type[PreTrainedModel], config: DCAConfig) -> None:
+    """
+    See that a model can be built, without the memory for its weights.
+
+    Raises:
+        [`UserError`]: it cannot: with an unknown implementation, say, or rotary positions that lack a parameter.
+    """
+    try:
+        with torch.device("meta"):
+            model_class(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The model cannot be built: {type(error).__name__}: {innermost_message(error)}") from error
+
+
 def check_hub(arguments: RunArguments) -> None:
     """
     Create the repository that a run is to be published in, before anything else is done for the run.

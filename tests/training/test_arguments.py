@@ -50,6 +50,10 @@ WRONG_VALUES = [
     ("text", "model", "num_key_value_heads", 3, ["`num_attention_heads` (2)", "`num_key_value_heads` (3)"]),
     ("text", "model", "gated_mlp", "maybe", ["'gated_mlp'", "bool", "'maybe'"]),
     ("text", "model", "norm_type", "layernorm", ["`norm_type` is 'layernorm'", "'layer_norm'"]),
+    ("text", "model", "hidden_act", "gelux", ["`hidden_act` is 'gelux'", "did you mean 'gelu'"]),
+    ("text", "model", "grn_implementation", "eagr", ["`grn_implementation` is 'eagr'", "did you mean 'eager'"]),
+    ("text", "model", "rope_parameters", {"rope_type": "yarnn"}, ["'yarnn'", "did you mean 'yarn'"]),
+    ("text", "model", "attention_dropout", 2, ["`attention_dropout`", "1.0", "got 2"]),
     ("text", "model", "initializer_range", 2.5, ["`initializer_range`", "1.0", "2.5"]),
     ("text", "model", "vocab_size", 257, ["`vocab_size` is 257", "258"]),
     ("text", "data", "block_size", "long", ["--block_size", "int", "'long'"]),
@@ -106,7 +110,7 @@ def test_wrong_value_is_refused(room, capsys, place, name, section, field, value
             ["--position_embedding=learned", "--block_size=33"],
             ["`block_size` is 33", "`max_position_embeddings` is 32"],
         ),
-        (["--streaming", "--max_steps=-1", "--num_train_epochs=1"], ["max_steps"]),
+        (["--streaming", "--max_steps=-1", "--num_train_epochs=1"], ["`max_steps` is -1", "`streaming`"]),
         (["--push_to_hub", "--hub_strategy=every_save"], ["`hub_strategy` is 'every_save'", "'end'"]),
         (["--hidden_sz=16"], ["--hidden_sz", "command line", "did you mean 'hidden_size'"]),
         (["--learning-rat", "0.1"], ["learning_rat", "did you mean 'learning_rate'"]),
@@ -116,10 +120,7 @@ def test_wrong_value_is_refused(room, capsys, place, name, section, field, value
         (["--max_steps"], ["--max_steps", "expected one argument"]),
     ],
 )
-def test_wrong_command_line_is_refused(room, capsys, given, words, monkeypatch):
-    # A stream without a length is met by the trainer, in a folder that it has made.
-    if "--streaming" in given:
-        monkeypatch.setattr(causal_lm, "make_output_folder", lambda run: None)
+def test_wrong_command_line_is_refused(room, capsys, given, words):
     assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, *given), *words)
 
 

@@ -402,9 +402,9 @@ def write_cut(folder):
     write_images(folder)
     noise = torch.randint(256, (64, 64), generator=torch.manual_seed(0), dtype=torch.uint8)
     file = folder / "odd" / "3.bmp"
-    training_image = image(3).resize((64, 64))
-    training_image.putdata(noise.flatten().tolist())
-    training_image.save(file)
+    noisy = image(3).resize((64, 64))
+    noisy.putdata(noise.flatten().tolist())
+    noisy.save(file)
     file.write_bytes(file.read_bytes()[:2000])
 
 

@@ -21,7 +21,7 @@ def model_of(scheme, last_k=None):
     """A model whose generalized residuals are not the plain sum."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
-    model = DCAForCausalLM(DCAConfig(**sizes, residual_scheme=scheme, last_k=last_k))
+    model = DCAForCausalLM(DCAConfig(**sizes, residual_scheme=scheme, last_k=last_k, attention_dropout=0.5))
     for name, parameter in model.named_parameters():
         if name.endswith(("delta", "gate")):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -53,7 +53,8 @@ def entries_by_hand(block, last_k):
 @pytest.mark.parametrize("last_k", [None, 1, 2])
 def test_depth_weights(scheme, last_k):
     model = model_of(scheme, last_k)
-    weights = measure_depth_weights(model, [{"input_ids": batch} for batch in BATCHES])
+    # As after training: the dropout must be off.
+    weights = measure_depth_weights(model.train(), [{"input_ids": batch} for batch in BATCHES])
     names = ["q", "k", "v"] if scheme == "dca" else ["q, k, v"]
     assert [(each["block"], each["input"]) for each in weights] == [
         (block, name) for block in range(1, LAYERS + 1) for name in names
