@@ -19,8 +19,6 @@ DEPTH_WEIGHTS_DATA = "depth_weights.json"
 
 # What a card shows of a run's training arguments, and the names it has there.
 HYPER_PARAMETERS = (
-    "max_steps",
-    "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
@@ -113,7 +111,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         parameters={name: _count_parameters(path) for name, path in models.items()},
         verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
         steps=read_json(folder / "trainer_state.json")["global_step"],
-        hyper_parameters={name: arguments[name] for name in HYPER_PARAMETERS},
+        hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
         config=run.config,
         loss_curve=LOSS_CURVE,
         depth_weights=DEPTH_WEIGHTS if weights else None,
@@ -125,6 +123,11 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         configuration=yaml.safe_dump(run.named["model"], sort_keys=False).strip(),
     )
     card.save(folder / "README.md")
+
+
+def _length(arguments: dict) -> str:
+    """Which of the training arguments says how long a run is."""
+    return "max_steps" if arguments["max_steps"] > 0 else "num_train_epochs"
 
 
 def _scheme(folder: Path) -> str:

@@ -63,10 +63,11 @@ def describe(data: TextDataArguments, train_documents, held_out_documents, held_
     source = data.dataset if data.dataset_config is None else f"{data.dataset} ({data.dataset_config})"
     if data.dataset == "stdlib":
         source = f"the source text of the standard library of Python {platform.python_version()}, split by file"
-    held_out = f"{len(held_out_documents):,} documents ({len(held_out_blocks):,} blocks of {data.block_size} tokens)"
-    if data.streaming:
-        return f"Trained on {source}, streamed; {held_out} were held out."
-    return f"Trained on {source}: {len(train_documents):,} documents; {held_out} were held out."
+    documents = "a stream of documents" if data.streaming else f"{len(train_documents):,} documents"
+    return (
+        f"Trained on {source}: {documents}. Evaluated on {len(held_out_documents):,} documents that were held out "
+        f"({len(held_out_blocks):,} blocks of {data.block_size} tokens)."
+    )
 
 
 @command

@@ -94,8 +94,8 @@ def main():
         "task": "image-classification",
         "dataset": data.dataset if is_on_the_hub(data.dataset) else None,
         "dataset_name": "scikit-learn digits" if data.dataset == "digits" else Path(data.dataset).name,
-        "data": f"Trained on {source}: {len(train_images):,} images of {len(names)} classes; "
-        f"{len(held_out_images):,} images were held out.",
+        "data": f"Trained on {source}: {len(train_images):,} images of {len(names)} classes. Evaluated on "
+        f"{len(held_out_images):,} images that were held out.",
     }
     run_models(
         run,

@@ -108,7 +108,7 @@ def test_card_names_license_and_data_set_of_the_hub(room, monkeypatch):
     call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--model_license=mit", "--dataset_config=en", "--max_steps=1")
     data = ModelCard.load(room / "run" / "README.md").data
     assert data.license == "mit" and data.datasets == ["text.jsonl"]
-    assert "Trained on text.jsonl (en): 60 documents; 7 documents" in card_of(room / "run")
+    assert "Trained on text.jsonl (en): 60 documents. Evaluated on 7 documents" in card_of(room / "run")
 
 
 @pytest.mark.parametrize("kind", ["text_run", "image_run"])
@@ -139,7 +139,7 @@ def test_card_tells_how_the_run_was_trained(text_run):
         assert re.search(rf"^\| `{name}` \| {value}(\.0)? \|$", card, flags=re.MULTILINE), name
     (configuration,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.DOTALL)
     assert yaml.safe_load(configuration) == yaml.safe_load((text_run / "run.yaml").read_text())["model"]
-    assert "60 documents; 7 documents" in card and "blocks of 16 tokens" in card
+    assert "60 documents. Evaluated on 7 documents" in card and "blocks of 16 tokens" in card
     assert "\\n" not in card.split("## Data")[1]
 
 

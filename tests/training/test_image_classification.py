@@ -91,7 +91,10 @@ def test_digits(room):
     call(image_classification.main, IMAGE_RUN, "--dataset=digits", "--output_dir=run", "--max_steps=1")
     config = json.loads((room / "run" / "config.json").read_text())
     assert list(config["label2id"]) == [str(digit) for digit in range(10)]
-    assert "1,437 images of 10 classes; 360 images were held out" in (room / "run" / "README.md").read_text()
+    assert (
+        "1,437 images of 10 classes. Evaluated on 360 images that were held out"
+        in (room / "run" / "README.md").read_text()
+    )
 
 
 def test_run_of_epochs_that_is_finished_is_resumed_to_the_same_weights(room):
