@@ -154,7 +154,7 @@ class DCAConfig(PreTrainedConfig):
     last_k: int | None = None
     grn_implementation: str = "auto"
     norm_type: str = "rms_norm"
-    norm_eps: float | int = interval(min=0.0)(default=1e-6)
+    norm_eps: float | int = 1e-6
     gated_mlp: bool = False
     qk_norm: bool = False
     position_embedding: str = "rope"
@@ -162,7 +162,7 @@ class DCAConfig(PreTrainedConfig):
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     attention_bias: bool = False
-    attention_dropout: float | int = interval(min=0.0, max=1.0)(default=0.0)
+    attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -220,6 +220,10 @@ class DCAConfig(PreTrainedConfig):
             self._check_positive(name)
         for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings", "last_k", "sliding_window"):
             self._check_positive(name)
+        if self.norm_eps < 0:
+            raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
+        if not 0 <= self.attention_dropout <= 1:
+            raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must lie from 0 to 1.")
         if self.last_k is not None and self.residual_scheme == "standard":
             raise ValueError(
                 f"`last_k` is {self.last_k}, but the 'standard' scheme sums all outputs: leave `last_k` out or choose "

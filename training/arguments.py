@@ -34,6 +34,7 @@ SMALLEST = {
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
+    "warmup_steps": 0,
     "weight_decay": 0,
     "seed": 0,
 }
@@ -68,11 +69,11 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         for name, smallest in SMALLEST.items():
             # (Comparing so, and not with `<`, refuses NaN, too.)
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {smallest}.")
+        super().__post_init__()
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
 

@@ -53,7 +53,7 @@ REFUSED = [
     ({"residual_scheme": "grn_3"}, ["`residual_scheme`", "'grn_3'", "did you mean 'grn_v3'?", "standard", "dca"]),
     ({"residual_scheme": "other"}, ["`residual_scheme`", "'other'", "standard, grn_v1, grn_v2, grn_v3, dca"]),
     ({"norm_type": "rmsnorm"}, ["`norm_type`", "'rmsnorm'", "did you mean 'rms_norm'?", "rms_norm, layer_norm"]),
-    ({"norm_eps": -1}, ["norm_eps", "greater or equal to 0.0", "-1"]),
+    ({"norm_eps": -1}, ["`norm_eps` is -1", "at least 0"]),
     ({"rope_parameters": {"rope_type": "yarnn"}}, ["`rope_type`", "'yarnn'", "did you mean 'yarn'?"]),
     ({"norm_type": "layernorm"}, ["`norm_type`", "'layernorm'", "did you mean 'layer_norm'?"]),
     (
