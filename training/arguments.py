@@ -73,6 +73,9 @@ class RunArguments(TrainingArguments):
             # (Comparing so, and not with `<`, refuses NaN, too.)
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {smallest}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0 and below 1.")
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")

@@ -69,6 +69,7 @@ WRONG_VALUES = [
     ("text", "training", "learning_rate", "fast", ["--learning_rate", "float", "'fast'"]),
     ("text", "training", "learning_rate", -1, ["`learning_rate` is -1", "at least 0"]),
     ("text", "training", "learning_rate", ".nan", ["`learning_rate`", "nan", "at least 0"]),
+    ("text", "training", "adam_beta2", 2, ["`adam_beta2` is 2", "below 1"]),
     ("text", "training", "warmup_steps", -1, ["`warmup_steps` is -1", "at least 0"]),
     ("text", "training", "per_device_train_batch_size", 0, ["`per_device_train_batch_size` is 0", "at least 1"]),
     ("text", "training", "per_device_eval_batch_size", -4, ["`per_device_eval_batch_size` is -4", "at least 1"]),
