@@ -55,13 +55,12 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
     Write `README.md` and its pictures into the folder of a run.
 
     Args:
-        folder: of the run, with `config.json`, the weights, `all_results.json` and `trainer_state.json`, as the run left them.
+        folder: of the run, with `config.json`, the weights, `all_results.json`, `trainer_state.json` and
+            `depth_weights.json`, as the run left them.
         note: what the folder cannot tell: `task` (a pipeline tag), `data` (a sentence), `dataset` (an id on the Hub, or
             `None`), `dataset_name`, `baseline` (the folder of the baseline, or `None`) and, for text generation,
             `prompt`.
     """
-    if not (folder / "all_results.json").exists():
-        return  # the run is still under way: there are no figures to show
     models = {_scheme(folder): folder}
     if note["baseline"] is not None:
         models[_scheme(note["baseline"])] = note["baseline"]
@@ -70,8 +69,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         {name: read_json(path / "trainer_state.json")["log_history"] for name, path in models.items()},
         folder / LOSS_CURVE,
     )
-    weights_file = folder / DEPTH_WEIGHTS_DATA
-    weights = read_json(weights_file) if weights_file.exists() else []
+    weights = read_json(folder / DEPTH_WEIGHTS_DATA)
     if weights:
         draw_depth_weights(weights, folder / DEPTH_WEIGHTS)
 

@@ -88,7 +88,7 @@ def main():
         )
     if data.streaming and run.training.max_steps < 1:
         raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must say when the run ends.")
-    configs = [config, config_of_baseline(run)]
+    baseline = config_of_baseline(run)
     check_model(DCAForCausalLM, config)
     check_output_folder(run.training)
     check_hub(run.training)
@@ -108,7 +108,7 @@ def main():
             train_blocks.check_length()
         else:
             train_blocks = train_blocks.materialize()
-    for each in filter(None, configs):
+    for each in filter(None, (config, baseline)):
         each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         each.pad_token_id = tokenizer.pad_token_id
     metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
@@ -130,7 +130,7 @@ def main():
     run_models(
         run,
         DCAForCausalLM,
-        configs[1],
+        baseline,
         note,
         train_dataset=train_blocks,
         eval_dataset=held_out_blocks,
