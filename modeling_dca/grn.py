@@ -1,13 +1,17 @@
 """Generalized residuals (paper, section 3.1): the stack that a block may see, their parameters, the reference maths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
 from torch import nn
+from transformers.utils import logging
 from transformers.utils.generic import GeneralInterface
 
 from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
+
+
+logger = logging.get_logger(__name__)
 
 
 class ResidualStack:
@@ -39,6 +43,30 @@ class ResidualStack:
             self.entries[merged : merged + 2] = [total]
 
 
+def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
+    """The widest type of the stack's entries: under autocast the model's input is wider than what blocks return."""
+    return reduce(torch.promote_types, (entry.dtype for entry in stack))
+
+
+def check_inputs(stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None) -> None:
+    """Raises `ValueError` where the shapes are not those that [`generalized_residual`] takes."""
+    shapes = {tuple(entry.shape) for entry in stack}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"All entries of `stack` must have one shape, but there are {sorted(shapes) or 'no entries'}."
+        )
+    entries, width = len(stack), stack[0].shape[-1]
+    if delta.ndim != 3 or delta.shape[1] != entries or delta.shape[2] not in (1, width):
+        raise ValueError(
+            f"`delta` has shape {tuple(delta.shape)}, but for {entries} entries of width {width} it must be "
+            f"(outputs, {entries}, {width}) or (outputs, {entries}, 1)."
+        )
+    if gate is not None and gate.shape != (delta.shape[0], width):
+        raise ValueError(
+            f"`gate` has shape {tuple(gate.shape)}, but must be (outputs, width) = {delta.shape[0], width}."
+        )
+
+
 def generalized_residual(
     stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
@@ -54,7 +82,8 @@ def generalized_residual(
     Returns:
         `outputs` tensors of shape `(..., d)`, in the widest type of the stack. Sums are taken in float32 at least.
     """
-    dtype = reduce(torch.promote_types, (entry.dtype for entry in stack))
+    check_inputs(stack, delta, gate)
+    dtype = output_dtype(stack)
     compute_dtype = torch.promote_types(dtype, torch.float32)
     entries = [entry.to(compute_dtype) for entry in stack]
     b = 1 + delta.to(compute_dtype)
@@ -84,6 +113,28 @@ class GRNInterface(GeneralInterface):
 
 #: All implementations of [`generalized_residual`] that `config.grn_implementation` can name.
 ALL_GRN_FUNCTIONS = GRNInterface()
+
+
+#: The best implementation by type of device; elsewhere it is the reference.
+BEST_GRN_FUNCTIONS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def find_implementation(name: str, device: torch.device) -> Callable:
+    """
+    The implementation of [`generalized_residual`] that `config.grn_implementation` names, or, for `"auto"`, the best for
+    tensors on `device`.
+
+    Raises:
+        `ValueError`: the one that is named cannot run there.
+    """
+    implementation = ALL_GRN_FUNCTIONS[BEST_GRN_FUNCTIONS.get(device.type, "eager") if name == "auto" else name]
+    obstacle = implementation.obstacle(device) if hasattr(implementation, "obstacle") else None
+    if obstacle is None:
+        return implementation
+    if name != "auto":
+        raise ValueError(f'`grn_implementation` is {name!r}, but {obstacle}: "auto" takes the best that can run.')
+    logger.warning_once(f"The generalized residuals are computed by the reference, which is slower: {obstacle}.")
+    return generalized_residual
 
 
 class GeneralizedResidual(nn.Module):
@@ -117,19 +168,23 @@ class GeneralizedResidual(nn.Module):
             if scheme.gated:
                 self.gate = nn.Parameter(torch.zeros(outputs, config.hidden_size))
 
-    def forward(self, *stack: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *stack: torch.Tensor) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
         """
         Args:
             stack (tensors of shape `(batch, sequence, hidden_size)`): one for each entry.
 
         Returns:
-            `outputs` tensors of the same shape: for DCA the inputs of queries, keys and values, in this order.
+            `outputs` tensors of the same shape, for DCA the inputs of queries, keys and values, in this order; and the
+            stack, a tuple, which later blocks should take in place of the one given (see `FusedGeneralizedResidual`).
         """
         if self.delta is None:
-            return stack  # the standard scheme's only entry is the residual sum
-        name = self.config.grn_implementation
-        implementation = ALL_GRN_FUNCTIONS["eager" if name == "auto" else name]
-        return implementation(stack, self.delta, self.gate)
+            return *stack, stack  # the standard scheme's only entry is the residual sum
+        implementation = find_implementation(self.config.grn_implementation, stack[0].device)
+        if hasattr(implementation, "chained"):
+            outputs, stack = implementation.chained(stack, self.delta, self.gate)
+        else:
+            outputs = implementation(stack, self.delta, self.gate)
+        return *outputs, stack
 
     def extra_repr(self) -> str:
         if self.delta is None:

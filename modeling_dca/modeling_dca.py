@@ -36,11 +36,54 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_dca import DCAConfig
-from .grn import GeneralizedResidual, ResidualStack
+from .grn import GeneralizedResidual, GRNInterface, ResidualStack
+from .grn_cpu import generalized_residual_cpu
+from .grn_fused import differentiable_gradients
+
+
+GRNInterface.register("cpu", generalized_residual_cpu)
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Llama's root mean square norm, in float32 whatever the type of its input."""
+    if hidden_states.dtype == weight.dtype == torch.float32:
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+    widened = hidden_states.float()
+    normalized = widened * torch.rsqrt(widened.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(hidden_states.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """[`rms_norm`] that keeps nothing but its input for the backward pass, and needs half of autograd's time there."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.eps = eps
+        return rms_norm(hidden_states, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_states, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable_gradients(lambda *x: (rms_norm(*x, ctx.eps),), ctx.saved_tensors, (grad,)), None
+        widened, grad = hidden_states.float(), grad.float()
+        inverse_rms = torch.rsqrt(widened.pow(2).mean(-1, keepdim=True).add_(ctx.eps))
+        normalized = widened * inverse_rms
+        product = grad * normalized
+        weight_grad = product.flatten(0, -2).sum(0)
+        projection = product.mul_(weight).mean(-1, keepdim=True)
+        input_grad = torch.mul(grad, weight, out=product).addcmul_(normalized, projection, value=-1).mul_(inverse_rms)
+        return input_grad.to(hidden_states.dtype), weight_grad.to(weight.dtype), None
 
 
 class DCARMSNorm(LlamaRMSNorm):
-    """Root mean square norm, in float32 whatever the type of its input."""
+    """Root mean square norm over the last dimension."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def build_norm(config: DCAConfig, size: int) -> nn.Module:
@@ -153,8 +196,9 @@ class DCAAttention(nn.Module):
 
 class DCALayer(GradientCheckpointingLayer):
     """
-    The DCA block (paper, figure 4). It takes the stack and returns `f_t`, what it adds to it: the block's own input
-    reaches both the attention and the feed-forward module, but is no part of what the block returns.
+    The DCA block (paper, figure 4). It takes the stack and returns `f_t`, what it adds to it, and the stack as later
+    blocks should take it (see [`FusedGeneralizedResidual.chained`]). The block's own input reaches both the attention and
+    the feed-forward module, but is no part of `f_t`.
     """
 
     def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
@@ -178,8 +222,8 @@ class DCALayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        inputs = self.residual(*stack)
+    ) -> tuple[torch.Tensor, ...]:
+        *inputs, stack = self.residual(*stack)
         query_input = self.input_layernorm(inputs[0])
         if self.key_layernorm is None:
             key_input = value_input = query_input
@@ -197,7 +241,8 @@ class DCALayer(GradientCheckpointingLayer):
             use_cache=use_cache,
             **kwargs,
         )
-        return attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
+        output = attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
+        return output, *stack
 
 
 @dataclass
@@ -332,7 +377,7 @@ class DCAModel(DCAPreTrainedModel):
 
         stack = ResidualStack(hidden_states, self.config.max_stack_entries)
         for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
-            output = decoder_layer(
+            output, *stack.entries = decoder_layer(
                 *stack.entries,
                 attention_mask=mask_mapping[layer_type],
                 position_embeddings=position_embeddings,
@@ -343,7 +388,7 @@ class DCAModel(DCAPreTrainedModel):
             )
             stack.append(output)
 
-        (hidden_states,) = self.residual(*stack.entries)
+        hidden_states, _ = self.residual(*stack.entries)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,

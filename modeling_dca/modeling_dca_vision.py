@@ -158,9 +158,10 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
 
         stack = ResidualStack(embeddings, self.config.max_stack_entries)
         for layer in self.layers:
-            stack.append(layer(*stack.entries, **kwargs))
+            output, *stack.entries = layer(*stack.entries, **kwargs)
+            stack.append(output)
 
-        (hidden_states,) = self.residual(*stack.entries)
+        hidden_states, _ = self.residual(*stack.entries)
         hidden_states = self.norm(hidden_states)
         pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states.mean(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)

@@ -254,13 +254,17 @@ def test_one_step_moves_every_residual_parameter(scheme):
 
 
 def record(modules, inputs=False):
-    """Collects what each of the modules returns, or its first input, from now on."""
+    """Collects the first thing that each of the modules returns, or its first input, from now on."""
     recorded = []
+
+    def record_output(module, args, output):
+        recorded.append(output[0] if isinstance(output, tuple) else output)
+
     for module in modules:
         if inputs:
             module.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
         else:
-            module.register_forward_hook(lambda module, args, output: recorded.append(output))
+            module.register_forward_hook(record_output)
     return recorded
 
 
@@ -763,16 +767,15 @@ def test_parts_in_the_order_of_the_pipeline_plan_are_the_model(scheme):
             stack = ResidualStack(values.pop("inputs_embeds"), base.config.max_stack_entries)
             assert takes == ["stack", "attention_mask"]
             for layer in part:
-                stack.append(
-                    layer(
-                        *stack.entries,
-                        attention_mask=values["attention_mask"],
-                        position_embeddings=position_embeddings,
-                    )
+                output, *stack.entries = layer(
+                    *stack.entries,
+                    attention_mask=values["attention_mask"],
+                    position_embeddings=position_embeddings,
                 )
+                stack.append(output)
             result = stack.entries
         elif takes == ["stack"]:
-            (result,) = part(*values.pop("stack"))
+            result, _ = part(*values.pop("stack"))
         else:
             (taken,) = takes
             result = part(values.pop(taken))

@@ -297,10 +297,11 @@ def test_parts_in_the_order_of_the_pipeline_plan_are_the_model(scheme):
         if name == "layers":
             stack = ResidualStack(values.pop("inputs_embeds"), model.config.max_stack_entries)
             for layer in part:
-                stack.append(layer(*stack.entries))
+                output, *stack.entries = layer(*stack.entries)
+                stack.append(output)
             result = stack.entries
         elif takes == ["stack"]:
-            (result,) = part(*values.pop("stack"))
+            result, _ = part(*values.pop("stack"))
         else:
             (taken,) = takes
             result = part(values.pop(taken))

@@ -1,0 +1,105 @@
+"""Generalized residuals in eager mode on the CPU: few passes over memory that is written in place."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .grn import output_dtype
+from .grn_fused import FusedGeneralizedResidual
+
+
+# Up to here the time goes into the number of operations and not into memory: so in decoding.
+MAX_ELEMENTS_AT_ONCE = 2**16
+
+
+@torch.autocast("cpu", enabled=False)
+def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tensor:
+    shape, dtype = stack[0].shape, output_dtype(stack)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    b = 1 + delta.to(compute_dtype)
+    gate = None if gate is None else gate.to(compute_dtype)
+    tokens, width = math.prod(shape[:-1]), shape[-1]
+    if tokens * b.numel() <= MAX_ELEMENTS_AT_ONCE:
+        stack = torch.stack(tuple(stack)).view(len(stack), tokens, width).to(compute_dtype)
+        weight = b.unsqueeze(2)
+        if gate is not None:
+            weight = weight + (stack @ gate.mT).clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
+        return (weight * stack).sum(1).view(len(b), *shape).to(dtype)
+
+    outputs = stack[0].new_empty((len(b), tokens, width), dtype=compute_dtype)
+    weight = torch.empty_like(outputs[0])
+    for i, entry in enumerate(stack):
+        entry = entry.reshape(tokens, width).to(compute_dtype)
+        if gate is not None:
+            open_gates = (entry @ gate.mT).clamp_(min=0)
+        for o, output in enumerate(outputs):
+            factor = b[o, i] if gate is None else torch.add(b[o, i], open_gates[:, o, None], out=weight)
+            if i == 0:
+                torch.mul(factor, entry, out=output)
+            else:
+                output.addcmul_(factor, entry)
+    return outputs.view(len(b), *shape).to(dtype)
+
+
+@torch.autocast("cpu", enabled=False)
+def backward(
+    output_grads: Sequence[Tensor],
+    entry_grads: Sequence[Tensor],
+    stack: Sequence[Tensor],
+    delta: Tensor,
+    gate: Tensor | None,
+) -> list[Tensor]:
+    shape = stack[0].shape
+    compute_dtype = torch.promote_types(output_dtype(stack), torch.float32)
+    tokens, width = math.prod(shape[:-1]), shape[-1]
+    output_grads = [grad.reshape(tokens, width).to(compute_dtype) for grad in output_grads]
+    b = 1 + delta.to(compute_dtype)
+    b_grad = torch.empty_like(b)
+    product = torch.empty_like(output_grads[0])
+    weight = torch.empty_like(product)
+    if gate is not None:
+        gate_dtype, gate = gate.dtype, gate.to(compute_dtype)
+        gate_grad = torch.zeros_like(gate)
+
+    stack_grads = []
+    for i, entry in enumerate(stack):
+        dtype, entry = entry.dtype, entry.reshape(tokens, width).to(compute_dtype)
+        total = entry_grads[i].reshape(tokens, width).to(compute_dtype) if entry_grads else None
+        if gate is not None:
+            pre_activation = entry @ gate.mT
+            open_gates = pre_activation.clamp(min=0)
+            pre_activation_grad = torch.empty_like(pre_activation)
+        for o, grad in enumerate(output_grads):
+            torch.mul(grad, entry, out=product)
+            b_grad[o, i] = product.sum(0) if b.shape[-1] == width else product.sum()
+            factor = b[o, i]
+            if gate is not None:
+                torch.sum(product, 1, out=pre_activation_grad[:, o])
+                factor = torch.add(factor, open_gates[:, o, None], out=weight)
+            if total is None:
+                total = factor * grad
+            elif o == 0:
+                total = torch.addcmul(total, factor, grad)
+            else:
+                total.addcmul_(factor, grad)
+        if gate is not None:
+            # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
+            pre_activation_grad.masked_fill_(pre_activation < 0, 0)
+            total.addmm_(pre_activation_grad, gate)
+            gate_grad.addmm_(pre_activation_grad.mT, entry)
+        stack_grads.append(total.view(shape).to(dtype))
+    if gate is None:
+        return [*stack_grads, b_grad.to(delta.dtype)]
+    return [*stack_grads, b_grad.to(delta.dtype), gate_grad.to(gate_dtype)]
+
+
+def obstacle(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "these kernels are for the CPU"
+
+
+generalized_residual_cpu = FusedGeneralizedResidual("cpu", forward, backward, obstacle)
+
+
+__all__ = ["generalized_residual_cpu"]

@@ -1,0 +1,131 @@
+"""Generalized residuals alone, and what share of the machine's copy bandwidth they reach."""
+
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modeling_dca.grn import ALL_GRN_FUNCTIONS, generalized_residual
+from training.benchmarks.measure import interleave, seconds, spread
+
+
+#: Queries, keys and values.
+OUTPUTS = 3
+#: Bytes of the tensor that is copied: more than any cache holds.
+COPY_BYTES = 512 * 2**20
+#: How the copy is called among the implementations.
+COPY = "copy"
+FLA = "fla.ops.attnres, three times"
+
+
+def pass_bytes(entries: int, entry_bytes: int) -> dict[str, int]:
+    """
+    What a single pass over the stack reads and writes: forward the entries and the outputs, backward the entries, the
+    gradients of the outputs and those of the entries. (Parameters and their gradients are negligible.)
+    """
+    return {"forward": (entries + OUTPUTS) * entry_bytes, "backward": (2 * entries + OUTPUTS) * entry_bytes}
+
+
+def bandwidth_shares(moved: int, times: list[float], copied: int, copy_times: list[float]) -> list[float]:
+    """In each round, bytes a second as a share of those of a copy that reads and writes `copied` bytes together."""
+    return [(moved / time) / (copied / copy_time) for time, copy_time in zip(times, copy_times)]
+
+
+class Operation:
+    """
+    The generalized residuals of the last block, for each implementation.
+
+    Args:
+        entries: how many entries its stack has.
+        shape: that of an entry, `(batch, sequence, hidden_size)`.
+        dtype: that of the entries and the parameters.
+        device: where all of this is.
+    """
+
+    def __init__(self, entries: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        def random(*shape: int, std: float = 1.0) -> Tensor:
+            return (std * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+
+        self.device = device
+        self.stack = [random(*shape) for _ in range(entries)]
+        self.delta, self.gate = random(OUTPUTS, entries, shape[-1], std=0.02), random(OUTPUTS, shape[-1], std=0.02)
+        self.output_grads = [torch.randn_like(self.stack[0]) for _ in range(OUTPUTS)]
+        self.bytes = pass_bytes(entries, self.stack[0].nbytes)
+        self.source = torch.ones(COPY_BYTES // 4, device=device)
+        self.target = torch.zeros_like(self.source)
+
+    def implementations(self) -> tuple[dict[str, Callable], list[str]]:
+        """All that run here, by name, and a sentence for each that does not."""
+        found = {name: ALL_GRN_FUNCTIONS[name] for name in ALL_GRN_FUNCTIONS.valid_keys()}
+        found["eager, compiled"] = torch.compile(generalized_residual, fullgraph=True, dynamic=False)
+        if self.device.type == "cuda":
+            found[FLA] = self._attnres
+        notes = []
+        for name, implementation in tqdm(list(found.items()), desc="implementations", leave=False):
+            try:
+                self.backward(implementation)()
+            except Exception as error:
+                reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+                notes.append(f"{name!r} does not run here ({reason}).")
+                del found[name]
+        return found, notes
+
+    def _attnres(self, stack: list[Tensor], delta: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        """Another operation on the same stack, a softmax over its depth, but as good a measure of what is possible."""
+        from fla.ops.attnres import fused_attnres
+
+        return tuple(fused_attnres(query, stack, delta[0, 0].detach()) for query in gate.unbind())
+
+    def forward(self, implementation: Callable) -> Callable[[], Any]:
+        """A forward pass, as in training, ready to be timed."""
+        self._settle()
+        return lambda: implementation(self.stack, self.delta, self.gate)
+
+    def backward(self, implementation: Callable) -> Callable[[], Any]:
+        """A backward pass, for all gradients, ready to be timed."""
+        outputs = implementation(self.stack, self.delta, self.gate)
+        inputs = [*self.stack, self.delta, self.gate]
+        self._settle()
+        return lambda: torch.autograd.grad(outputs, inputs, self.output_grads, allow_unused=True)
+
+    def copy(self) -> Callable[[], Any]:
+        """What the passes are compared with."""
+        self._settle()
+        return lambda: self.target.copy_(self.source)
+
+    def _settle(self) -> None:
+        """The caches hold something else; a GPU is kept busy until it has been told all that is timed."""
+        self.target.zero_()
+        if self.device.type == "cuda":
+            torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
+
+
+def measure_operation(operation: Operation, title: str, rounds: int, warmup: int) -> tuple[dict, list[str]]:
+    """
+    Times and shares of the copy bandwidth of all implementations, forward and backward.
+
+    Returns:
+        A dictionary for the results' file, and a sentence for each implementation that does not run here.
+    """
+    implementations, notes = operation.implementations()
+    copied = 2 * operation.source.nbytes
+    results = {"entries": len(operation.stack)}
+    for direction in ("forward", "backward"):
+        prepare = getattr(operation, direction)
+        # Each of them prepares what is timed, outside of the time.
+        works = {COPY: operation.copy, **{name: partial(prepare, each) for name, each in implementations.items()}}
+        times = interleave(
+            f"{title}, {direction}", works, lambda work: seconds(work(), operation.device), rounds, warmup
+        )
+        moved = operation.bytes[direction]
+        summary = {}
+        for name, own in times.items():
+            shares = bandwidth_shares(copied if name == COPY else moved, own, copied, times[COPY])
+            summary[name] = {"values": own, "median": median(own), **spread("share", shares)}
+        results[direction] = {"unit": "seconds", "bytes": moved, "copied_bytes": copied, "implementations": summary}
+    return results, notes

@@ -1,0 +1,239 @@
+"""
+Measure DCA next to the plain transformer:
+
+    python -m training.benchmarks.run [--layers 12 --hidden 512 --device cpu --compile ...]
+
+The models take turns in one process, and each is compared with Llama in the same round. `--help` lists all arguments.
+"""
+
+import dataclasses
+import os
+import platform
+import re
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser
+
+from modeling_dca.configuration_dca import nearest_name
+from training.arguments import RUNS_FOLDER
+from training.benchmarks import report
+from training.benchmarks.measure import PEAK_RESET, interleave, summarize
+from training.benchmarks.models import (
+    BASELINE,
+    HEAD_DIM,
+    MEASURES,
+    NEW_TOKENS,
+    PUBLISHED,
+    PUBLISHED_MISSING,
+    PUBLISHED_NOTE,
+    Candidate,
+    build_models,
+)
+from training.benchmarks.operation import Operation, measure_operation
+from training.errors import UserError, command
+
+
+#: What can be asked for, and what it is.
+HELP = {name: measure.help for name, measure in MEASURES.items()}
+HELP["operation"] = "generalized residuals alone, against the bandwidth of a copy"
+
+#: The operation is so short that more rounds cost little.
+OPERATION_ROUNDS = 4
+
+SMALLEST = {"layers": 1, "hidden": HEAD_DIM, "seq": 2, "batch": 1, "vocab": 2}
+SMALLEST |= {"rounds": 1, "warmup": 1, "compile_rounds": 1}
+
+
+def _field(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class BenchmarkArguments:
+    """What to measure, and where."""
+
+    layers: int = _field(12, "Number of blocks.")
+    hidden: int = _field(512, f"Width of the model, a multiple of {HEAD_DIM}, the width of a head.")
+    seq: int = _field(128, "Tokens in a sequence.")
+    batch: int = _field(8, "Sequences in a training step and a prefill.")
+    vocab: int = _field(32000, "Tokens that the models know.")
+    dtype: Literal["float32", "bfloat16"] = _field("float32", "Type of weights and all else; there is no autocast.")
+    device: Literal["cpu", "cuda"] = _field("cpu", "Where to measure.")
+    compile: bool = _field(False, "Compile training step and prefill.")
+    rounds: int = _field(5, f"Rounds that count; for the operation alone {OPERATION_ROUNDS} times as many.")
+    warmup: int = _field(2, "Rounds before them that do not count.")
+    compile_rounds: int = _field(1, "Rounds for compile time; each takes minutes.")
+    only: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": f"What to measure. {'; '.join(f'{name}: {text}' for name, text in HELP.items())}."},
+    )
+    output_dir: str | None = _field(None, f"Where to write; a folder of {RUNS_FOLDER}/benchmarks if not given.")
+    overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
+
+    def __post_init__(self):
+        for name, smallest in SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least {smallest}.")
+        if self.hidden % HEAD_DIM:
+            raise UserError(f"`hidden` is {self.hidden}; it must be a multiple of {HEAD_DIM}, the width of a head.")
+        for name in self.only:
+            if name not in HELP:
+                raise UserError(f"`only` names {name!r}; {nearest_name(name, HELP)}")
+        if "compile_time" in self.only and not self.compile:
+            raise UserError("`only` names 'compile_time' without `compile`: pass --compile, too.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu.")
+        missing = set() if self.compile else {"compile_time"}
+        if self.device == "cpu" and not os.access(PEAK_RESET, os.W_OK):
+            missing.add("peak_memory")
+        if "peak_memory" in missing.intersection(self.only):
+            raise UserError(
+                f"`only` names 'peak_memory', which the CPU has on Linux alone ({PEAK_RESET}): leave it out."
+            )
+        self.only = self.only or [name for name in HELP if name not in missing]
+        if self.output_dir is None:
+            shape = f"{self.layers}x{self.hidden}-{self.batch}x{self.seq}-{self.dtype}"
+            self.output_dir = f"{RUNS_FOLDER}/benchmarks/{self.device}-{shape}{'-compiled' if self.compile else ''}"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists all arguments.")
+
+
+def make_output_folder(arguments: BenchmarkArguments) -> Path:
+    """
+    The folder for the results.
+
+    Raises:
+        `UserError`: it holds results already and `overwrite` is not set, or it cannot be made.
+    """
+    folder = Path(arguments.output_dir)
+    named = f"`output_dir` is {str(folder)!r}"
+    if (folder / report.RESULTS).exists() and not arguments.overwrite:
+        raise UserError(f"{named}, which holds results: name another folder, or pass --overwrite to replace them.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{named}, which cannot be made ({error.strerror}): name another folder.") from error
+    return folder
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int | None]:
+    """What the results depend on besides the arguments."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        cpu = name[1] if name else cpu
+    machine = {
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "CPU": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "CUDA": torch.version.cuda,
+        "Python": platform.python_version(),
+    }
+    for package in ("torch", "transformers", "triton", PUBLISHED, "fla-core"):
+        try:
+            machine[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            machine[package] = None
+    return machine
+
+
+def measure_models(arguments: BenchmarkArguments, candidates: dict[str, Candidate]) -> dict[str, dict]:
+    """Those of `MEASURES` that are asked for, for the results' file."""
+    results = {}
+    for name in (name for name in MEASURES if name in arguments.only):
+        measure, subjects = MEASURES[name], dict(candidates)
+        rounds, warmup = arguments.rounds, arguments.warmup
+        if name == "compile_time":
+            rounds, warmup = arguments.compile_rounds, 0
+            # The first compilation of a process has more to do. Llama's second measurement shows what else drifts.
+            torch.compile(torch.sin)(torch.ones(1, device=arguments.device))
+            subjects[f"{BASELINE}, last"] = candidates[BASELINE]
+        elif name == "decoding":
+            subjects.pop(PUBLISHED, None)  # it has no cache
+        elif name == "kept_bytes":
+            rounds, warmup = 1, 0  # always the same
+        title = name.replace("_", " ")
+        values = interleave(title, subjects, measure.meter, rounds, warmup)
+        tokens = NEW_TOKENS if name == "decoding" else arguments.batch * arguments.seq
+        results[name] = {
+            "title": title,
+            "unit": measure.unit,
+            "ratio_of": measure.ratio_of,
+            "tokens": tokens if measure.ratio_of == "speed" else None,
+            "models": summarize(values, BASELINE, measure.ratio_of == "speed"),
+        }
+    return results
+
+
+def compare_with_published(training_step: dict[str, dict]) -> list[str]:
+    """How much faster than the published model ours train, as sentences."""
+    times = {name: model["values"] for name, model in training_step.items()}
+    return [
+        f"{name} trains at {ratio['ratio']:.2f} x the speed of {PUBLISHED} "
+        f"({ratio['spread'][0]:.2f} to {ratio['spread'][1]:.2f})."
+        for name, ratio in summarize(times, PUBLISHED, speed=True).items()
+        if name.endswith("-DCA") or name == "full DCA"
+    ]
+
+
+def benchmark(arguments: BenchmarkArguments) -> dict:
+    """Measure what is asked for; returns the content of the results' file."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    entry_shape = (arguments.batch, arguments.seq, arguments.hidden)
+    results = {
+        "title": f"{arguments.layers} layers x {arguments.hidden}, {arguments.batch} x {arguments.seq} tokens, "
+        f"{arguments.dtype}, {device}{', compiled' if arguments.compile else ''}",
+        "command": shlex.join(["python", "-m", "training.benchmarks.run", *sys.argv[1:]]),
+        "arguments": dataclasses.asdict(arguments),
+        "machine": describe_machine(device),
+        "parameters": {},
+        "measures": {},
+        "operation": {},
+        "notes": [],
+    }
+    notes = results["notes"]
+    torch.manual_seed(0)
+    if arguments.only != ["operation"]:
+        models = build_models(arguments.vocab, arguments.hidden, arguments.layers, dtype)
+        results["parameters"] = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        input_ids = torch.randint(arguments.vocab, entry_shape[:2], device=device)
+        candidates = {name: Candidate(model, input_ids, arguments.compile) for name, model in models.items()}
+        results["measures"] = measure_models(arguments, candidates)
+        notes.append(PUBLISHED_NOTE if PUBLISHED in models else PUBLISHED_MISSING)
+        if PUBLISHED in models and "training_step" in arguments.only:
+            notes += compare_with_published(results["measures"]["training_step"]["models"])
+        del models, candidates
+    if "operation" in arguments.only:
+        rounds = OPERATION_ROUNDS * arguments.rounds
+        for title, entries in (("full DCA", arguments.layers), ("2-DCA", min(arguments.layers, 4))):
+            operation = Operation(entries, entry_shape, dtype, device)
+            results["operation"][title], skipped = measure_operation(operation, title, rounds, arguments.warmup)
+            notes += [f"{title}: {note}" for note in skipped]
+    return results
+
+
+@command
+def main():
+    description = "Measure DCA next to the plain transformer."
+    parser = _Parser(
+        BenchmarkArguments, prog="python -m training.benchmarks.run", description=description, allow_abbrev=False
+    )
+    arguments = BenchmarkArguments(**vars(parser.parse_args()))
+    folder = make_output_folder(arguments)
+    # The models share code, of which each has compiled versions of its own.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        print(report.write(benchmark(arguments), folder))
+    print(f"\nThe results are in {folder}.")
+
+
+if __name__ == "__main__":
+    main()
