@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grn import output_dtype
 from .grn_fused import FusedGeneralizedResidual
@@ -17,17 +17,19 @@ MAX_ELEMENTS_AT_ONCE = 2**16
 @torch.autocast("cpu", enabled=False)
 def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tensor:
     shape, dtype = stack[0].shape, output_dtype(stack)
-    compute_dtype = torch.promote_types(dtype, torch.float32)
-    b = 1 + delta.to(compute_dtype)
-    gate = None if gate is None else gate.to(compute_dtype)
     tokens, width = math.prod(shape[:-1]), shape[-1]
-    if tokens * b.numel() <= MAX_ELEMENTS_AT_ONCE:
-        stack = torch.stack(tuple(stack)).view(len(stack), tokens, width).to(compute_dtype)
-        weight = b.unsqueeze(2)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    delta = delta.to(compute_dtype)
+    gate = None if gate is None else gate.to(compute_dtype)
+    if len(delta) * len(stack) * tokens * width <= MAX_ELEMENTS_AT_ONCE:
+        stack = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
+        open_gates = 0.0
         if gate is not None:
-            weight = weight + (stack @ gate.mT).clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
-        return (weight * stack).sum(1).view(len(b), *shape).to(dtype)
+            open_gates = nn.functional.linear(stack, gate).clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
+        outputs = ((1 + delta).unsqueeze(2) + open_gates) * stack
+        return outputs.sum(1).view(len(delta), *shape).to(dtype)
 
+    b = 1 + delta
     outputs = stack[0].new_empty((len(b), tokens, width), dtype=compute_dtype)
     weight = torch.empty_like(outputs[0])
     for i, entry in enumerate(stack):
@@ -96,7 +98,7 @@ def backward(
 
 
 def obstacle(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else "these kernels are for the CPU"
+    return None if device.type == "cpu" else f"the tensors are on {device}, and it is for those of the CPU"
 
 
 generalized_residual_cpu = FusedGeneralizedResidual("cpu", forward, backward, obstacle)

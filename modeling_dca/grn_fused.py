@@ -36,18 +36,24 @@ class FusedGeneralizedResidual:
         # Code that came with a checkpoint is a module of another name, and has operators of its own.
         prefix = f"{__name__.replace('.', '_')}::{name}"
         arguments = "Tensor[] stack, Tensor delta, Tensor? gate"
+        self.name = name
         self.obstacle = obstacle
-        self.forward = torch.library.custom_op(
-            f"{prefix}_forward", forward, mutates_args=(), schema=f"({arguments}) -> Tensor"
+        self.kernels = forward, backward
+        self.operators = (
+            torch.library.custom_op(f"{prefix}_forward", forward, mutates_args=(), schema=f"({arguments}) -> Tensor"),
+            torch.library.custom_op(
+                f"{prefix}_backward",
+                backward,
+                mutates_args=(),
+                schema=f"(Tensor[] output_grads, Tensor[] entry_grads, {arguments}) -> Tensor[]",
+            ),
         )
-        self.backward = torch.library.custom_op(
-            f"{prefix}_backward",
-            backward,
-            mutates_args=(),
-            schema=f"(Tensor[] output_grads, Tensor[] entry_grads, {arguments}) -> Tensor[]",
-        )
-        self.forward.register_fake(_fake_forward)
-        self.backward.register_fake(_fake_backward)
+        for operator, fake in zip(self.operators, (_fake_forward, _fake_backward)):
+            operator.register_fake(fake)
+
+    def forward_and_backward(self, entry: Tensor) -> tuple[Callable, Callable]:
+        """What to call for a stack with such an entry: an operator costs as much as a kernel does for one token."""
+        return self.kernels if type(entry) is Tensor and not torch.compiler.is_compiling() else self.operators
 
     def __call__(self, stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
         """See [`~grn.generalized_residual`]."""
@@ -60,21 +66,29 @@ class FusedGeneralizedResidual:
         Returns the outputs, and the stack for whoever needs it next. An entry's gradient then comes from its last user
         through all others, and each adds its own while it has the entry at hand; without this chain, autograd would
         have to write and add up as many gradients as there are users.
+
+        Raises:
+            `ValueError`: the kernels cannot run on the device of the stack, or the shapes do not belong together.
         """
+        if obstacle := self.obstacle(stack[0].device):
+            raise ValueError(
+                f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
+            )
         check_inputs(stack, delta, gate)
         if torch.is_grad_enabled():
             results = _Chained.apply(self, delta, gate, *stack)
             return results[: delta.shape[0]], results[delta.shape[0] :]
-        return self.forward(stack, delta, gate).unbind(), tuple(stack)
+        forward, _ = self.forward_and_backward(stack[0])
+        return forward(stack, delta, gate).unbind(), tuple(stack)
 
 
 class _Chained(torch.autograd.Function):
     @staticmethod
     def forward(ctx, implementation, delta, gate, *stack):
-        ctx.implementation = implementation
+        forward, ctx.backward_kernel = implementation.forward_and_backward(stack[0])
         ctx.save_for_backward(delta, gate, *stack)
         ctx.set_materialize_grads(False)
-        return (*implementation.forward(stack, delta, gate).unbind(), *(entry.view_as(entry) for entry in stack))
+        return (*forward(stack, delta, gate).unbind(), *(entry.view_as(entry) for entry in stack))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -88,7 +102,7 @@ class _Chained(torch.autograd.Function):
             entry_grads = [_or_zeros(grad, entry, entry.dtype) for grad, entry in zip(grads[outputs:], stack)]
         # A gradient that is to be differentiated once more is that of the reference.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        backward = _reference_backward if twice else ctx.implementation.backward
+        backward = _reference_backward if twice else ctx.backward_kernel
         results = backward(output_grads, entry_grads, stack, delta, gate)
         gate_grad = None if gate is None else results[-1]
         return None, results[len(stack)], gate_grad, *results[: len(stack)]
