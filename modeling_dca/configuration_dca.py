@@ -70,8 +70,9 @@ class DCAConfig(PreTrainedConfig):
             The `k` of k-DCA, for every scheme but `"standard"`: only the model's input and the last `k` outputs are
             kept apart, those between are summed. `None` keeps all of them.
         grn_implementation (`str`, *optional*, defaults to `"auto"`):
-            Which implementation computes the generalized residuals: a name in `modeling_dca.grn.ALL_GRN_FUNCTIONS`,
-            or `"auto"` for the best one that the device allows. Not saved with the model.
+            Which implementation computes the generalized residuals: `"eager"` (the reference), `"cpu"`, `"triton"` or
+            another name in `modeling_dca.grn.ALL_GRN_FUNCTIONS`; `"auto"` is the best one that the device allows. Not
+            saved with the model.
         norm_type (`str`, *optional*, defaults to `"rms_norm"`):
             `"rms_norm"` or `"layer_norm"`.
         norm_eps (`float`, *optional*, defaults to 1e-6):

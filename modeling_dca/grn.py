@@ -50,11 +50,14 @@ def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
 
 def check_inputs(stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None) -> None:
     """Raises `ValueError` where the shapes are not those that [`generalized_residual`] takes."""
-    shapes = {tuple(entry.shape) for entry in stack}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"All entries of `stack` must have one shape, but there are {sorted(shapes) or 'no entries'}."
-        )
+    if not stack:
+        raise ValueError("`stack` is empty, but must hold the model's input at least.")
+    for i, entry in enumerate(stack):
+        if entry.shape != stack[0].shape:
+            raise ValueError(
+                f"Entry {i} of `stack` has shape {tuple(entry.shape)}, but must have that of the first, "
+                f"{tuple(stack[0].shape)}."
+            )
     entries, width = len(stack), stack[0].shape[-1]
     if delta.ndim != 3 or delta.shape[1] != entries or delta.shape[2] not in (1, width):
         raise ValueError(

@@ -31,7 +31,7 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
 
     b = 1 + delta
     outputs = stack[0].new_empty((len(b), tokens, width), dtype=compute_dtype)
-    weight = torch.empty_like(outputs[0])
+    weight = outputs.new_empty((tokens, b.shape[-1]))
     for i, entry in enumerate(stack):
         entry = entry.reshape(tokens, width).to(compute_dtype)
         if gate is not None:
@@ -60,7 +60,7 @@ def backward(
     b = 1 + delta.to(compute_dtype)
     b_grad = torch.empty_like(b)
     product = torch.empty_like(output_grads[0])
-    weight = torch.empty_like(product)
+    weight = product.new_empty((tokens, b.shape[-1]))
     if gate is not None:
         gate_dtype, gate = gate.dtype, gate.to(compute_dtype)
         gate_grad = torch.zeros_like(gate)

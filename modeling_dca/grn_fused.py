@@ -70,11 +70,11 @@ class FusedGeneralizedResidual:
         Raises:
             `ValueError`: the kernels cannot run on the device of the stack, or the shapes do not belong together.
         """
+        check_inputs(stack, delta, gate)
         if obstacle := self.obstacle(stack[0].device):
             raise ValueError(
                 f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
             )
-        check_inputs(stack, delta, gate)
         if torch.is_grad_enabled():
             results = _Chained.apply(self, delta, gate, *stack)
             return results[: delta.shape[0]], results[delta.shape[0] :]
@@ -88,7 +88,7 @@ class _Chained(torch.autograd.Function):
         forward, ctx.backward_kernel = implementation.forward_and_backward(stack[0])
         ctx.save_for_backward(delta, gate, *stack)
         ctx.set_materialize_grads(False)
-        return (*forward(stack, delta, gate).unbind(), *(entry.view_as(entry) for entry in stack))
+        return (*forward(stack, delta, gate).unbind(), *stack)
 
     @staticmethod
     def backward(ctx, *grads):

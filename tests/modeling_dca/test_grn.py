@@ -1,4 +1,7 @@
-"""Generalized residuals: the maths against a slow rendering, the live gate, and the stack of k-DCA."""
+"""
+Generalized residuals: the maths against a slow rendering, the live gate, the stack of k-DCA, and the implementation for
+the CPU against the maths.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +9,8 @@ import torch
 from reference_dca import generalized_residuals, to_array, visible_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_dca import ALL_GRN_FUNCTIONS, ResidualStack, generalized_residual
+from modeling_dca import ALL_GRN_FUNCTIONS, ResidualStack, generalized_residual, grn_cpu
+from modeling_dca.grn import find_implementation
 
 
 #: Of each scheme: outputs, whether `delta` has an element per feature, whether there is a gate.
@@ -149,6 +153,258 @@ def test_one_step_moves_a_zero_gate(scheme, optimizer_class):
     sum(result.square().sum() for result in generalized_residual(stack, delta, gate)).backward()
     optimizer.step()
     assert (gate != 0).all()
+
+
+#: Up to how many elements the implementation for the CPU computes a stack at once: never, or always.
+ELEMENTS_AT_ONCE = {"entry by entry": -1, "at once": 2**30}
+
+
+@pytest.fixture(params=ELEMENTS_AT_ONCE)
+def on_cpu(request, monkeypatch):
+    """The implementation for the CPU, in both of its ways."""
+    monkeypatch.setattr(grn_cpu, "MAX_ELEMENTS_AT_ONCE", ELEMENTS_AT_ONCE[request.param])
+    return ALL_GRN_FUNCTIONS["cpu"]
+
+
+def random_like(tensors, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) for tensor in tensors]
+
+
+def results_of(implementation, stack, delta, gate, output_grads):
+    """What an implementation returns, and the gradients of the entries, of `delta` and of `gate`."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (*stack, delta, gate) if tensor is not None]
+    outputs = implementation(inputs[: len(stack)], *inputs[len(stack) :])
+    return [*outputs, *torch.autograd.grad(outputs, inputs, output_grads)]
+
+
+def assert_equals_reference(implementation, stack, delta, gate):
+    """
+    Outputs and gradients are those of the reference in float64, but for the errors of float32 and one rounding.
+
+    As in `float32_error`, these errors are so many times half an epsilon of the same formula with every sign positive.
+    """
+    inputs = [tensor for tensor in (*stack, delta, gate) if tensor is not None]
+    output_grads = random_like(implementation(stack, delta, gate))
+    results = results_of(implementation, stack, delta, gate, output_grads)
+
+    def reference(change):
+        entries, *parameters = [
+            [change(tensor.double()) for tensor in group] for group in (stack, inputs[len(stack) :], output_grads)
+        ]
+        (delta, *gate), grads = parameters
+        return results_of(generalized_residual, entries, delta, gate[0] if gate else None, grads)
+
+    # Sums over the features, the tokens, the entries and the outputs, and the products in them.
+    steps = sum(stack[0].shape) + 2 * len(stack) + 2 * len(delta) + 4
+    for result, exact, magnitude in zip(results, reference(lambda x: x), reference(torch.abs), strict=True):
+        error = magnitude * steps * torch.finfo(torch.promote_types(output_type(stack), torch.float32)).eps / 2
+        info = torch.finfo(result.dtype)
+        rounding = info.eps / 2 * (exact.abs() + error).clamp(min=info.smallest_normal)
+        assert result.shape == exact.shape and ((result.double() - exact).abs() <= error + rounding).all()
+    assert [result.dtype for result in results[len(delta) :]] == [tensor.dtype for tensor in inputs]
+
+
+def output_type(stack):
+    return max((entry.dtype for entry in stack), key=lambda dtype: torch.finfo(dtype).bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("entries", [1, 2, 7])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cpu_equals_the_reference(on_cpu, scheme, entries, dtype):
+    assert_equals_reference(on_cpu, *random_inputs(scheme, entries, (3, 4), dtype, width=16))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (0,), (2, 0, 3), (2, 1, 3, 2)])
+@pytest.mark.parametrize("width", [1, 5, 33])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cpu_takes_any_shape(on_cpu, scheme, width, shape):
+    assert_equals_reference(on_cpu, *random_inputs(scheme, 3, shape, torch.float32, width))
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_cpu_takes_any_number_of_outputs(on_cpu, outputs, gated, elementwise):
+    stack, _, _ = random_inputs("dca", 4, dtype=torch.float32)
+    delta, gate = random_like([torch.empty(outputs, 4, WIDTH if elementwise else 1), torch.empty(outputs, WIDTH)])
+    assert_equals_reference(on_cpu, stack, delta, gate if gated else None)
+
+
+def test_cpu_takes_a_hundred_entries(on_cpu):
+    assert_equals_reference(on_cpu, *random_inputs("dca", 100, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", [[0], [0, 1], [2]])
+def test_cpu_takes_mixed_types_under_autocast(on_cpu, wide, parameter_dtype):
+    stack, delta, gate = random_inputs("dca", 5, (4, 8), torch.bfloat16, width=16)
+    stack = [entry.float() if i in wide else entry for i, entry in enumerate(stack)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equals_reference(on_cpu, stack, delta.to(parameter_dtype), gate.to(parameter_dtype))
+
+
+def test_cpu_takes_tensors_that_are_not_contiguous(on_cpu):
+    _, delta, gate = random_inputs("dca", 3, dtype=torch.float32)
+    stack = [entry.mT for entry in random_like([torch.empty(2, WIDTH, 3)] * 3)]
+    assert not stack[0].is_contiguous()
+    assert_equals_reference(on_cpu, stack, delta, gate)
+    # The gradient of a sum is one number, seen as a tensor.
+    inputs = [tensor.requires_grad_() for tensor in (*stack, delta, gate)]
+    grads = [
+        torch.autograd.grad(sum(output.sum() for output in function(stack, delta, gate)), inputs)
+        for function in (on_cpu, generalized_residual)
+    ]
+    for grad, expected in zip(*grads):
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cpu_gradients_are_deterministic(on_cpu, scheme):
+    inputs = random_inputs(scheme, 6, (40, 20), torch.float32, width=64)
+    output_grads = random_like(on_cpu(*inputs))
+    first, second = (results_of(on_cpu, *inputs, output_grads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("scheme", ["grn_v3", "dca"])
+def test_cpu_has_the_one_sided_derivative_of_a_zero_gate(on_cpu, scheme):
+    stack, delta, gate = random_inputs(scheme, 3)
+    assert_equals_reference(on_cpu, stack, delta, torch.zeros_like(gate))
+    # One token at which the gate is exactly at zero, one where it is open and one where it is closed.
+    stack = [torch.tensor([[1.0, -1.0], [2.0, 1.0], [-2.0, 1.0]]) for _ in range(2)]
+    delta, gate = torch.zeros(1, 2, 2), torch.ones(1, 2)
+    *_, gate_grad = results_of(on_cpu, stack, delta, gate, [torch.tensor([[1.0, 0.0]] * 3)])
+    # Sum over the entries and tokens of (g . f) * f, the closed one left out.
+    assert gate_grad.tolist() == [[2 * (1 + 4), 2 * (-1 + 2)]]
+
+
+def test_a_token_that_is_nan_leaves_the_others_alone(on_cpu):
+    stack, delta, gate = random_inputs("dca", 3, (4,), torch.float32)
+    output_grads = random_like(on_cpu(stack, delta, gate))
+    expected = results_of(on_cpu, stack, delta, gate, output_grads)
+    stack[1] = stack[1].clone()
+    stack[1][2] = torch.nan
+    results = results_of(on_cpu, stack, delta, gate, output_grads)
+    others = torch.tensor([0, 1, 3])
+    for result, value in zip(results[:6], expected):
+        assert torch.equal(result[others], value[others])
+    assert all(result[2].isnan().all() for result in results[:3])
+
+
+@pytest.mark.parametrize("entries", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_second_derivatives(on_cpu, scheme, entries):
+    stack, delta, gate = random_inputs(scheme, entries, (2,))
+    # Entries that depend on each other, as in a network: each one's derivative is its own.
+    inputs = [tensor.requires_grad_() for tensor in (*stack, delta, gate) if tensor is not None]
+
+    def of_all(*inputs):
+        stack, results = list(inputs[:entries]), []
+        for _ in range(2):
+            outputs, stack = on_cpu.chained(stack, *inputs[entries:])
+            results += outputs
+            stack = [entry * outputs[0] for entry in stack]
+        return results
+
+    assert torch.autograd.gradgradcheck(of_all, inputs)
+
+
+@pytest.mark.parametrize("unused", [(), (0,), (1, 2), (0, 1, 2)])
+def test_chain_gives_the_gradients_of_the_reference(on_cpu, unused):
+    first, *parameters = random_like(
+        [torch.empty(2, WIDTH), *(torch.empty(3, t, WIDTH) for t in range(1, 5)), torch.empty(3, WIDTH)]
+    )
+    inputs = [tensor.double().requires_grad_() for tensor in (first, *parameters)]
+
+    def network(chained):
+        stack, result = (inputs[0],), 0
+        for delta in inputs[1:-1]:
+            outputs, stack = chained(stack, delta, inputs[-1])
+            used = [output for o, output in enumerate(outputs) if o not in unused or delta is inputs[-2]]
+            new = torch.tanh(sum(used)) if used else torch.cos(stack[-1])
+            result = result + new.square().sum()
+            stack = (*stack, new)
+        return torch.autograd.grad(result, inputs, materialize_grads=True)
+
+    grads = network(on_cpu.chained)
+    expected = network(lambda stack, *parameters: (generalized_residual(stack, *parameters), stack))
+    for grad, value in zip(grads, expected):
+        torch.testing.assert_close(grad, value, rtol=1e-12, atol=1e-12)
+
+
+def test_every_entry_has_one_gradient_in_a_chain(on_cpu):
+    # Where a tensor has several users, autograd writes the gradient of each and adds them up.
+    stack, delta, gate = random_inputs("dca", 3)
+    leaves = [entry.requires_grad_() for entry in stack]
+    results = []
+    for _ in range(3):
+        outputs, stack = on_cpu.chained(stack, delta, gate)
+        results += outputs
+    seen, nodes, uses = set(), [result.grad_fn for result in results], []
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            edges = [edge for edge in node.next_functions if edge[0] is not None]
+            uses += edges
+            nodes += [function for function, _ in edges]
+    of_leaves = [function.variable for function, _ in uses if hasattr(function, "variable")]
+    assert len(of_leaves) == len(leaves) and len(set(uses)) == len(uses)
+
+
+def test_only_the_stack_and_the_parameters_are_kept_for_the_backward_pass(on_cpu):
+    stack, delta, gate = random_inputs("dca", 3, (8, 4), torch.bfloat16)
+    inputs = [tensor.requires_grad_() for tensor in (*stack, delta, gate)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda x: x):
+        on_cpu(stack, delta, gate)
+    assert sorted(kept) == sorted(tensor.data_ptr() for tensor in inputs)
+
+
+@pytest.mark.parametrize("scheme", ["grn_v2", "dca"])
+def test_operators_are_right_for_the_compiler(scheme):
+    stack, delta, gate = random_inputs(scheme, 3, (2, 4), torch.float32)
+    output_grads = random_like([torch.empty_like(stack[0])] * len(delta))
+    forward, backward = ALL_GRN_FUNCTIONS["cpu"].operators
+    torch.library.opcheck(forward, (stack, delta, gate))
+    torch.library.opcheck(backward, (output_grads, [], stack, delta, gate))
+    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate))
+
+
+def test_cpu_refuses_tensors_elsewhere():
+    stack, delta, gate = random_inputs("dca", 2)
+    message = "'cpu' cannot run: the tensors are on meta, and it is for those of the CPU"
+    with pytest.raises(ValueError, match=message):
+        ALL_GRN_FUNCTIONS["cpu"]([entry.to("meta") for entry in stack], delta.to("meta"), gate.to("meta"))
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+def test_shapes_that_do_not_belong_together_are_refused(name):
+    stack, delta, gate = random_inputs("dca", 2)
+    for wrong, message in [
+        (([], delta, gate), "`stack` is empty"),
+        (([stack[0], stack[1][:1]], delta, gate), r"Entry 1 of `stack` has shape \(1, 3, 5\).* \(2, 3, 5\)"),
+        ((stack[:1], delta, gate), r"`delta` has shape \(3, 2, 5\).* must be \(outputs, 1, 5\) or \(outputs, 1, 1\)"),
+        ((stack, delta[..., :2], gate), r"`delta` has shape \(3, 2, 2\)"),
+        ((stack, delta, gate[:1]), r"`gate` has shape \(1, 5\), but must be \(outputs, width\) = \(3, 5\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ALL_GRN_FUNCTIONS[name](*wrong)
+
+
+def test_auto_is_the_best_that_the_device_allows(monkeypatch, caplog):
+    assert find_implementation("auto", torch.device("cpu")) is ALL_GRN_FUNCTIONS["cpu"]
+    assert find_implementation("eager", torch.device("cpu")) is generalized_residual
+    assert find_implementation("auto", torch.device("meta")) is generalized_residual
+    assert not caplog.records
+    monkeypatch.setattr(ALL_GRN_FUNCTIONS["cpu"], "obstacle", lambda device: f"nothing runs on {device} today")
+    for _ in range(2):
+        assert find_implementation("auto", torch.device("cpu")) is generalized_residual
+    (record,) = caplog.records
+    message = "The generalized residuals are computed by the slower reference: nothing runs on cpu today."
+    assert (record.levelname, record.message) == ("WARNING", message)
 
 
 def random_outputs(number, dtype=torch.float64):

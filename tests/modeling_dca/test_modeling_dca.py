@@ -5,13 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from operator import getitem
 
 import numpy as np
 import pytest
 import torch
 import transformers.utils.output_capturing
+from functorch.compile import make_boxed_func
 from reference_dca import causal_lm_logits
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,6 +28,7 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_dca import (
     ALL_GRN_FUNCTIONS,
@@ -40,6 +45,7 @@ from modeling_dca import (
     generalized_residual,
 )
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
+from modeling_dca.modeling_dca import DCARMSNorm, RMSNormFunction, rms_norm
 
 
 #: Every scheme with every kind of stack, as fields of the configuration.
@@ -679,6 +685,83 @@ def test_compiles_without_graph_breaks():
     assert_close(outputs.logits, expected.logits, 1e-6)
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name], 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_compiles_anew_once_for_the_batch_and_once_for_the_length(scheme, training):
+    torch._dynamo.reset()
+    model = tiny_model(**scheme)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    counts = []
+    for shape in [(2, 8), (3, 8), (4, 8), (4, 12), (5, 7), (2, 16)]:
+        input_ids = random_ids(*shape)
+        with torch.set_grad_enabled(training):
+            loss = compiled(input_ids, labels=input_ids, use_cache=False).loss
+        if training:
+            loss.backward()
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 3, 3, 3]
+
+
+def test_compiled_graph_grows_with_the_blocks_and_not_with_their_pairs():
+    # But for the access to a list's items and views, of which no code is made.
+    free = (getitem, torch.ops.aten.view.default)
+
+    def count_nodes(num_layers):
+        torch._dynamo.reset()
+        counts = []
+
+        def count(graph, inputs):
+            counts.append(sum(node.op == "call_function" and node.target not in free for node in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        model = tiny_model(num_hidden_layers=num_layers)
+        compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+        compiled(random_ids(2, 4), labels=random_ids(2, 4), use_cache=False).loss.backward()
+        return counts
+
+    few, more, most = (count_nodes(num_layers) for num_layers in (2, 4, 6))
+    for direction in range(2):
+        assert most[direction] - more[direction] == more[direction] - few[direction]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_is_that_of_llama(dtype, weight_dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm, llama = DCARMSNorm(64, eps=1e-5), LlamaRMSNorm(64, eps=1e-5)
+    for module in (norm, llama):
+        module.weight = nn.Parameter(torch.linspace(-1, 2, 64).to(weight_dtype))
+    inputs, grad = (torch.randn(2, 5, 64, generator=generator).to(dtype) for _ in range(2))
+    inputs.requires_grad_()
+    results = []
+    for module in (norm, llama):
+        output = module(inputs)
+        results.append([output, *torch.autograd.grad(output, (inputs, module.weight), grad.to(output.dtype))])
+    with torch.no_grad():
+        assert torch.equal(norm(inputs), results[0][0])
+    for ours, theirs in zip(*results):
+        # Llama's gradients round what is between to the type of the input, too: a few steps of the largest value.
+        assert ours.dtype == theirs.dtype
+        assert_close(ours, theirs, 4 * max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps))
+
+
+def test_rms_norm_keeps_its_input_alone_and_has_second_derivatives():
+    norm = DCARMSNorm(6).double()
+    inputs = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda x: x):
+        norm(inputs)
+    assert sorted(kept) == sorted([inputs.data_ptr(), norm.weight.data_ptr()])
+
+    def second_derivatives(function):
+        (grad,) = torch.autograd.grad(function(inputs, norm.weight, 1e-6).sin().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (inputs, norm.weight))
+
+    for ours, autograds in zip(second_derivatives(RMSNormFunction.apply), second_derivatives(rms_norm)):
+        assert_close(ours, autograds, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -17,7 +17,7 @@ from modeling_dca.grn import ALL_GRN_FUNCTIONS
 from tests.training.tiny import call, failure, snapshot
 from training.benchmarks import operation, run
 from training.benchmarks.measure import PEAK_RESET, interleave, kept_bytes, peak_bytes, seconds, summarize
-from training.benchmarks.models import NEW_TOKENS, PROMPT_TOKENS, PUBLISHED, Candidate, build_models
+from training.benchmarks.models import MEASURES, NEW_TOKENS, PROMPT_TOKENS, PUBLISHED, Candidate, build_models
 from training.benchmarks.operation import COPY, Operation, bandwidth_shares, measure_operation, pass_bytes
 from training.benchmarks.run import compare_with_published, main
 
@@ -119,6 +119,15 @@ def test_kept_bytes_count_each_storage_once_and_no_parameter():
 
 
 @pytest.mark.skipif(not os.access(PEAK_RESET, os.W_OK), reason="only Linux has it")
+@pytest.mark.parametrize("layers", [12, 24])
+def test_dca_keeps_at_most_a_quarter_more_than_llama(not_published, layers):
+    models = build_models(vocab=50, hidden=64, layers=layers, dtype=torch.float32)
+    input_ids = torch.zeros(2, 64, dtype=torch.long)
+    kept = {name: MEASURES["kept_bytes"].meter(Candidate(model, input_ids)) for name, model in models.items()}
+    assert kept["standard"] <= kept["Llama"]
+    assert kept["2-DCA"] <= 1.25 * kept["Llama"] and kept["full DCA"] <= 1.25 * kept["Llama"]
+
+
 def test_peak_is_what_is_taken_at_once():
     def run():
         for _ in range(3):
