@@ -35,9 +35,10 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
     for i, entry in enumerate(stack):
         entry = entry.reshape(tokens, width).to(compute_dtype)
         if gate is not None:
-            open_gates = (entry @ gate.mT).clamp_(min=0)
-        for o, output in enumerate(outputs):
-            factor = b[o, i] if gate is None else torch.add(b[o, i], open_gates[:, o, None], out=weight)
+            open_gates = (entry @ gate.mT).clamp_(min=0).unsqueeze(-1).unbind(1)
+        for o, (factor, output) in enumerate(zip(b[:, i], outputs)):
+            if gate is not None:
+                factor = torch.add(factor, open_gates[o], out=weight)
             if i == 0:
                 torch.mul(factor, entry, out=output)
             else:
@@ -59,6 +60,7 @@ def backward(
     output_grads = [grad.reshape(tokens, width).to(compute_dtype) for grad in output_grads]
     b = 1 + delta.to(compute_dtype)
     b_grad = torch.empty_like(b)
+    elementwise = b.shape[-1] == width
     product = torch.empty_like(output_grads[0])
     weight = product.new_empty((tokens, b.shape[-1]))
     if gate is not None:
@@ -71,25 +73,29 @@ def backward(
         total = entry_grads[i].reshape(tokens, width).to(compute_dtype) if entry_grads else None
         if gate is not None:
             pre_activation = entry @ gate.mT
-            open_gates = pre_activation.clamp(min=0)
+            open_gates = pre_activation.clamp(min=0).unsqueeze(-1).unbind(1)
             pre_activation_grad = torch.empty_like(pre_activation)
-        for o, grad in enumerate(output_grads):
+            pre_activation_grads = pre_activation_grad.unbind(1)
+        for o, (factor, factor_grad, grad) in enumerate(zip(b[:, i], b_grad[:, i], output_grads)):
             torch.mul(grad, entry, out=product)
-            b_grad[o, i] = product.sum(0) if b.shape[-1] == width else product.sum()
-            factor = b[o, i]
+            if elementwise:
+                torch.sum(product, 0, out=factor_grad)
+            else:
+                factor_grad.fill_(product.sum())
             if gate is not None:
-                torch.sum(product, 1, out=pre_activation_grad[:, o])
-                factor = torch.add(factor, open_gates[:, o, None], out=weight)
+                torch.sum(product, 1, out=pre_activation_grads[o])
+                factor = torch.add(factor, open_gates[o], out=weight)
             if total is None:
                 total = factor * grad
             elif o == 0:
-                total = torch.addcmul(total, factor, grad)
+                total = torch.addcmul(total, factor, grad)  # what came in is not ours to write to
             else:
                 total.addcmul_(factor, grad)
         if gate is not None:
             # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
             pre_activation_grad.masked_fill_(pre_activation < 0, 0)
-            total.addmm_(pre_activation_grad, gate)
+            for column, row in zip(pre_activation_grad.unsqueeze(-1).unbind(1), gate):
+                total.addcmul_(column, row)
             gate_grad.addmm_(pre_activation_grad.mT, entry)
         stack_grads.append(total.view(shape).to(dtype))
     if gate is None:
