@@ -27,20 +27,22 @@ class ResidualStack:
     """
 
     def __init__(self, first: torch.Tensor, max_entries: int | None = None):
-        self.entries = [first]
+        self.entries = (first,)
         self.max_entries = max_entries
 
     def append(self, output: torch.Tensor) -> None:
         """Add what a block adds to the network, `f_t`, of the shape of the first entry."""
-        if output.device != self.entries[-1].device:
+        entries = self.entries
+        if output.device != entries[-1].device:
             # A model spread over devices: bring the stack along once, rather than once for every block to come.
-            self.entries = [entry.to(output.device) for entry in self.entries]
-        self.entries.append(output)
-        if self.max_entries is not None and len(self.entries) > self.max_entries:
+            entries = [entry.to(output.device) for entry in entries]
+        entries = (*entries, output)
+        if self.max_entries is not None and len(entries) > self.max_entries:
             merged = min(1, self.max_entries - 1)
             # Under autocast outputs come in half precision: a sum over many is kept in that of the model's input.
-            total = self.entries[merged].to(self.entries[0].dtype) + self.entries[merged + 1]
-            self.entries[merged : merged + 2] = [total]
+            total = entries[merged].to(entries[0].dtype) + entries[merged + 1]
+            entries = (*entries[:merged], total, *entries[merged + 2 :])
+        self.entries = entries
 
 
 def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
