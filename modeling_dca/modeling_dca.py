@@ -39,9 +39,11 @@ from .configuration_dca import DCAConfig
 from .grn import GeneralizedResidual, GRNInterface, ResidualStack
 from .grn_cpu import generalized_residual_cpu
 from .grn_fused import differentiable_gradients
+from .grn_triton import generalized_residual_triton
 
 
 GRNInterface.register("cpu", generalized_residual_cpu)
+GRNInterface.register("triton", generalized_residual_triton)
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -63,12 +63,12 @@ def test_equals_the_formula(scheme, entries, shape):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ["auto", *ALL_GRN_FUNCTIONS.valid_keys()])
+@pytest.mark.parametrize("name", ["auto", "eager", "cpu"])
 def test_every_implementation_is_the_plain_sum_at_the_start(scheme, name):
     stack, delta, gate = random_inputs(scheme, 4, dtype=torch.float32)
     delta = torch.zeros_like(delta)
     gate = None if gate is None else torch.zeros_like(gate)
-    implementation = ALL_GRN_FUNCTIONS["eager" if name == "auto" else name]
+    implementation = find_implementation(name, torch.device("cpu"))
     for result in implementation(stack, delta, gate):
         torch.testing.assert_close(result, stack[0] + stack[1] + stack[2] + stack[3])
 
