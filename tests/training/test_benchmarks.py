@@ -88,6 +88,7 @@ def test_ratios_are_to_the_baseline_of_the_same_round():
 def test_speed_is_compared_with_the_published_model():
     times = {"Llama": [1.0, 1.0], "2-DCA": [2.0, 2.0], "full DCA": [3.0, 4.0], PUBLISHED: [3.0, 5.0]}
     assert compare_with_published(summarize(times, "Llama", speed=True)) == [
+        f"Llama trains at 4.00 x the speed of {PUBLISHED} (3.00 to 5.00).",
         f"2-DCA trains at 2.00 x the speed of {PUBLISHED} (1.50 to 2.50).",
         f"full DCA trains at 1.12 x the speed of {PUBLISHED} (1.00 to 1.25).",
     ]
