@@ -74,7 +74,8 @@ class DCAConfig(PreTrainedConfig):
             another name in `modeling_dca.grn.ALL_GRN_FUNCTIONS`; `"auto"` is the best one that the device allows. Not
             saved with the model.
         norm_type (`str`, *optional*, defaults to `"rms_norm"`):
-            `"rms_norm"` or `"layer_norm"`.
+            `"rms_norm"`, `"layer_norm"` or `"zero_centered_rms_norm"` (an RMS norm whose weight is kept as its deviation
+            from 1, as in Gemma).
         norm_eps (`float`, *optional*, defaults to 1e-6):
             The epsilon of all norms.
         gated_mlp (`bool`, *optional*, defaults to `False`):
@@ -87,6 +88,9 @@ class DCAConfig(PreTrainedConfig):
             `"none"`.
         rope_parameters (`dict`, *optional*):
             The type and the parameters of the rotary positions, as in all of transformers.
+        no_rope_layers (`list[int]`, *optional*):
+            For each layer 1 if it has the rotary positions and 0 if it has none, as in SmolLM3; all have them if not
+            given.
         sliding_window (`int`, *optional*):
             How many tokens a sliding-window layer attends to.
         layer_types (`list[str]`, *optional*):
@@ -94,6 +98,9 @@ class DCAConfig(PreTrainedConfig):
             `sliding_window` is set, and none does otherwise.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the attention have a bias.
+        attention_output_bias (`bool`, *optional*):
+            Whether the attention's output projection has a bias, where that is not as for queries, keys and values
+            (`attention_bias`).
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
         mlp_bias (`bool`, *optional*, defaults to `False`):
@@ -108,6 +115,10 @@ class DCAConfig(PreTrainedConfig):
             The id of the token that ends a text.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output embedding is the input embedding.
+        embedding_multiplier (`float`, *optional*, defaults to 1.0):
+            What the embeddings of the tokens are multiplied by.
+        residual_config (`dict`, *optional*):
+            The configuration of the residual model that this one was made from, for the way back.
 
     Raises:
         `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
@@ -160,9 +171,11 @@ class DCAConfig(PreTrainedConfig):
     qk_norm: bool = False
     position_embedding: str = "rope"
     rope_parameters: RopeParameters | dict | None = None
+    no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
     use_cache: bool = True
@@ -170,6 +183,8 @@ class DCAConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    embedding_multiplier: float | int = 1.0
+    residual_config: dict | None = None
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
@@ -214,7 +229,7 @@ class DCAConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Part of `@strict`-powered validation: every value that does not fit is named with one that would."""
         self._check_known("residual_scheme", RESIDUAL_SCHEMES)
-        self._check_known("norm_type", ("rms_norm", "layer_norm"))
+        self._check_known("norm_type", ("rms_norm", "layer_norm", "zero_centered_rms_norm"))
         self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
         self._check_known("hidden_act", ACT2FN)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -223,6 +238,8 @@ class DCAConfig(PreTrainedConfig):
             self._check_positive(name)
         if self.norm_eps < 0:
             raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
+        if self.embedding_multiplier <= 0:
+            raise ValueError(f"`embedding_multiplier` is {self.embedding_multiplier}; it must be more than 0.")
         if not 0 <= self.attention_dropout <= 1:
             raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must lie from 0 to 1.")
         if self.last_k is not None and self.residual_scheme == "standard":
@@ -241,6 +258,16 @@ class DCAConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`rope_parameters` has the `rope_type` {rope_type!r}; "
                     + nearest_name(rope_type, ("default", *ROPE_INIT_FUNCTIONS))
+                )
+        if self.no_rope_layers is not None:
+            if self.position_embedding != "rope":
+                raise ValueError(
+                    f"`no_rope_layers` is given, but `position_embedding` is {self.position_embedding!r}: leave it out."
+                )
+            if len(self.no_rope_layers) != self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}:
+                raise ValueError(
+                    f"`no_rope_layers` is {self.no_rope_layers}; give a 0 or 1 for each of the {self.num_hidden_layers} "
+                    "layers."
                 )
         if self.position_embedding == "sincos" and self.hidden_size % 2:
             raise ValueError(f"`hidden_size` is {self.hidden_size}; sine-cosine positions need an even one.")
@@ -287,7 +314,10 @@ class DCAVisionConfig(DCAConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Number of channels of the images.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            What the classifier sees: `"mean"` (the average over the patches) or `"cls"` (a class token before them).
+            What the classifier sees: `"mean"` (the average over the patches), `"cls"` (a class token before them) or
+            `"cls_mean"` (both, one after the other).
+        num_register_tokens (`int`, *optional*, defaults to 0):
+            Number of learned tokens between the class token and the patches that the classifier does not see.
 
     All other fields mean what they mean in [`DCAConfig`]; `position_embedding` is `"sincos"`, `"learned"` or `"none"`.
 
@@ -324,6 +354,7 @@ class DCAVisionConfig(DCAConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     pooling: str = "mean"
+    num_register_tokens: int = 0
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -335,11 +366,23 @@ class DCAVisionConfig(DCAConfig):
         """Height and width of a patch, in pixels."""
         return _pair(self.patch_size)
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens stand before the patches."""
+        return int(self.pooling != "mean") + self.num_register_tokens
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of what the classifier sees."""
+        return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
+
     def validate_vision(self):
         """Part of `@strict`-powered validation, as `validate_architecture`."""
-        self._check_known("pooling", ("mean", "cls"))
+        self._check_known("pooling", ("mean", "cls", "cls_mean"))
         self._check_known("position_embedding", ("learned", "sincos", "none"))
         self._check_positive("num_channels")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}; it must be at least 0.")
         for name in ("image_size", "patch_size"):
             sizes = _pair(getattr(self, name))
             if len(sizes) != 2 or min(sizes) < 1:

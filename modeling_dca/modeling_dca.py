@@ -4,6 +4,7 @@ DeepCrossAttention (DCA) language models: Llama's parts, in Llama's places, arou
 Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connections", ICML 2025, arXiv 2502.06785.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import AutoModel
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -88,10 +90,37 @@ class DCARMSNorm(LlamaRMSNorm):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+class DCAZeroCenteredRMSNorm(GemmaRMSNorm):
+    """Root mean square norm over the last dimension whose weight is kept as its deviation from 1, as in Gemma."""
+
+
+NORMS = {"rms_norm": DCARMSNorm, "layer_norm": nn.LayerNorm, "zero_centered_rms_norm": DCAZeroCenteredRMSNorm}
+
+
 def build_norm(config: DCAConfig, size: int) -> nn.Module:
     """The norm that `config.norm_type` names, over the last dimension, of width `size`."""
-    norm_class = DCARMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
-    return norm_class(size, eps=config.norm_eps)
+    return NORMS[config.norm_type](size, eps=config.norm_eps)
+
+
+class DCAScaledEmbedding(nn.Embedding):
+    """An embedding that is multiplied by a number, as in Gemma."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, multiplier: float):
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.multiplier = multiplier
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeddings = super().forward(input_ids)
+        # Gemma rounds the number to the type of the embeddings.
+        return embeddings * embeddings.new_full((), self.multiplier)
+
+
+def build_embedding(config: DCAConfig) -> nn.Embedding:
+    """The embedding of the tokens, multiplied where `config.embedding_multiplier` asks for it."""
+    sizes = (config.vocab_size, config.hidden_size, config.pad_token_id)
+    if config.embedding_multiplier == 1:
+        return nn.Embedding(*sizes)
+    return DCAScaledEmbedding(*sizes, config.embedding_multiplier)
 
 
 class DCARotaryEmbedding(PhiRotaryEmbedding):
@@ -145,13 +174,15 @@ class DCAAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
         query_width = config.num_attention_heads * self.head_dim
         key_value_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=output_bias)
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
@@ -172,7 +203,7 @@ class DCAAttention(nn.Module):
         key_states = self.k_norm(self.k_proj(key_input).view(hidden_shape)).transpose(1, 2)
         value_states = self.v_proj(value_input).view(hidden_shape).transpose(1, 2)
 
-        if position_embeddings is not None:
+        if position_embeddings is not None and self.use_rope:
             query_states, key_states = apply_partial_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
         if past_key_values is not None:
@@ -292,11 +323,88 @@ class DCAPreTrainedModel(PreTrainedModel):
             # b = 1 and w = 0: the plain residual sum (method of the paper's section 3.1).
             for parameter in module.parameters():
                 init.zeros_(parameter)
+        elif isinstance(module, DCAZeroCenteredRMSNorm):
+            init.zeros_(module.weight)
+
+    def freeze_backbone(self, norms: bool = False) -> None:
+        """
+        Leaves only the parameters of the generalized residuals (`delta` and `gate`) to be trained, heads not included.
+
+        Args:
+            norms (`bool`, *optional*, defaults to `False`): train all norms, too.
+
+        Raises:
+            `ValueError`: the residual scheme is `"standard"`, which has no such parameters, and `norms` is not set.
+        """
+        if self.config.residual_scheme == "standard" and not norms:
+            raise ValueError(
+                "The 'standard' scheme has no residual parameters to train: choose another `residual_scheme`."
+            )
+        self.requires_grad_(False)
+        trained = (GeneralizedResidual, *NORMS.values()) if norms else GeneralizedResidual
+        for module in self.modules():
+            if isinstance(module, trained):
+                module.requires_grad_(True)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
         self.config.auto_map = dict(self._auto_map)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class ResidualConversionMixin:
+    """For models with a head: from a trained residual model to DCA, and back."""
+
+    @classmethod
+    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides):
+        """
+        Makes a trained residual model into DCA without changing what it computes: the generalized residuals start as
+        the residual sum (paper, table 4).
+
+        The result has the type and, if the source is loaded, the device of the source, is in evaluation mode, and
+        generates as the source does. Dropout other than that of attention weights is left behind. Where the source
+        tells positions by the attention mask (OPT), pass `position_ids` for batches that are padded on the left;
+        `generate` does.
+
+        Args:
+            source (`PreTrainedModel`, path or Hub id): a model of a known family (see `conversion_dca`), with the head
+                of this class. A loaded model is copied, so that training the one does not change the other. Of a
+                checkpoint only the weights that change are copied (all linear maps of GPT-2, those of DINOv2 that have
+                a layer scale), the others stay memory-mapped: give the path where memory is scarce. Each file stays
+                mapped until its last weight is taken, so that a checkpoint in shards needs the least.
+            config_overrides: fields of the configuration that the source does not decide, e.g. `last_k=2` or
+                `residual_scheme="grn_v2"`; and, for a path or Hub id, what `from_pretrained` takes about where it is
+                (`revision`, `token`, `cache_dir`, ...) and its `dtype` (by default that of the checkpoint).
+
+        Raises:
+            `ValueError`: the source's family is not known, DCA cannot represent the source exactly, it has weights that
+                DCA has not or lacks some, or an override is not one.
+
+        Example:
+
+        ```python
+        >>> from modeling_dca import DCAForCausalLM
+
+        >>> model = DCAForCausalLM.from_residual("HuggingFaceTB/SmolLM2-135M", last_k=2)
+        >>> model.freeze_backbone()
+        ```
+        """
+        from .conversion_dca import from_residual
+
+        return from_residual(cls, source, **config_overrides)
+
+    def to_residual(self) -> PreTrainedModel:
+        """
+        The way back: a copy of the model as one of the family that it was made from by `from_residual`. Layer scales
+        that were multiplied into the projections come back as 1.
+
+        Raises:
+            `ValueError`: the model was not made by `from_residual`; or a generalized residual is not the residual sum,
+                or a block's norms of queries, keys and values are not the same. The message tells which.
+        """
+        from .conversion_dca import to_residual
+
+        return to_residual(self)
 
 
 class DCAModel(DCAPreTrainedModel):
@@ -309,7 +417,7 @@ class DCAModel(DCAPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = build_embedding(config)
         self.embed_positions = self.rotary_emb = None
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -413,7 +521,7 @@ class DCAModel(DCAPreTrainedModel):
         return inputs_embeds
 
 
-class DCAForCausalLM(DCAPreTrainedModel, GenerationMixin):
+class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixin):
     """The DCA language model: the decoder with a linear head over the vocabulary."""
 
     _auto_class = "AutoModelForCausalLM"

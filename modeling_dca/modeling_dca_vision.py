@@ -11,7 +11,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dca import DCAVisionConfig
 from .grn import GeneralizedResidual, ResidualStack
-from .modeling_dca import DCALayer, DCAPreTrainedModel, build_norm, sincos_embedding
+from .modeling_dca import DCALayer, DCAPreTrainedModel, ResidualConversionMixin, build_norm, sincos_embedding
 
 
 class DCAVisionPatchEmbeddings(nn.Module):
@@ -33,17 +33,21 @@ class DCAVisionPatchEmbeddings(nn.Module):
 
 
 class DCAVisionEmbeddings(nn.Module):
-    """Patch embeddings with positions and, for `pooling="cls"`, a class token before them."""
+    """Patch embeddings with positions, and before them the class token that `pooling` may ask for and the registers."""
 
     def __init__(self, config: DCAVisionConfig):
         super().__init__()
         self.config = config
         self.patch_embeddings = DCAVisionPatchEmbeddings(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.pooling == "cls" else None
+        self.cls_token = self.register_tokens = None
+        if config.pooling != "mean":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        if config.num_register_tokens > 0:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         self.position_embeddings = None
         if config.position_embedding == "learned":
             rows, columns = self._grid(*config.image_height_width)
-            num_positions = rows * columns + (self.cls_token is not None)
+            num_positions = config.num_prefix_tokens + rows * columns
             self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -54,23 +58,22 @@ class DCAVisionEmbeddings(nn.Module):
         """The learned positions, resampled where the images have another size than the configuration's."""
         if (height, width) == self.config.image_height_width:
             return self.position_embeddings
-        num_class_tokens = int(self.cls_token is not None)
-        class_position = self.position_embeddings[:, :num_class_tokens]
-        patch_positions = self.position_embeddings[:, num_class_tokens:]
+        prefix_positions = self.position_embeddings[:, : self.config.num_prefix_tokens]
+        patch_positions = self.position_embeddings[:, self.config.num_prefix_tokens :]
         patch_positions = patch_positions.unflatten(1, self._grid(*self.config.image_height_width)).permute(0, 3, 1, 2)
         patch_positions = nn.functional.interpolate(
             patch_positions, size=self._grid(height, width), mode="bicubic", align_corners=False
         )
-        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def _sincos_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """Fixed 2-D positions: one half of the features tells the row, the other the column. A class token has none."""
+        """Fixed 2-D positions: one half of the features tells the row, the other the column. Only patches have one."""
         rows, columns = self._grid(height, width)
         row = torch.arange(rows, device=like.device).repeat_interleave(columns)
         column = torch.arange(columns, device=like.device).repeat(rows)
         half = self.config.hidden_size // 2
         positions = torch.cat((sincos_embedding(column, half), sincos_embedding(row, half)), dim=-1).to(like.dtype)
-        return nn.functional.pad(positions, (0, 0, int(self.cls_token is not None), 0))
+        return nn.functional.pad(positions, (0, 0, self.config.num_prefix_tokens, 0))
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
@@ -80,8 +83,9 @@ class DCAVisionEmbeddings(nn.Module):
                 "resize them, or pass `interpolate_pos_encoding=True`."
             )
         embeddings = self.patch_embeddings(pixel_values)
-        if self.cls_token is not None:
-            embeddings = torch.cat((self.cls_token.expand(embeddings.shape[0], -1, -1), embeddings), dim=1)
+        prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        if prefix:
+            embeddings = torch.cat([*(token.expand(len(embeddings), -1, -1) for token in prefix), embeddings], dim=1)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._learned_positions(height, width)
         elif self.config.position_embedding == "sincos":
@@ -107,7 +111,7 @@ class DCAVisionPreTrainedModel(DCAPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, DCAVisionEmbeddings):
-            for parameter in (module.cls_token, module.position_embeddings):
+            for parameter in (module.cls_token, module.register_tokens, module.position_embeddings):
                 if parameter is not None:
                     init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
@@ -144,7 +148,7 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
 
         Returns:
             `last_hidden_state` `(batch, tokens, hidden_size)` after the final norm, and `pooler_output`
-            `(batch, hidden_size)`, pooled from it as `config.pooling` says. `hidden_states[i]`, where asked for, is
+            `(batch, pooled_size)`, pooled from it as `config.pooling` says. `hidden_states[i]`, where asked for, is
             the query input of block `i`, and the last one is the output before the final norm.
 
         Raises:
@@ -163,11 +167,16 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
 
         hidden_states, _ = self.residual(*stack.entries)
         hidden_states = self.norm(hidden_states)
-        pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states.mean(dim=1)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states))
+
+    def _pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.config.pooling == "cls":
+            return hidden_states[:, 0]
+        mean = hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)
+        return mean if self.config.pooling == "mean" else torch.cat((hidden_states[:, 0], mean), dim=-1)
 
 
-class DCAForImageClassification(DCAVisionPreTrainedModel):
+class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedModel):
     """The DCA vision encoder with a linear classifier on its pooled output."""
 
     _auto_class = "AutoModelForImageClassification"
@@ -176,7 +185,7 @@ class DCAForImageClassification(DCAVisionPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = DCAVisionModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.pooled_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
         self.post_init()
 

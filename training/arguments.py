@@ -24,8 +24,9 @@ RECORD = "run.yaml"
 # What `resume_from_checkpoint` is when it is given without a path.
 LAST = "last"
 
-# Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has.
-NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+# Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has,
+# and what a model that starts from random weights does not have.
+NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "residual_config"}
 
 # What the Trainer meets only when it is too late for a sentence.
 SMALLEST = {

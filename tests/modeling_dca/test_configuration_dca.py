@@ -53,7 +53,9 @@ REFUSED = [
     ({"residual_scheme": "grn_3"}, ["`residual_scheme`", "'grn_3'", "did you mean 'grn_v3'?", "standard", "dca"]),
     ({"residual_scheme": "other"}, ["`residual_scheme`", "'other'", "standard, grn_v1, grn_v2, grn_v3, dca"]),
     ({"norm_type": "rmsnorm"}, ["`norm_type`", "'rmsnorm'", "did you mean 'rms_norm'?", "rms_norm, layer_norm"]),
+    ({"norm_type": "zero_centred_rms_norm"}, ["`norm_type`", "did you mean 'zero_centered_rms_norm'?"]),
     ({"norm_eps": -1}, ["`norm_eps` is -1", "at least 0"]),
+    ({"embedding_multiplier": 0}, ["`embedding_multiplier` is 0", "more than 0"]),
     ({"rope_parameters": {"rope_type": "yarnn"}}, ["`rope_type`", "'yarnn'", "did you mean 'yarn'?"]),
     ({"norm_type": "layernorm"}, ["`norm_type`", "'layernorm'", "did you mean 'layer_norm'?"]),
     (
@@ -93,6 +95,12 @@ REFUSED = [
         {"layer_types": ["sliding_attention"], "num_hidden_layers": 1},
         ["`layer_types`", "'sliding_attention'", "`sliding_window`"],
     ),
+    ({"no_rope_layers": [1, 0]}, ["`no_rope_layers`", "[1, 0]", "a 0 or 1 for each of the 12 layers"]),
+    ({"no_rope_layers": [2], "num_hidden_layers": 1}, ["`no_rope_layers`", "[2]", "a 0 or 1"]),
+    (
+        {"no_rope_layers": [1] * 12, "position_embedding": "learned"},
+        ["`no_rope_layers`", "`position_embedding`", "'learned'", "leave it out"],
+    ),
     # Types.
     ({"residual_scheme": 3}, ["residual_scheme", "3", "str"]),
     ({"last_k": 2.5}, ["last_k", "2.5", "int"]),
@@ -102,7 +110,8 @@ REFUSED = [
 ]
 
 VISION_REFUSED = [
-    ({"pooling": "means"}, ["`pooling`", "'means'", "did you mean 'mean'?", "mean, cls"]),
+    ({"pooling": "means"}, ["`pooling`", "'means'", "did you mean 'mean'?", "mean, cls, cls_mean"]),
+    ({"num_register_tokens": -1}, ["`num_register_tokens`", "-1", "at least 0"]),
     ({"position_embedding": "rope"}, ["`position_embedding`", "'rope'", "learned, sincos, none"]),
     ({"num_channels": 0}, ["`num_channels`", "0", "at least 1"]),
     ({"image_size": 0}, ["`image_size`", "0", "positive", "height and width"]),
@@ -175,12 +184,16 @@ TEXT_FIELDS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "no_rope_layers": [1, 0, 1],
     "attention_bias": True,
+    "attention_output_bias": False,
     "mlp_bias": True,
     "attention_dropout": 0.1,
     "pad_token_id": 0,
     "eos_token_id": [1, 2],
     "tie_word_embeddings": True,
+    "embedding_multiplier": 4.5,
+    "residual_config": {"model_type": "llama", "hidden_size": 24, "rope_parameters": {"rope_theta": 500.0}},
 }
 VISION_FIELDS = {
     "hidden_size": 24,
@@ -191,7 +204,8 @@ VISION_FIELDS = {
     "image_size": (16, 32),
     "patch_size": [4, 8],
     "num_channels": 1,
-    "pooling": "cls",
+    "pooling": "cls_mean",
+    "num_register_tokens": 2,
     "position_embedding": "learned",
     "num_labels": 5,
 }
@@ -220,6 +234,12 @@ def test_grn_implementation_is_not_saved(tmp_path):
     assert "grn_implementation" not in json.loads((tmp_path / "config.json").read_text())
     assert DCAConfig.from_pretrained(tmp_path).grn_implementation == "auto"
     assert DCAConfig.from_pretrained(tmp_path, grn_implementation="eager").grn_implementation == "eager"
+
+
+@pytest.mark.parametrize("pooling, prefix, width", [("mean", 2, 384), ("cls", 3, 384), ("cls_mean", 3, 768)])
+def test_tokens_before_the_patches_and_width_of_what_is_pooled(pooling, prefix, width):
+    config = DCAVisionConfig(pooling=pooling, num_register_tokens=2)
+    assert (config.num_prefix_tokens, config.pooled_size) == (prefix, width)
 
 
 def test_invalid_saved_value_is_refused_on_loading(tmp_path):
