@@ -536,11 +536,12 @@ def load_source(
         loading = {"dtype": "auto"} | loading
         model_class = model_class_of(config, auto_class)
         model, report = model_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
-        if report["missing_keys"]:
-            raise ValueError(
-                f"The checkpoint {str(source)!r} is not a whole {model_class.__name__}; it lacks "
-                f"{', '.join(sorted(report['missing_keys']))}."
-            )
+        for kind, fault in (("missing_keys", "it lacks"), ("unexpected_keys", "it also has")):
+            if report[kind]:
+                raise ValueError(
+                    f"The checkpoint {str(source)!r} is not a {model_class.__name__} of its configuration; {fault} "
+                    f"{', '.join(sorted(report[kind]))}."
+                )
         return family, model
     if loading:
         raise ValueError(f"`source` is loaded already: leave out {', '.join(f'`{name}`' for name in loading)}.")

@@ -530,6 +530,15 @@ def test_weights_without_a_place_are_refused():
         convert(source)
 
 
+def test_weights_beyond_the_configuration_are_refused(tmp_path):
+    text_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    message = r"is not a LlamaForCausalLM of its configuration; it also has model.layers.1.input_layernorm.weight"
+    with pytest.raises(ValueError, match=message):
+        DCAForCausalLM.from_residual(tmp_path)
+
+
 def test_missing_weights_are_refused(tmp_path):
     source = text_model("llama")
     del source.model.layers[1].mlp.up_proj
@@ -541,7 +550,7 @@ def test_missing_weights_are_refused(tmp_path):
         convert(source)
     # A model without its head, as a checkpoint.
     text_model("llama").model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is not a whole LlamaForCausalLM; it lacks lm_head.weight."):
+    with pytest.raises(ValueError, match="is not a LlamaForCausalLM of its configuration; it lacks lm_head.weight."):
         DCAForCausalLM.from_residual(tmp_path)
 
 
