@@ -31,7 +31,7 @@ class FusedGeneralizedResidual:
         backward: Callable[
             [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor, Tensor | None], list[Tensor]
         ],
-        obstacle: Callable[[torch.device], str | None] = lambda device: None,
+        obstacle: Callable[[torch.device], str | None],
     ):
         # Code that came with a checkpoint is a module of another name, and has operators of its own.
         prefix = f"{__name__.replace('.', '_')}::{name}"
