@@ -18,7 +18,7 @@ from transformers import EvalPrediction
 
 from modeling_dca import DCAConfig, DCAForCausalLM
 from training.arguments import RunArguments, parse_run
-from training.data import PackedBlocks, TextDataArguments, is_on_the_hub, load_text, texts
+from training.data import is_on_the_hub
 from training.errors import UserError, command
 from training.metrics import Perplexity
 from training.run import (
@@ -29,6 +29,7 @@ from training.run import (
     make_output_folder,
     run_models,
 )
+from training.text import PackedBlocks, TextDataArguments, load_text, texts
 from training.tokenizer import load_tokenizer, train_tokenizer
 
 

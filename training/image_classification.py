@@ -15,8 +15,9 @@ from transformers import EvalPrediction, ViTImageProcessor
 
 from modeling_dca import DCAForImageClassification, DCAVisionConfig
 from training.arguments import RunArguments, parse_run
-from training.data import ImageDataArguments, is_on_the_hub, load_images
+from training.data import is_on_the_hub
 from training.errors import command
+from training.images import ImageDataArguments, load_images
 from training.metrics import Accuracy
 from training.run import (
     check_hub,

@@ -13,8 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from modeling_dca import DCAConfig, DCAVisionConfig
 from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal, write_images
 from training import arguments, causal_lm, image_classification
-from training.data import ImageDataArguments, TextDataArguments
 from training.errors import innermost_message
+from training.images import ImageDataArguments
+from training.text import TextDataArguments
 
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, image, weights, write
 from training import causal_lm, image_classification
 from training.arguments import parse_run
 from training.card import METRICS, _verdict, write_card
-from training.data import TextDataArguments
+from training.text import TextDataArguments
 
 
 pytestmark = pytest.mark.usefixtures("offline")

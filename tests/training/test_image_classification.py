@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from modeling_dca import DCAForImageClassification
 from tests.training.tiny import IMAGE_RUN, assert_same_weights, call, image, write_images, write_room
 from training import image_classification
-from training.data import ImageDataArguments, load_images
+from training.images import ImageDataArguments, load_images
 
 
 pytestmark = pytest.mark.usefixtures("offline")

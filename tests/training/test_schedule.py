@@ -9,9 +9,10 @@ from transformers import Trainer
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification, DCAVisionConfig
 from training.arguments import parse_run
 from training.causal_lm import CausalLMArguments
-from training.data import ImageDataArguments, TextDataArguments
 from training.image_classification import ImageClassificationArguments
+from training.images import ImageDataArguments
 from training.run import RunTrainer
+from training.text import TextDataArguments
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

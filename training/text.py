@@ -1,0 +1,204 @@
+"""The text of a run, in blocks of tokens."""
+
+import dataclasses
+import hashlib
+import itertools
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from training.data import TEXT_FORMATS, DataArguments, load_splits
+from training.errors import UserError
+
+
+TOKENIZER_BATCH = 256
+
+
+@dataclasses.dataclass
+class TextDataArguments(DataArguments):
+    """The text of a run."""
+
+    dataset: str = dataclasses.field(
+        default="stdlib",
+        metadata={
+            "help": "'stdlib' (the source text of Python's standard library), a local file, pattern or folder (text, "
+            "JSON lines, parquet, CSV), or the id of a data set on the Hub."
+        },
+    )
+    text_column: str = dataclasses.field(
+        default="text", metadata={"help": "The column with the text, or with lists of token ids."}
+    )
+    streaming: bool = dataclasses.field(
+        default=False, metadata={"help": "Read the training data while training, instead of before."}
+    )
+    block_size: int = dataclasses.field(
+        default=128, metadata={"help": "The length of the training sequences, in tokens."}
+    )
+    max_eval_documents: int | None = dataclasses.field(
+        default=None, metadata={"help": "The most documents to evaluate on."}
+    )
+    tokenizer: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "The path or Hub id of a tokenizer; if none, one is trained with `vocab_size` tokens."},
+    )
+    tokenizer_documents: int = dataclasses.field(
+        default=100_000, metadata={"help": "The most documents to train a tokenizer on."}
+    )
+
+
+def standard_library(arguments: TextDataArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """
+    The source text of the running Python's standard library, one document a file, `text` and `path`.
+
+    Files of equal text are taken once. A file is held out by its path alone, whatever the seed: no release of Python
+    and no run has a file in both parts.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = {}
+    for file in sorted(root.rglob("*.py")):
+        path = file.relative_to(root)
+        if {"site-packages", "dist-packages"} & set(path.parts):
+            continue
+        try:
+            with tokenize.open(file) as stream:  # in the encoding that the file declares
+                texts.setdefault(stream.read(), path.as_posix())
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # the few files that test wrong encodings
+    parts = {True: [], False: []}
+    for text, path in texts.items():
+        draw = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+        if text:
+            parts[draw < arguments.eval_fraction].append((draw, path, text))
+    # In the order of the draws, a first few documents are a fair sample.
+    held_out, train = (
+        Dataset.from_dict({"path": [path for _, path, _ in part], "text": [text for _, _, text in part]})
+        for part in (sorted(parts[True]), sorted(parts[False]))
+    )
+    return train, held_out
+
+
+def load_text(arguments: TextDataArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset]:
+    """The documents to train on and those held out, with the column `arguments.text_column`."""
+    if arguments.block_size < 2:
+        raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")
+    for name in ("max_eval_documents", "tokenizer_documents"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"`{name}` is {value}; it must be at least 1.")
+    train, held_out = load_splits(
+        arguments, {"stdlib": standard_library}, TEXT_FORMATS, arguments.text_column, seed, arguments.streaming
+    )
+    if arguments.max_eval_documents is not None:
+        held_out = held_out.select(range(min(arguments.max_eval_documents, len(held_out))))
+    return train, held_out
+
+
+def texts(data: Dataset | IterableDataset, column: str) -> Iterator[str]:
+    """
+    The texts of a column, one by one.
+
+    Raises:
+        [`UserError`]: a document holds something else than text.
+    """
+    for batch in data.select_columns([column]).iter(TOKENIZER_BATCH):
+        for document in batch[column]:
+            if not isinstance(document, str):
+                raise UserError(
+                    f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, "
+                    "or lists of token ids with the `tokenizer` that they are of."
+                )
+            yield document
+
+
+class PackedBlocks(torch.utils.data.IterableDataset):
+    """
+    Documents as blocks of `block_size` token ids: an end-of-text token after each document, all of them one after the
+    other, cut at every `block_size` tokens. Nothing is lost but the last block, if it is not full.
+
+    Args:
+        data: the documents, with a column of texts or of lists of token ids.
+        vocab_size: every token id must lie below it.
+
+    Raises:
+        [`UserError`]: a document holds something else than text, or a token id out of range.
+    """
+
+    def __init__(self, data, column: str, tokenizer: PreTrainedTokenizerBase, block_size: int, vocab_size: int):
+        self.data, self.column, self.tokenizer = data, column, tokenizer
+        self.block_size, self.vocab_size = block_size, vocab_size
+
+    def tokens_of_documents(self) -> Iterator[list[int]]:
+        """The token ids of each document, with the end-of-text token."""
+        index = 0
+        for batch in self.data.select_columns([self.column]).iter(TOKENIZER_BATCH):
+            documents = batch[self.column]
+            for document in documents:
+                self._check(document, index)
+                index += 1
+            are_texts = {isinstance(document, str) for document in documents}
+            if len(are_texts) > 1:
+                raise UserError(f"The column {self.column!r} has both texts and lists of token ids: give one of them.")
+            if True in are_texts:
+                documents = self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+            for document in documents:
+                yield [*document, self.tokenizer.eos_token_id]
+
+    def _check(self, document, index: int):
+        if isinstance(document, str):
+            return
+        if not isinstance(document, list) or not all(isinstance(token, int) for token in document):
+            raise UserError(
+                f"Document {index} has in {self.column!r} {document!r:.40}; it must be text, or a list of token ids."
+            )
+        for token in document:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"Document {index} has the token id {token}; with `vocab_size` = {self.vocab_size} it must lie from 0 to {self.vocab_size - 1}."
+                )
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        tokens = itertools.chain.from_iterable(self.tokens_of_documents())
+        blocks = iter(lambda: list(itertools.islice(tokens, self.block_size)), [])
+        # Each worker of a data loader has a copy of this: together they give each block once.
+        worker = torch.utils.data.get_worker_info()
+        for block in itertools.islice(blocks, worker.id, None, worker.num_workers) if worker else blocks:
+            if len(block) == self.block_size:
+                yield {"input_ids": block}
+
+    def materialize(self) -> Dataset:
+        """All blocks as a data set on disk, read by memory-mapping."""
+        self.check_length()
+        try:
+            return Dataset.from_generator(self.__iter__, features=Features({"input_ids": [Value("int32")]}))
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+
+    def check_length(self) -> None:
+        """
+        Raises:
+            [`UserError`]: the documents are too short for one block.
+        """
+        if next(iter(self), None) is None:
+            tokens = sum(map(len, self.tokens_of_documents()))
+            raise UserError(
+                f"The text has {tokens} tokens, too short for one block of `block_size` = {self.block_size}: give more "
+                "text, or a smaller `block_size`."
+            )
+
+    def tokens_per_byte(self) -> float:
+        """How many tokens a byte of the documents (in UTF-8) becomes, end-of-text tokens included."""
+        tokens = num_bytes = 0
+        for document in self.tokens_of_documents():
+            tokens += len(document)
+            num_bytes += len(self.tokenizer.decode(document[:-1]).encode())
+        if num_bytes == 0:
+            raise UserError("All of the documents to evaluate on are empty: give some text.")
+        return tokens / num_bytes
