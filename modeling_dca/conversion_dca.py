@@ -9,14 +9,14 @@ import copy
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_dca import nearest_name
+from .configuration_dca import DCAConfig, DCAVisionConfig, nearest_name
 
 
 #: Fields of the configuration that do not change what a converted model computes, and so are the user's to choose.
@@ -169,6 +169,21 @@ def gemma_obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "`use_bidirectional_attention` is set, and DCA's language models are causal"
 
 
+def dca_obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    if config.residual_scheme != "standard":
+        yield "it is DCA already: load it with `from_pretrained`"
+
+
+def dca_fields(config_class: type[DCAConfig]) -> dict[str, str]:
+    chosen = {"residual_scheme", "last_k", "residual_config"}
+    own = [
+        each.name
+        for each in fields(config_class)
+        if each.name in config_class.__annotations__ | DCAConfig.__annotations__
+    ]
+    return same(*(name for name in own if name not in chosen), "id2label", "label2id", "problem_type")
+
+
 DECODER_FIELDS = same(
     "vocab_size",
     "hidden_size",
@@ -288,6 +303,8 @@ TEXT_FAMILIES: dict[str, Family] = {
         obstacles=opt_obstacles,
         bare_norms=lambda config: not config.layer_norm_elementwise_affine,
     ),
+    # The standard scheme of this family.
+    "dca": Family(fields=dca_fields(DCAConfig), weights=same("model", "lm_head"), obstacles=dca_obstacles),
 }
 
 
@@ -376,6 +393,9 @@ VISION_FAMILIES: dict[str, Family] = {
             "classifier": "classifier",
         },
     ),
+    "dca_vision": Family(
+        fields=dca_fields(DCAVisionConfig), weights=same("model", "classifier"), obstacles=dca_obstacles
+    ),
 }
 
 FAMILIES = {"AutoModelForCausalLM": TEXT_FAMILIES, "AutoModelForImageClassification": VISION_FAMILIES}
@@ -398,7 +418,6 @@ REFUSED = {
     "its blocks are no transformer blocks": ("mamba", "mamba2", "falcon_mamba", "rwkv", "convnext", "convnextv2"),
     "it is a hierarchy of stages, where DCA has blocks of one size": ("swin", "pvt", "mobilevit", "segformer"),
     "its attention has relative positions, which DCA does not": ("beit", "data2vec-vision"),
-    "it is DCA already: load it with `from_pretrained`": ("dca", "dca_vision"),
 }
 
 
@@ -563,6 +582,22 @@ def check_overrides(model_class: type[PreTrainedModel], overrides: dict[str, Any
         raise ValueError(f"`{name}` is no field; {nearest_name(name, [*OVERRIDES, *LOADING_ARGUMENTS])}")
 
 
+def convert_config(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, overrides: dict[str, Any]
+) -> DCAConfig:
+    """
+    The configuration of the DCA model that a model with `config` becomes.
+
+    Raises:
+        `ValueError`: it cannot become DCA, or an override is not one.
+    """
+    check_overrides(model_class, overrides)
+    family = find_family(config, model_class._auto_class)
+    return model_class.config_class(
+        **family.config_fields(config) | {"residual_config": config.to_diff_dict()} | overrides
+    )
+
+
 def from_residual(
     model_class: type[PreTrainedModel], source: str | os.PathLike | PreTrainedModel, **config_overrides
 ) -> PreTrainedModel:
@@ -570,9 +605,7 @@ def from_residual(
     loading = {name: config_overrides.pop(name) for name in LOADING_ARGUMENTS if name in config_overrides}
     check_overrides(model_class, config_overrides)
     family, model = load_source(source, model_class._auto_class, loading)
-    config = model_class.config_class(
-        **family.config_fields(model.config) | {"residual_config": model.config.to_diff_dict()} | config_overrides
-    )
+    config = convert_config(model_class, model.config, config_overrides)
     target = build_on_meta(model_class, config)
     like, bare_norms, weights = properties(model), family.bare_norms(model.config), distinct_weights(model)
     if model is source:

@@ -1,4 +1,7 @@
-"""The arguments of a run: a YAML file with the sections `model`, `data` and `training`, and the command line over it."""
+"""
+The arguments of a run: a YAML file with the sections `model`, `data` and `training`, over the file that its `base` names,
+and the command line over both.
+"""
 
 import argparse
 import dataclasses
@@ -15,14 +18,20 @@ from transformers import HfArgumentParser, TrainingArguments
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import nearest_name
 from training.errors import UserError, innermost_message
+from training.initial import initial_config
 
 
 CONFIGURATION_ROOM = "configuration"
 RUNS_FOLDER = "runs"
 # What was asked for, in the folder of a run.
 RECORD = "run.yaml"
+# The key of a YAML file that names another one, whose fields it takes where it has none of its own.
+BASE = "base"
 # What `resume_from_checkpoint` is when it is given without a path.
 LAST = "last"
+
+# The field of the section `model` that is no field of its configuration.
+INITIAL_CHECKPOINT = "initial_checkpoint"
 
 # Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has,
 # and what a model that starts from random weights does not have.
@@ -33,6 +42,7 @@ SMALLEST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "warmup_steps": 0,
@@ -48,6 +58,13 @@ class RunArguments(TrainingArguments):
     baseline: str | None = dataclasses.field(
         default=None,
         metadata={"help": "A residual scheme to train too, on the same batches, for comparison: 'standard', say."},
+    )
+    global_batch_size: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "The examples of a training step over all devices; `gradient_accumulation_steps` follows from it, "
+            "whatever the number of devices."
+        },
     )
     overwrite: bool = dataclasses.field(
         default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}
@@ -72,20 +89,40 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         for name, smallest in SMALLEST.items():
             # (Comparing so, and not with `<`, refuses NaN, too.)
-            if not getattr(self, name) >= smallest:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least {smallest}.")
+            value = getattr(self, name)
+            if value is not None and not value >= smallest:
+                raise ValueError(f"`{name}` is {value}; it must be at least {smallest}.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0 and below 1.")
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
+        if self.global_batch_size is not None:
+            self._set_gradient_accumulation_steps()
+
+    def _set_gradient_accumulation_steps(self):
+        at_once = self.train_batch_size * self.world_size
+        steps, rest = divmod(self.global_batch_size, at_once)
+        if rest or steps == 0:
+            devices = at_once // self.per_device_train_batch_size
+            raise ValueError(
+                f"`global_batch_size` is {self.global_batch_size}, but must be a multiple of {at_once}: "
+                f"`per_device_train_batch_size` is {self.per_device_train_batch_size}, and the number of devices {devices}."
+            )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but follows from "
+                f"`global_batch_size` = {self.global_batch_size} as {steps}: leave one of them out."
+            )
+        self.gradient_accumulation_steps = steps
 
 
 class Run(NamedTuple):
     """A run as it was asked for."""
 
     config: DCAConfig
+    initial_checkpoint: str | None
     data: Any
     training: RunArguments
     named: dict[str, dict[str, Any]]  # the fields that the YAML file or the command line names, by section
@@ -129,6 +166,15 @@ def model_fields(config_class: type[DCAConfig]) -> list[str]:
     return [name for name in _field_documentation(config_class) if name not in NOT_MODEL_FIELDS]
 
 
+def known_fields(model_class, data_class, training_class) -> dict[str, list[str]]:
+    """The names of the fields of a run, by section."""
+    return {
+        "model": [*model_fields(model_class.config_class), INITIAL_CHECKPOINT],
+        "data": [field.name for field in dataclasses.fields(data_class)],
+        "training": [field.name for field in dataclasses.fields(training_class) if field.init],
+    }
+
+
 def _yaml_value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
@@ -159,37 +205,67 @@ def _build_parser(command: str, description: str, config_class, data_class, trai
         # Fields that are not given are left to the configuration class.
         help_text = f"{documentation[name]} (default: {defaults[name]})".replace("%", "%%")
         group.add_argument(f"--{name}", type=_yaml_value, default=argparse.SUPPRESS, metavar="VALUE", help=help_text)
+    group.add_argument(
+        f"--{INITIAL_CHECKPOINT}",
+        help="The path or Hub id of a checkpoint to start from instead of random weights: of DCA, or of a residual model "
+        "that becomes DCA. All fields that decide the shape of the model are then those of the checkpoint.",
+    )
     # `--resume_from_checkpoint` alone means the last checkpoint.
     resume = parser._option_string_actions["--resume_from_checkpoint"]
     resume.nargs, resume.const = "?", LAST
     return parser
 
 
-def _read_yaml(path: Path, sections: dict[str, list[str]]) -> list[str]:
-    """The fields that a run's YAML file sets, as command-line arguments."""
+def _read_yaml(path: Path, sections: dict[str, list[str]], named_by: tuple[Path, ...] = ()) -> dict[str, dict]:
+    """
+    The fields that a run's YAML file sets, by section, over those of the file that its `base` names.
+
+    Args:
+        named_by: the files that lead here by their `base`, the run's own first.
+    """
+    name = f"The configuration {path}" + (f", the `{BASE}` of {named_by[-1]}," if named_by else "")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{name} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"The configuration {path} is not a YAML file: {reason}.") from error
+        raise UserError(f"{name} is not a YAML file: {reason}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"The configuration {path} is not a YAML file with the sections {', '.join(sections)}.")
-    arguments = []
+        raise UserError(f"{name} is not a YAML file with the sections {', '.join(sections)}.")
+    merged = {}
+    if BASE in content:
+        base, named_by = content.pop(BASE), (*named_by, path)
+        if not isinstance(base, str):
+            raise UserError(
+                f"`{BASE}` of {path} is {base!r}; it must be the path of a YAML file, as seen from the folder of this one."
+            )
+        base_file = path.parent / base
+        if os.path.realpath(base_file) in map(os.path.realpath, named_by):
+            raise UserError(f"`{BASE}` of {path} is {base!r}, but no file can be its own base: name another.")
+        merged = _read_yaml(base_file, sections, named_by)
     for section, fields in content.items():
         if section not in sections:
             raise UserError(
-                f"The configuration {path} has an unknown section {section!r}; {nearest_name(section, sections)}"
+                f"The configuration {path} has an unknown section {section!r}; {nearest_name(section, [*sections, BASE])}"
             )
         fields = {} if fields is None else fields
         if not isinstance(fields, dict):
             raise UserError(f"The section {section!r} of {path} is {fields!r}; it must name fields and their values.")
-        for name, value in fields.items():
+        for name in fields:
             if name not in sections[section]:
                 raise UserError(
                     f"The section {section!r} of {path} has an unknown field {name!r}; {_nearest(name, sections[section])}"
                 )
+        merged[section] = {**merged.get(section, {}), **fields}
+    return merged
+
+
+def as_arguments(content: dict[str, dict]) -> list[str]:
+    """The fields of a YAML file as command-line arguments."""
+    arguments = []
+    for section, fields in content.items():
+        for name, value in fields.items():
             if isinstance(value, list) and section != "model":
                 arguments += [f"--{name}", *map(str, value)]
             elif isinstance(value, (dict, list, bool)) or (section == "model" and value is None):
@@ -214,23 +290,19 @@ def default_output_dir(configuration_file: Path) -> Path:
     return Path(RUNS_FOLDER, parts[-1])
 
 
-def parse_run(argv: list[str], command: str, description: str, config_class, data_class, training_class) -> Run:
+def parse_run(argv: list[str], command: str, description: str, model_class, data_class, training_class) -> Run:
     """
     The run that `argv` (`CONFIGURATION.yaml [--field value ...]`) asks for.
 
     Raises:
         [`UserError`]: with the field or file, its value and what would be right.
     """
-    parser = _build_parser(command, description, config_class, data_class, training_class)
+    parser = _build_parser(command, description, model_class.config_class, data_class, training_class)
     if not argv or argv[0].startswith("-"):
         parser.parse_args([argument for argument in argv if argument in ("-h", "--help")])
     configuration_file = Path(argv[0])
-    sections = {
-        "model": model_fields(config_class),
-        "data": [field.name for field in dataclasses.fields(data_class)],
-        "training": [field.name for field in dataclasses.fields(training_class) if field.init],
-    }
-    arguments = _read_yaml(configuration_file, sections)
+    sections = known_fields(model_class, data_class, training_class)
+    arguments = as_arguments(_read_yaml(configuration_file, sections))
     known = [name for names in sections.values() for name in names]
     named = {"output_dir"}
     for argument in [*arguments, *argv[1:]]:
@@ -247,7 +319,12 @@ def parse_run(argv: list[str], command: str, description: str, config_class, dat
             look_for_args_file=False,
         )
         model = {name: value for name, value in vars(rest).items() if name != "configuration"}
-        config = config_class(**model)
+        fields, checkpoint = dict(model), model[INITIAL_CHECKPOINT]
+        del fields[INITIAL_CHECKPOINT]
+        if checkpoint is None:
+            config = model_class.config_class(**fields)
+        else:
+            config = initial_config(model_class, checkpoint, fields)
     except (StrictDataclassError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
     values = {"model": model, "data": vars(data), "training": training.to_dict()}
@@ -260,4 +337,4 @@ def parse_run(argv: list[str], command: str, description: str, config_class, dat
         # The token must reach the client, but none of the files that training arguments are saved to.
         os.environ["HF_TOKEN"] = training.hub_token
         training.hub_token = None
-    return Run(config, data, training, json.loads(json.dumps(record, default=str)))
+    return Run(config, checkpoint, data, training, json.loads(json.dumps(record, default=str)))

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
-from modeling_dca import DCAConfig, DCAForCausalLM
+from modeling_dca import DCAForCausalLM
 from training.arguments import RunArguments, parse_run
 from training.data import is_on_the_hub
 from training.errors import UserError, command
@@ -77,7 +77,7 @@ def main():
         sys.argv[1:],
         "training.causal_lm",
         "Train a DCA language model.",
-        DCAConfig,
+        DCAForCausalLM,
         TextDataArguments,
         CausalLMArguments,
     )
@@ -96,8 +96,9 @@ def main():
 
     with run.training.main_process_first(desc="preparing the data"):
         train_documents, held_out_documents = load_text(data, run.training.seed)
-        if data.tokenizer is not None:
-            tokenizer = load_tokenizer(data.tokenizer, config.vocab_size)
+        trained_tokenizer = data.tokenizer or run.initial_checkpoint
+        if trained_tokenizer is not None:
+            tokenizer = load_tokenizer(trained_tokenizer, config.vocab_size)
         else:
             sample = itertools.islice(texts(train_documents, data.text_column), data.tokenizer_documents)
             tokenizer = train_tokenizer(sample, config.vocab_size, config.max_position_embeddings)

@@ -1,15 +1,28 @@
 """What a command tells its user when it cannot go on: one line on standard error, free of access tokens."""
 
+import errno
 import functools
 import json
 import re
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 # The base of all errors of the HTTP client, which is httpx or httpx2 by the version of huggingface_hub.
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, StrictDataclassError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 
@@ -74,6 +87,36 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         raise SystemExit(status)
 
     return run
+
+
+@contextmanager
+def told(source: str):
+    """Makes what goes wrong in reading a model and writing another a sentence for the user."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError, HTTPError) as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+
+        def met(*types: type) -> bool:
+            return any(isinstance(cause, types) for cause in causes)
+
+        message = f"{source!r} cannot be converted: {innermost_message(error)}"
+        if met(GatedRepoError):
+            message = f"{source!r} is gated: ask for access on its page on the Hub, and log in with `hf auth login`."
+        elif met(RepositoryNotFoundError, HFValidationError):
+            message = f"{source!r} is neither a folder nor a model on the Hub, or the access token may not read it."
+        elif met(RevisionNotFoundError):
+            message = f"{source!r} does not have the revision that --revision names."
+        elif met(HTTPError, ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+            message = (
+                f"{source!r} is no folder, and the Hub cannot be reached or refuses it: check the name, the network and "
+                f"HF_HUB_OFFLINE ({type(causes[-1]).__name__})."
+            )
+        elif any("No space left" in str(cause) or getattr(cause, "errno", None) == errno.EDQUOT for cause in causes):
+            message = "There is not enough disk space for the checkpoint, or for the cache of the Hub (HF_HOME)."
+        raise UserError(message) from error
 
 
 def hub_error(error: Exception) -> UserError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import EvalPrediction, ViTImageProcessor
 
-from modeling_dca import DCAForImageClassification, DCAVisionConfig
+from modeling_dca import DCAForImageClassification
 from training.arguments import RunArguments, parse_run
 from training.data import is_on_the_hub
 from training.errors import command
@@ -59,7 +59,7 @@ def main():
         sys.argv[1:],
         "training.image_classification",
         "Train a DCA image classifier.",
-        DCAVisionConfig,
+        DCAForImageClassification,
         ImageDataArguments,
         ImageClassificationArguments,
     )

@@ -5,27 +5,15 @@ A folder named OUTPUT is there only when it is whole: the checkpoint is written,
 """
 
 import argparse
-import errno
 import gc
 import json
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import disable_progress_bars
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -38,7 +26,7 @@ from transformers import (
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
 from modeling_dca.conversion_dca import FAMILIES, find_family, model_class_of
-from training.errors import UserError, command, innermost_message
+from training.errors import UserError, command, told
 from training.publish import loading_line, read_config
 
 
@@ -50,36 +38,6 @@ ADDED = ("residual", "key_layernorm", "value_layernorm")
 CHECKPOINT_FILES = (".bin", ".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".txt")
 #: How much the logits may differ, as part of the largest: the order of sums in float32.
 TOLERANCE = 2e-5
-
-
-@contextmanager
-def told(source: str):
-    """Makes what goes wrong in reading a model and writing another a sentence for the user."""
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError, HTTPError) as error:
-        causes = [error]
-        while causes[-1].__cause__ is not None:
-            causes.append(causes[-1].__cause__)
-
-        def met(*types: type) -> bool:
-            return any(isinstance(cause, types) for cause in causes)
-
-        message = f"{source!r} cannot be converted: {innermost_message(error)}"
-        if met(GatedRepoError):
-            message = f"{source!r} is gated: ask for access on its page on the Hub, and log in with `hf auth login`."
-        elif met(RepositoryNotFoundError, HFValidationError):
-            message = f"{source!r} is neither a folder nor a model on the Hub, or the access token may not read it."
-        elif met(RevisionNotFoundError):
-            message = f"{source!r} does not have the revision that --revision names."
-        elif met(HTTPError, ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-            message = (
-                f"{source!r} is no folder, and the Hub cannot be reached or refuses it: check the name, the network and "
-                f"HF_HUB_OFFLINE ({type(causes[-1]).__name__})."
-            )
-        elif any("No space left" in str(cause) or getattr(cause, "errno", None) == errno.EDQUOT for cause in causes):
-            message = "There is not enough disk space for the checkpoint, or for the cache of the Hub (HF_HOME)."
-        raise UserError(message) from error
 
 
 def find_source(source: str, loading: dict) -> tuple[PreTrainedConfig, str]:

@@ -20,6 +20,7 @@ from training.arguments import LAST, RECORD, Run, RunArguments
 from training.card import DEPTH_WEIGHTS_DATA, read_json, write_card
 from training.depth_weights import measure_depth_weights
 from training.errors import UserError, hub_error, innermost_message
+from training.initial import check_scheme, initial_model
 from training.publish import publish
 
 
@@ -182,6 +183,7 @@ def config_of_baseline(run: Run) -> DCAConfig | None:
     config.residual_scheme = scheme
     if scheme == "standard":
         config.last_k = None
+    check_scheme(config, run.initial_checkpoint)
     return config
 
 
@@ -201,10 +203,10 @@ def run_models(
     if baseline is not None:
         arguments = copy.copy(run.training)
         arguments.output_dir, arguments.push_to_hub = str(folder / baseline.residual_scheme), False
-        train(model_class, baseline, arguments, **trainer_options)
+        train(model_class, baseline, arguments, run.initial_checkpoint, **trainer_options)
         note["baseline"] = Path(arguments.output_dir)
 
-    trainer = train(model_class, run.config, run.training, **trainer_options)
+    trainer = train(model_class, run.config, run.training, run.initial_checkpoint, **trainer_options)
     if trainer.is_world_process_zero():
         # From the saved weights, which are whole however the trainer had spread the model.
         model = model_class.from_pretrained(folder).to(run.training.device)
@@ -226,12 +228,16 @@ def held_out_batches(trainer: RunTrainer) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def train(
-    model_class: type[PreTrainedModel], config: DCAConfig, arguments: RunArguments, **trainer_options
+    model_class: type[PreTrainedModel],
+    config: DCAConfig,
+    arguments: RunArguments,
+    initial_checkpoint: str | None = None,
+    **trainer_options,
 ) -> RunTrainer:
     """Train one model, from where it was left if `resume_from_checkpoint` is set, and save and evaluate it."""
     folder = Path(arguments.output_dir)
     set_seed(arguments.seed)
-    model = model_class(config)
+    model = initial_model(model_class, config, initial_checkpoint)
     try:
         trainer = RunTrainer(model=model, args=arguments, **trainer_options)
     except (ValueError, ImportError, RuntimeError) as error:

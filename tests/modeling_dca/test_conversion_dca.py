@@ -93,6 +93,18 @@ TEXT = {
         SIZES
         | {"ffn_dim": 48, "enable_bias": False, "layer_norm_elementwise_affine": False, "tie_word_embeddings": False},
     ),
+    "dca": (
+        "dca",
+        GROUPED
+        | {"residual_scheme": "standard", "rope_parameters": YARN, "gated_mlp": True, "qk_norm": True, "mlp_bias": True}
+        | {"head_dim": 12, "hidden_act": "silu", "norm_type": "layer_norm", "norm_eps": 1e-2, "embedding_multiplier": 3},
+    ),
+    "dca-learned": (
+        "dca",
+        SIZES
+        | {"residual_scheme": "standard", "position_embedding": "learned", "tie_word_embeddings": True}
+        | {"sliding_window": 4, "layer_types": LAYER_TYPES, "attention_bias": True, "attention_output_bias": False},
+    ),
 }  # fmt: skip
 
 IMAGES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -105,6 +117,10 @@ VISION = {
     ),
     "deit": ("deit", IMAGES),
     "dinov2": ("dinov2", IMAGES | {"mlp_ratio": 2}),
+    "dca_vision": (
+        "dca_vision",
+        IMAGES | {"residual_scheme": "standard", "pooling": "cls_mean", "num_register_tokens": 2, "num_channels": 1},
+    ),
     "dinov2-swiglu": ("dinov2", IMAGES | {"use_swiglu_ffn": True, "qkv_bias": False, "use_mask_token": False}),
 }  # fmt: skip
 
@@ -434,7 +450,7 @@ REFUSED = {
         "stablelm",
         {},
         "No conversion to DCA is known for 'stablelm' models; "
-        ".*Known: llama, mistral, qwen2, qwen3, smollm3, olmo, gemma, gpt2, opt",
+        ".*Known: llama, mistral, qwen2, qwen3, smollm3, olmo, gemma, gpt2, opt, dca",
     ),
     "near": ("olmo_hybrid", {}, "'olmo_hybrid'"),
     "gpt2-inverse": (

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_dca import DCAConfig, DCAVisionConfig
+from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification
 from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal, write_images
 from training import arguments, causal_lm, image_classification
 from training.errors import innermost_message
@@ -32,7 +32,7 @@ def assert_names(line, *words):
 
 
 def parse(*argv):
-    classes = (DCAConfig, TextDataArguments, causal_lm.CausalLMArguments)
+    classes = (DCAForCausalLM, TextDataArguments, causal_lm.CausalLMArguments)
     return arguments.parse_run(list(map(str, argv)), "training.causal_lm", "A test.", *classes)
 
 
@@ -176,30 +176,32 @@ def test_commands_end_without_a_traceback(tmp_path, command):
 
 
 @pytest.mark.parametrize(
-    ("main", "config_class", "data_class", "training_class"),
+    ("main", "model_class", "data_class", "training_class"),
     [
-        (causal_lm.main, DCAConfig, TextDataArguments, causal_lm.CausalLMArguments),
+        (causal_lm.main, DCAForCausalLM, TextDataArguments, causal_lm.CausalLMArguments),
         (
             image_classification.main,
-            DCAVisionConfig,
+            DCAForImageClassification,
             ImageDataArguments,
             image_classification.ImageClassificationArguments,
         ),
     ],
 )
 @pytest.mark.parametrize("given", [["--help"], ["-h"], ["run.yaml", "--help"]])
-def test_help_tells_every_field_and_its_meaning(room, capsys, main, config_class, data_class, training_class, given):
+def test_help_tells_every_field_and_its_meaning(room, capsys, main, model_class, data_class, training_class, given):
     (room / "run.yaml").write_text("training: {max_steps: 1}\n")
     with pytest.raises(SystemExit) as exit:
         call(main, *given)
     assert exit.value.code == 0
     text = capsys.readouterr().out
+    config_class = model_class.config_class
     own = {name for name in config_class.__annotations__ if not name.startswith("_")}
     inherited = set() if config_class is DCAConfig else set(DCAConfig.__annotations__)
     fields = own | inherited - arguments.NOT_MODEL_FIELDS
     fields -= {*arguments.NOT_MODEL_FIELDS, "model_type", "keys_to_ignore_at_inference"}
     fields -= {name for name in fields if "plan" in name}
     assert {"hidden_size", "last_k", "residual_scheme"} < fields
+    fields.add("initial_checkpoint")
     fields |= {field.name for each in (data_class, training_class) for field in dataclasses.fields(each) if field.init}
     # Each begins a paragraph, and words follow: `--name VALUE  What it means.`
     paragraphs = re.split(r"\n  (?=-)", text)
@@ -276,9 +278,9 @@ def test_folder_of_a_run_follows_from_its_file(file, folder):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configuration" / "demo").glob("*.yaml")), ids=lambda file: file.stem)
 def test_configurations_of_the_demo_are_valid(file):
-    classes = (DCAConfig, TextDataArguments, causal_lm.CausalLMArguments)
+    classes = (DCAForCausalLM, TextDataArguments, causal_lm.CausalLMArguments)
     if file.stem == "image":
-        classes = (DCAVisionConfig, ImageDataArguments, image_classification.ImageClassificationArguments)
+        classes = (DCAForImageClassification, ImageDataArguments, image_classification.ImageClassificationArguments)
     run = arguments.parse_run([str(file)], "command", "A test.", *classes)
     assert run.config.residual_scheme == "dca" and run.training.output_dir == f"runs/demo/{file.stem}"
 

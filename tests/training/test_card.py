@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from modeling_dca import DCAConfig
+from modeling_dca import DCAForCausalLM
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, image, weights, write_images, write_jsonl
 from training import causal_lm, image_classification
 from training.arguments import parse_run
@@ -166,7 +166,7 @@ def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
     for folder, loss in ((text_run, own), (text_run / "standard", other)):
         results = json.loads((folder / "all_results.json").read_text())
         (folder / "all_results.json").write_text(json.dumps({**results, "eval_loss": loss}))
-    classes = (DCAConfig, TextDataArguments, causal_lm.CausalLMArguments)
+    classes = (DCAForCausalLM, TextDataArguments, causal_lm.CausalLMArguments)
     run = parse_run(["run/run.yaml"], "command", "A test.", *classes)
     note = {"task": "text-generation", "dataset": None, "dataset_name": "x", "data": "Data.", "prompt": "x"}
     write_card(Path("run"), run, {**note, "baseline": Path("run/standard")})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification, DCAVisionConfig
+from modeling_dca import DCAForCausalLM, DCAForImageClassification
 from training.arguments import parse_run
 from training.causal_lm import CausalLMArguments
 from training.image_classification import ImageClassificationArguments
@@ -18,24 +18,24 @@ from training.text import TextDataArguments
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def trainer_of(room, recipe, config_class, data_class, training_class, model_class, steps, **sizes):
+def trainer_of(room, recipe, model_class, data_class, training_class, steps, **sizes):
     """The trainer of a run that names no more than its steps, with its optimizer and schedule."""
     (room / "recipe.yaml").write_text(f"training: {{max_steps: {steps}, report_to: none}}\n")
-    run = parse_run(["recipe.yaml"], "command", "A test.", config_class, data_class, training_class)
-    trainer = RunTrainer(model=model_class(config_class(**SIZES, **sizes)), args=run.training)
+    run = parse_run(["recipe.yaml"], "command", "A test.", model_class, data_class, training_class)
+    trainer = RunTrainer(model=model_class(model_class.config_class(**SIZES, **sizes)), args=run.training)
     trainer.create_optimizer_and_scheduler(num_training_steps=steps)
     return trainer
 
 
 @pytest.fixture
 def text(room):
-    classes = (DCAConfig, TextDataArguments, CausalLMArguments, DCAForCausalLM)
+    classes = (DCAForCausalLM, TextDataArguments, CausalLMArguments)
     return trainer_of(room, "text", *classes, steps=500_000, vocab_size=20)
 
 
 @pytest.fixture
 def image(room):
-    classes = (DCAVisionConfig, ImageDataArguments, ImageClassificationArguments, DCAForImageClassification)
+    classes = (DCAForImageClassification, ImageDataArguments, ImageClassificationArguments)
     return trainer_of(room, "image", *classes, steps=100_000, image_size=8, patch_size=4)
 
 
