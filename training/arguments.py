@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import nearest_name
@@ -57,13 +58,15 @@ class RunArguments(TrainingArguments):
 
     baseline: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "A residual scheme to train too, on the same batches, for comparison: 'standard', say."},
+        metadata={
+            "help": "A residual scheme to train too, on the same batches, for comparison: 'standard', say; or 'none'."
+        },
     )
     global_batch_size: int | None = dataclasses.field(
         default=None,
         metadata={
             "help": "The examples of a training step over all devices; `gradient_accumulation_steps` follows from it, "
-            "whatever the number of devices."
+            "whatever the number of devices. An epoch is filled up to whole steps, with examples drawn again."
         },
     )
     overwrite: bool = dataclasses.field(
@@ -77,6 +80,18 @@ class RunArguments(TrainingArguments):
     )
     model_license: str = dataclasses.field(
         default="apache-2.0", metadata={"help": "The license that the model card states for the weights."}
+    )
+    optim: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "The optimizer, see `transformers.training_args.OptimizerNames`; if not given, 'adamw_torch' on an XLA "
+            f"device and {TrainingArguments.default_optim!r} on others."
+        },
+    )
+    # Every weight has a part in every loss.
+    ddp_find_unused_parameters: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Have several devices look, in every step, for weights that had no part in it."},
     )
     # A loss that is not finite must be seen, not replaced by the last finite one.
     logging_nan_inf_filter: bool = dataclasses.field(
@@ -95,16 +110,32 @@ class RunArguments(TrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0 and below 1.")
+        chosen_optimizer = self.optim
+        if chosen_optimizer is None:
+            self.optim = self.default_optim
         super().__post_init__()
+        if self.device.type == "xla":
+            self._set_xla_defaults(chosen_optimizer)
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
         if self.global_batch_size is not None:
             self._set_gradient_accumulation_steps()
 
+    def _set_xla_defaults(self, chosen_optimizer: str | None):
+        if chosen_optimizer is None:
+            self.optim = OptimizerNames.ADAMW_TORCH
+        elif self.optim == OptimizerNames.ADAMW_TORCH_FUSED:
+            raise ValueError(
+                f"`optim` is {self.optim.value!r}, which XLA devices do not have: leave it out, or name 'adamw_torch'."
+            )
+        if self.eval_accumulation_steps is None:
+            # On the device, what the batches so far gave would be a tensor, and so a graph, of another size with each.
+            self.eval_accumulation_steps = 1
+
     def _set_gradient_accumulation_steps(self):
         at_once = self.train_batch_size * self.world_size
         steps, rest = divmod(self.global_batch_size, at_once)
-        if rest or steps == 0:
+        if rest:
             devices = at_once // self.per_device_train_batch_size
             raise ValueError(
                 f"`global_batch_size` is {self.global_batch_size}, but must be a multiple of {at_once}: "

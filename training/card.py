@@ -61,9 +61,9 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
             `None`), `dataset_name`, `baseline` (the folder of the baseline, or `None`) and, for text generation,
             `prompt`.
     """
-    models = {_scheme(folder): folder}
+    models = {scheme_name(folder): folder}
     if note["baseline"] is not None:
-        models[_scheme(note["baseline"])] = note["baseline"]
+        models[scheme_name(note["baseline"])] = note["baseline"]
     results = {name: read_json(path / "all_results.json") for name, path in models.items()}
     draw_loss_curves(
         {name: read_json(path / "trainer_state.json")["log_history"] for name, path in models.items()},
@@ -106,7 +106,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         data_sentence=note["data"],
         metrics=metrics,
         results=results,
-        parameters={name: _count_parameters(path) for name, path in models.items()},
+        parameters={name: count_parameters(path) for name, path in models.items()},
         verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
         steps=read_json(folder / "trainer_state.json")["global_step"],
         hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
@@ -128,14 +128,14 @@ def _length(arguments: dict) -> str:
     return "max_steps" if arguments["max_steps"] > 0 else "num_train_epochs"
 
 
-def _scheme(folder: Path) -> str:
+def scheme_name(folder: Path) -> str:
     """The name of a model's residual scheme, with its `k`."""
     config = read_json(folder / "config.json")
     scheme, k = config.get("residual_scheme", "dca"), config.get("last_k")
     return scheme if k is None else f"{k}-{scheme}"
 
 
-def _count_parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
     """How many parameters the weights in a folder have; tied ones are saved once."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):

@@ -11,8 +11,10 @@ import itertools
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
@@ -29,8 +31,9 @@ from training.run import (
     make_output_folder,
     run_models,
 )
+from training.stream import TextStream, check_lanes
 from training.text import PackedBlocks, TextDataArguments, load_text, texts
-from training.tokenizer import load_tokenizer, train_tokenizer
+from training.tokenizer import keep_tokenizer, load_tokenizer, train_tokenizer
 
 
 @dataclasses.dataclass
@@ -54,9 +57,28 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-def block_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def block_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of each block, `(batch,)`, all that the metrics need of `(batch, length, vocab)`."""
+    if isinstance(logits, tuple):  # some models of transformers return more than logits
+        logits = logits[0]
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
+
+
+def evaluation_options(held_out: PackedBlocks, blocks: Dataset) -> dict[str, Any]:
+    """How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from."""
+    metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        losses = prediction.predictions
+        num_tokens = [held_out.block_size - 1] * len(losses)
+        return metric.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
+
+    return {
+        "eval_dataset": blocks,
+        "data_collator": collate,
+        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": block_losses,
+    }
 
 
 def describe(data: TextDataArguments, train_documents, held_out_documents, held_out_blocks) -> str:
@@ -81,7 +103,7 @@ def main():
         TextDataArguments,
         CausalLMArguments,
     )
-    data, config = run.data, run.config
+    data, config, folder = run.data, run.config, run.training.output_dir
     if config.position_embedding == "learned" and data.block_size > config.max_position_embeddings:
         raise UserError(
             f"`block_size` is {data.block_size}, longer than the learned positions allow: `max_position_embeddings` is "
@@ -89,6 +111,8 @@ def main():
         )
     if data.streaming and run.training.max_steps < 1:
         raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must say when the run ends.")
+    if data.streaming:
+        check_lanes(data.stream_lanes, run.training.world_size)
     baseline = config_of_baseline(run)
     check_model(DCAForCausalLM, config)
     check_output_folder(run.training)
@@ -97,6 +121,8 @@ def main():
     with run.training.main_process_first(desc="preparing the data"):
         train_documents, held_out_documents = load_text(data, run.training.seed)
         trained_tokenizer = data.tokenizer or run.initial_checkpoint
+        if run.training.resume_from_checkpoint is not None and Path(folder, "tokenizer_config.json").exists():
+            trained_tokenizer = folder  # the one that the run was begun with
         if trained_tokenizer is not None:
             tokenizer = load_tokenizer(trained_tokenizer, config.vocab_size)
         else:
@@ -108,19 +134,18 @@ def main():
         held_out_blocks = held_out.materialize()
         if data.streaming:
             train_blocks.check_length()
+            seed = run.training.seed if run.training.data_seed is None else run.training.data_seed
+            train_blocks = TextStream(train_blocks, data.stream_lanes, data.shuffle_buffer, seed)
         else:
             train_blocks = train_blocks.materialize()
     for each in filter(None, (config, baseline)):
         each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         each.pad_token_id = tokenizer.pad_token_id
-    metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
+    evaluation = evaluation_options(held_out, held_out_blocks)
     if run.training.should_save:
         make_output_folder(run)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        losses = prediction.predictions
-        num_tokens = [data.block_size - 1] * len(losses)
-        return metric.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
+        if trained_tokenizer is None:
+            keep_tokenizer(tokenizer, Path(folder))
 
     note = {
         "task": "text-generation",
@@ -135,11 +160,8 @@ def main():
         baseline,
         note,
         train_dataset=train_blocks,
-        eval_dataset=held_out_blocks,
-        data_collator=collate,
         processing_class=tokenizer,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=block_losses,
+        **evaluation,
     )
 
 

@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetBuildError, DatasetGenerationError, DatasetNotFoundError
 
 from training.errors import UserError, innermost_message
+from training.stream import READ_ERRORS
 
 
 # Which loader of `datasets` reads a file, by its ending.
@@ -26,6 +27,10 @@ class DataArguments:
     dataset_config: str | None = dataclasses.field(
         default=None, metadata={"help": "The configuration of a data set on the Hub."}
     )
+    dataset_revision: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "The branch, tag or commit of a data set on the Hub; if none, its main branch."},
+    )
     train_split: str = dataclasses.field(default="train", metadata={"help": "The split to train on."})
     eval_split: str | None = dataclasses.field(
         default=None, metadata={"help": "The split to hold out; if none, a share of the training split is."}
@@ -39,7 +44,14 @@ class DataArguments:
 
 
 def load_splits(
-    arguments: DataArguments, built_in, formats: dict[str, str], column: str, seed: int, streaming=False, classes=None
+    arguments: DataArguments,
+    built_in,
+    formats: dict[str, str],
+    column: str,
+    seed: int,
+    streaming=False,
+    held_out_streaming=False,
+    classes=None,
 ):
     """
     The examples to train on and those held out, no example in both.
@@ -50,6 +62,7 @@ def load_splits(
         column: a column that the data must have.
         seed: the seed of the split, where a share of the training split is held out.
         streaming: read the training part as it is used.
+        held_out_streaming: read the part that is held out as it is used, where it has its own name.
         classes: the column of the classes, where of each the same share is to be held out.
 
     Raises:
@@ -66,9 +79,9 @@ def load_splits(
         return built_in[arguments.dataset](arguments, seed)
     train = _load(arguments.dataset, arguments.train_split, arguments, formats, column, streaming)
     if arguments.eval_dataset is not None:
-        return train, _load(arguments.eval_dataset, "train", arguments, formats, column)
+        return train, _load(arguments.eval_dataset, "train", arguments, formats, column, held_out_streaming)
     if arguments.eval_split is not None:
-        return train, _load(arguments.dataset, arguments.eval_split, arguments, formats, column)
+        return train, _load(arguments.dataset, arguments.eval_split, arguments, formats, column, held_out_streaming)
     if streaming:
         raise UserError("`streaming` is on, so nothing can be split off: name an `eval_split` or an `eval_dataset`.")
     stratified = isinstance(train.features.get(classes), ClassLabel)
@@ -93,7 +106,9 @@ def _load(name: str, split: str, arguments: DataArguments, formats, column: str,
     local = _local_files(name, formats)
     try:
         if local is None:
-            data = load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
+            data = load_dataset(
+                name, arguments.dataset_config, split=split, revision=arguments.dataset_revision, streaming=streaming
+            )
         else:
             loader, options = local
             data = load_dataset(loader, split=split, streaming=streaming, **options)
@@ -104,7 +119,7 @@ def _load(name: str, split: str, arguments: DataArguments, formats, column: str,
         raise UserError(
             f"The data {name!r} cannot be read as {local[0] if local else 'data'}: {innermost_message(cause)}"
         ) from error
-    except (DatasetNotFoundError, DatasetBuildError, OSError, ValueError, ConnectionError) as error:
+    except (DatasetNotFoundError, DatasetBuildError, *READ_ERRORS) as error:
         raise UserError(
             f"The split {split!r} of the data {name!r} cannot be loaded: {innermost_message(error)}"
         ) from error

@@ -48,11 +48,11 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
 
     weights = []
     for block, residual in enumerate(residuals, start=1):
-        b = (1 + residual.delta.float()).mean(dim=-1)
+        b = (1 + residual.delta.float().cpu()).mean(dim=-1)
         gate = torch.zeros_like(b)
         if gates[residual]:
             sums, tokens = zip(*gates[residual])  # the last batch may be smaller than the others
-            gate = sum(sums) / sum(tokens)
+            gate = sum(each.cpu() for each in sums) / sum(tokens)
         for index, name in enumerate(INPUTS if len(b) == len(INPUTS) else ["q, k, v"]):
             weights.append(
                 {

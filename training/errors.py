@@ -3,9 +3,13 @@
 import errno
 import functools
 import json
+import os
 import re
+import signal
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -23,6 +27,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
+from torch import distributed
 from tqdm.auto import tqdm
 
 
@@ -35,6 +40,17 @@ HIDDEN = "[hidden]"
 NO_TOKEN = (
     "There is no access token for the Hub: log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 )
+
+LOST_PROCESS = (
+    "Another process of this run has ended, or the connection to it is lost; if it could say why, that stands above. "
+    "The same command with --resume_from_checkpoint goes on from the last checkpoint"
+)
+
+# How many seconds a process, other than the first of its machine, waits before it says what went wrong.
+PATIENCE = 5.0
+
+# What gloo says, whose errors have no class of their own.
+LOSS_OF_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|Broken pipe")
 
 SECRETS = re.compile(
     r"""
@@ -57,6 +73,14 @@ class UserError(Exception):
         super().__init__(SECRETS.sub(HIDDEN, " ".join(message.split())))
 
 
+class Terminated(SystemExit):
+    """SIGTERM has ended a command. (As a `SystemExit` it ends a forked process, too, without a traceback.)"""
+
+    def __init__(self, message: str):
+        super().__init__(143)  # 128 and the number of the signal
+        self.message = message
+
+
 def innermost_message(error: BaseException) -> str:
     """What an error says, in one line and without what strict dataclasses put around the words of a validator."""
     field = re.match(r"Validation error for field '(\w+)'", str(error))
@@ -70,19 +94,26 @@ def innermost_message(error: BaseException) -> str:
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """
     Makes `main` a command: a `UserError` and a configuration that does not fit end it with `error: ...` on standard
-    error and exit status 2, an interrupt with status 130. All other exceptions are faults in the code and pass through.
+    error and exit status 2, an interrupt with status 130, SIGTERM with status 143, and the loss of another process of the
+    run with status 2. All other exceptions are faults in the code and pass through.
     """
 
     @functools.wraps(main)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            message, status = str(error), 2
-        except StrictDataclassError as error:
-            message, status = str(UserError(innermost_message(error))), 2
-        except KeyboardInterrupt:
-            message, status = "interrupted", 130
+        with at_sigterm(_terminate):
+            try:
+                return main(*args, **kwargs)
+            except (UserError, StrictDataclassError) as error:
+                message, status = str(UserError(innermost_message(error))), 2
+                _wait_for_the_first()
+            except KeyboardInterrupt:
+                message, status = "interrupted", 130
+            except Terminated as error:
+                message, status = error.message, error.code
+            except RuntimeError as error:
+                if not _is_loss_of_process(error):
+                    raise
+                message, status = str(UserError(f"{LOST_PROCESS} ({innermost_message(error)})")), 2
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also within a progress bar
         raise SystemExit(status)
 
@@ -90,8 +121,8 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 
 @contextmanager
-def told(source: str):
-    """Makes what goes wrong in reading a model and writing another a sentence for the user."""
+def told(source: str, done: str = "converted"):
+    """Makes what goes wrong in reading a model and writing another a sentence for the user, on what cannot be `done`."""
     try:
         yield
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError, HTTPError) as error:
@@ -102,7 +133,7 @@ def told(source: str):
         def met(*types: type) -> bool:
             return any(isinstance(cause, types) for cause in causes)
 
-        message = f"{source!r} cannot be converted: {innermost_message(error)}"
+        message = f"{source!r} cannot be {done}: {innermost_message(error)}"
         if met(GatedRepoError):
             message = f"{source!r} is gated: ask for access on its page on the Hub, and log in with `hf auth login`."
         elif met(RepositoryNotFoundError, HFValidationError):
@@ -117,6 +148,36 @@ def told(source: str):
         elif any("No space left" in str(cause) or getattr(cause, "errno", None) == errno.EDQUOT for cause in causes):
             message = "There is not enough disk space for the checkpoint, or for the cache of the Hub (HF_HOME)."
         raise UserError(message) from error
+
+
+@contextmanager
+def at_sigterm(handler: Callable):
+    """Has SIGTERM handled so; but not in other threads than the first, as the processes of a TPU are, where nothing can be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_for_the_first():
+    """What went wrong in all processes alike is said once: when the first has ended, the launcher ends the others."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(PATIENCE)
+
+
+def _terminate(signal_number, frame):
+    raise Terminated("terminated")
+
+
+def _is_loss_of_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    if isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError)):
+        return True
+    return bool(LOSS_OF_PROCESS.search(str(error)))
 
 
 def hub_error(error: Exception) -> UserError:

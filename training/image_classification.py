@@ -7,17 +7,26 @@ Train a DCA image classifier:
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
-import torch
 from transformers import EvalPrediction, ViTImageProcessor
 
-from modeling_dca import DCAForImageClassification
+from modeling_dca import DCAForImageClassification, DCAVisionConfig
 from training.arguments import RunArguments, parse_run
+from training.augmentation import mixed_cross_entropy
 from training.data import is_on_the_hub
-from training.errors import command
-from training.images import ImageDataArguments, load_images
+from training.errors import UserError, command
+from training.images import (
+    MODES,
+    ImageDataArguments,
+    ImageExamples,
+    ImageFiles,
+    ImagesCallback,
+    collate,
+    load_images,
+)
 from training.metrics import Accuracy
 from training.run import (
     check_hub,
@@ -39,18 +48,39 @@ class ImageClassificationArguments(RunArguments):
         default=10_000, metadata={"help": "Steps to warm up, or below 1 their share."}
     )
     weight_decay: float = dataclasses.field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    # The images are turned into tensors as they are read, from columns that the model does not know.
-    remove_unused_columns: bool = dataclasses.field(
-        default=False, metadata={"help": "Whether to drop the columns that the model does not take."}
+    # The model does not take what the examples hold for their collator.
+    remove_unused_columns: bool = dataclasses.field(default=False, init=False)
+
+
+def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> ViTImageProcessor:
+    """
+    What makes an image that is evaluated, here or where the model is loaded, into pixel values from -1 to 1.
+
+    Args:
+        eval_resize: pixels of the smaller side of an image whose middle is taken; if none, the image is taken whole.
+
+    Raises:
+        [`UserError`]: the model's images are larger than `eval_resize`.
+    """
+    size = dict(zip(("height", "width"), config.image_height_width))
+    options = {"size": size}
+    if eval_resize is not None:
+        if eval_resize < max(size.values()):
+            raise UserError(f"`eval_resize` is {eval_resize}; it must be at least `image_size`, {max(size.values())}.")
+        options = {"size": {"shortest_edge": eval_resize}, "do_center_crop": True, "crop_size": size}
+    return ViTImageProcessor(
+        **options,
+        do_convert_rgb=config.num_channels == 3,
+        image_mean=[0.5] * config.num_channels,
+        image_std=[0.5] * config.num_channels,
     )
 
 
-def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch of images and their classes."""
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "labels": torch.tensor([example["label"] for example in examples]),
-    }
+def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """How a [`~transformers.Trainer`] evaluates an image classifier, wherever it comes from."""
+    # (Some models of transformers return more than logits.)
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return Accuracy().compute(predictions=logits.argmax(-1), references=prediction.label_ids)
 
 
 @command
@@ -69,27 +99,27 @@ def main():
     check_output_folder(run.training)
     check_hub(run.training)
 
+    processor = image_processor(config, data.eval_resize)
+    if data.rand_augment_operations and config.num_channels not in MODES:
+        raise UserError(
+            f"`rand_augment_operations` is {data.rand_augment_operations}, but RandAugment is for images of 1 or 3 channels "
+            f"and `num_channels` is {config.num_channels}: set it to 0."
+        )
     with run.training.main_process_first(desc="preparing the data"):
         train_images, held_out_images, names = load_images(data, config.num_channels, run.training.seed)
     for each in filter(None, (config, baseline)):
         each.id2label, each.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
-    height, width = config.image_height_width
-    processor = ViTImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=[0.5] * config.num_channels,
-        image_std=[0.5] * config.num_channels,
-    )
+    options = (processor, config.image_height_width)
+    train_files = ImageFiles(train_images, config.num_channels, data.dataset)
+    train_examples = ImageExamples(train_files, *options, augmentation=data, seed=run.training.seed)
+    held_out_files = ImageFiles(held_out_images, config.num_channels, data.eval_dataset or data.dataset)
+    held_out_examples = ImageExamples(held_out_files, *options)
     if run.training.should_save:
         make_output_folder(run)
 
-    def to_tensors(examples: dict) -> dict:
-        return {**processor(examples["image"], return_tensors="pt"), "label": examples["label"]}
-
-    metric = Accuracy()
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
-
+    # (The model's own loss would take probabilities of classes for several labels of one image.)
+    smoothing = run.training.label_smoothing_factor
+    loss = functools.partial(mixed_cross_entropy, label_smoothing=smoothing) if data.mixup_alpha else None
     source = "scikit-learn's handwritten digits (8 x 8 pixels)" if data.dataset == "digits" else data.dataset
     note = {
         "task": "image-classification",
@@ -103,11 +133,13 @@ def main():
         DCAForImageClassification,
         baseline,
         note,
-        train_dataset=train_images.with_transform(to_tensors),
-        eval_dataset=held_out_images.with_transform(to_tensors),
-        data_collator=collate,
+        train_dataset=train_examples,
+        eval_dataset=held_out_examples,
+        data_collator=functools.partial(collate, num_labels=len(names)),
         processing_class=processor,
-        compute_metrics=compute_metrics,
+        compute_metrics=compute_accuracy,
+        compute_loss_func=loss,
+        callbacks=[ImagesCallback(train_examples, held_out_examples)],
     )
 
 

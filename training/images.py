@@ -1,12 +1,38 @@
-"""The images of a run, with their classes."""
+"""The images of a run, with their classes: where they are, how they are read, and what is made of them."""
 
 import dataclasses
+import math
+import sys
+from io import BytesIO
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+import torch
+from accelerate.utils import gather
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, TrainerCallback
 
+from training.augmentation import MAX_MAGNITUDE, mix_up, mixing_weight, rand_augment, random_crop_box
 from training.data import IMAGE_FORMATS, DataArguments, hold_out, load_splits
 from training.errors import UserError, innermost_message
+
+
+# A run ends if more than this share of the images that it met cannot be read. Of the first so many, it counts as if it
+# had met them all.
+UNREADABLE_SHARE = 0.1
+FIRST_IMAGES = 100
+# How many images of each part are read before a run starts.
+CHECKED_IMAGES = 32
+
+# What is known of an image.
+NOT_MET, READ, UNREADABLE = 0, 1, 2
+
+#: The mode of Pillow for a number of channels. Images of other modes are converted.
+MODES = {1: "L", 3: "RGB"}
 
 
 @dataclasses.dataclass
@@ -28,6 +54,37 @@ class ImageDataArguments(DataArguments):
     num_labels: int | None = dataclasses.field(
         default=None, metadata={"help": "The number of classes, where the data does not name them."}
     )
+    eval_resize: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Resize the smaller side of an image to so many pixels and take the middle of it; if none, the whole "
+            "image is resized to `image_size`. For images held out, and those to train on without `random_crop`."
+        },
+    )
+    random_crop: bool = dataclasses.field(
+        default=False, metadata={"help": "Train on random parts of the images, from 5 %% of the area to all of it."}
+    )
+    horizontal_flip: bool = dataclasses.field(
+        default=False, metadata={"help": "Mirror half of the images to train on, at random."}
+    )
+    rand_augment_operations: int = dataclasses.field(
+        default=0, metadata={"help": "How many operations of RandAugment each image to train on goes through."}
+    )
+    rand_augment_magnitude: float = dataclasses.field(
+        default=10, metadata={"help": f"Their magnitude, from 0 to {MAX_MAGNITUDE}."}
+    )
+    mixup_alpha: float = dataclasses.field(
+        default=0, metadata={"help": "Mix images to train on in pairs, with weights of Beta(alpha, alpha); 0: do not."}
+    )
+
+    def __post_init__(self):
+        for name in ("rand_augment_operations", "mixup_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
+        if not 0 <= self.rand_augment_magnitude <= MAX_MAGNITUDE:
+            raise ValueError(
+                f"`rand_augment_magnitude` is {self.rand_augment_magnitude}; it must lie between 0 and {MAX_MAGNITUDE}."
+            )
 
 
 def handwritten_digits(arguments: ImageDataArguments, seed: int) -> tuple[Dataset, Dataset]:
@@ -37,7 +94,7 @@ def handwritten_digits(arguments: ImageDataArguments, seed: int) -> tuple[Datase
     digits = load_digits()
     images = (digits.images * (255 / digits.images.max())).round().astype(np.uint8)
     features = Features(
-        {"image": Image(mode="L"), "label": ClassLabel(names=[str(name) for name in digits.target_names])}
+        {"image": ImageFeature(mode="L"), "label": ClassLabel(names=[str(name) for name in digits.target_names])}
     )
     data = Dataset.from_dict({"image": list(images), "label": digits.target.tolist()}, features=features)
     return hold_out(data, arguments, seed=0, classes="label")
@@ -47,8 +104,10 @@ def load_images(arguments: ImageDataArguments, num_channels: int, seed: int) -> 
     """
     The images to train on and those held out, with the columns `image` and `label`, and the names of the classes.
 
+    All labels are looked at, but only the first images, and read with `num_channels` channels (see [`ImageFiles`]).
+
     Raises:
-        [`UserError`]: also where an image has other than `num_channels` channels, or a label is out of range.
+        [`UserError`]: also where a label is out of range, or too many of the first images cannot be read.
     """
     train, held_out = load_splits(
         arguments,
@@ -67,15 +126,22 @@ def load_images(arguments: ImageDataArguments, num_channels: int, seed: int) -> 
                 f"The data {source!r} has no column {arguments.label_column!r}; it has {', '.join(part.column_names)}."
             )
         part = part.select_columns(list(columns)).rename_columns(columns)
-        if not isinstance(part.features["image"], Image):
+        if not isinstance(part.features["image"], ImageFeature):
             try:
-                part = part.cast_column("image", Image())
+                part = part.cast_column("image", ImageFeature())
             except (NotImplementedError, TypeError, ValueError) as error:
                 raise UserError(f"The column {arguments.image_column!r} of {source!r} holds no images.") from error
         parts.append(part)
-    names = _class_names(arguments, *(part.features["label"] for part in parts), labels=parts[0]["label"])
-    for part, source in zip(parts, sources):
-        _check_images(part, num_channels, len(names), source)
+    labels = [part["label"][:] for part in parts]
+    names = _class_names(arguments, *(part.features["label"] for part in parts), labels=labels[0])
+    for part, part_labels, source in zip(parts, labels, sources):
+        for index, label in enumerate(part_labels):
+            if not isinstance(label, int) or not 0 <= label < len(names):
+                raise UserError(
+                    f"The label of image {index} of {source!r} is {label!r}; it must be an integer from 0 to "
+                    f"{len(names) - 1}."
+                )
+        ImageFiles(part, num_channels, source).read(range(min(CHECKED_IMAGES, len(part))))
     return *parts, names
 
 
@@ -101,23 +167,244 @@ def _class_names(arguments: ImageDataArguments, train_feature, held_out_feature,
     return [str(label) for label in range(num_labels)]
 
 
-def _check_images(data: Dataset, num_channels: int, num_labels: int, name: str):
-    for index in range(len(data)):
+class UnreadableImages(UserError):
+    """More images cannot be read than a run may leave out."""
+
+    def __init__(self, message: str):
+        # That of a worker process comes with its traceback before it.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
+
+
+def read_image(
+    file: dict, num_channels: int, size: tuple[int, int] | None = None, generator: np.random.Generator | None = None
+) -> Image.Image:
+    """
+    An image, upright and with `num_channels` channels: grey for one and RGB for three, whatever it is stored as. What is
+    transparent becomes white, as with the image processors of transformers, and of 16 bits the upper 8 remain.
+
+    Args:
+        file: `bytes` or `path` of the image, as [`~datasets.Image`] gives them without decoding it.
+        size: height and width of a random part of the image, in pixels.
+        generator: draws the part; if none, the image is whole and as large as it is stored.
+
+    Raises:
+        ValueError: the image has another number of channels, and there is no conversion for it.
+        Exception: many others, by Pillow and its decoders, where the image is broken.
+    """
+    with Image.open(file["path"] if file["bytes"] is None else BytesIO(file["bytes"])) as image:
+        orientation, box = image.getexif().get(ExifTags.Base.Orientation), None
+        if generator is not None:
+            sideways = orientation in (5, 6, 7, 8)
+            width, height = image.size[::-1] if sideways else image.size
+            box = np.array(random_crop_box(width, height, generator)) / (width, height, width, height)
+            # A JPEG file is decoded at half its size, or less, where that is still enough for the part.
+            shrink = min((box[2] - box[0]) * width / size[1], (box[3] - box[1]) * height / size[0])
+            image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
+        image.load()
+        image = _convert(image if orientation is None else ImageOps.exif_transpose(image), num_channels)
+    if box is None:
+        return image
+    box = np.minimum(box, 1) * (image.size * 2)
+    return image.resize(size[::-1], Image.Resampling.BILINEAR, box=tuple(box))
+
+
+def _convert(image: Image.Image, num_channels: int) -> Image.Image:
+    mode = MODES.get(num_channels, image.mode)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif mode in MODES.values() and (image.mode[-1] in "Aa" or "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != mode:
+        image = image.convert("RGB").convert(mode)
+    if len(image.getbands()) != num_channels:
+        raise ValueError(
+            f"it has {len(image.getbands())} channels ({image.mode}), but `num_channels` is {num_channels}"
+        )
+    return image
+
+
+class ImageFiles:
+    """
+    Images that may be broken: in place of one that cannot be read comes the next one that can, with its label.
+
+    Which ones were met and could not be read is known to all processes that share the object, those of a
+    [`~torch.utils.data.DataLoader`].
+
+    Args:
+        data: with the columns `image` and `label`.
+        num_channels: see [`read_image`].
+        name: of the data, for messages.
+    """
+
+    def __init__(self, data: Dataset, num_channels: int, name: str):
+        self.data = data.cast_column("image", ImageFeature(decode=False))
+        self.num_channels = num_channels
+        self.name = name
+        self.met = torch.full((len(data),), NOT_MET, dtype=torch.uint8).share_memory_()
+
+    def read(self, indices, size=None, generators=None) -> tuple[list[Image.Image], list[int]]:
+        """
+        The images and their labels, see [`read_image`].
+
+        Raises:
+            [`UnreadableImages`]: more than `UNREADABLE_SHARE` of all images so far cannot be read.
+        """
+        rows, images, labels = self.data[indices], [], []
+        for index, file, label, generator in zip(
+            indices, rows["image"], rows["label"], generators or [None] * len(indices)
+        ):
+            while (image := self._read(index, file, size, generator)) is None:
+                index = (index + 1) % len(self.data)
+                file, label = self.data[index]["image"], self.data[index]["label"]
+            images.append(image)
+            labels.append(label)
+        return images, labels
+
+    def _read(self, index: int, file: dict | None, size, generator) -> Image.Image | None:
+        if self.met[index] == UNREADABLE:
+            return None
         try:
-            example = data[index]
-            channels = len(example["image"].getbands())
-        except (AttributeError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises, or there is none
-            file = (data.cast_column("image", Image(decode=False))[index]["image"] or {}).get("path")
-            raise UserError(
-                f"Image {index} of {name!r} ({file or 'no file'}) cannot be read: {innermost_message(error)}"
-            ) from error
-        if channels != num_channels:
-            raise UserError(
-                f"Image {index} of {name!r} has {channels} channels ({example['image'].mode}), but `num_channels` is "
-                f"{num_channels}: convert the images, or set `num_channels`."
-            )
-        label = example["label"]
-        if not isinstance(label, int) or not 0 <= label < num_labels:
-            raise UserError(
-                f"The label of image {index} of {name!r} is {label!r}; it must be an integer from 0 to {num_labels - 1}."
+            image = read_image(file, self.num_channels, size, generator)
+        except Exception as error:  # (there is hardly one that no broken file raises)
+            self.met[index] = UNREADABLE
+            unreadable, met = int((self.met == UNREADABLE).sum()), int((self.met != NOT_MET).sum())
+            if unreadable > UNREADABLE_SHARE * max(met, min(FIRST_IMAGES, len(self.data))):
+                raise UnreadableImages(
+                    f"{unreadable} of {met} images cannot be read: {self.describe(index, file)}, for one: "
+                    f"{innermost_message(error)}: mend or remove them."
+                ) from error
+            return None
+        self.met[index] = READ
+        return image
+
+    def describe(self, index: int, file: dict | None = None) -> str:
+        """Where an image is, in words."""
+        file = file or self.data[index]["image"] or {}
+        return f"image {index} of {self.name!r} ({file.get('path') or 'no file name'})"
+
+    def unreadable(self, device: torch.device) -> list[int]:
+        """The indices of the images that could not be read, on any device."""
+        met = gather(self.met.to(device)).view(-1, len(self.met)).amax(dim=0)
+        return (met == UNREADABLE).nonzero().flatten().tolist()
+
+
+class ImageExamples(torch.utils.data.Dataset):
+    """
+    Images as a model takes them: `pixel_values` `(channels, height, width)` from -1 to 1, `label`, and with MixUp the
+    `mixing_weight` of a batch that an example is the first of.
+
+    What is random about an example follows from `seed`, epoch and index alone: it is the same in a run that was resumed,
+    and with any number of processes.
+
+    Args:
+        files: the images.
+        processor: makes them into tensors, all but what `random_crop` cut out.
+        size: height and width of the model's images, in pixels.
+        augmentation: how the images are augmented: not at all, if none.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        processor: BaseImageProcessor,
+        size: tuple[int, int],
+        augmentation: ImageDataArguments | None = None,
+        seed: int = 0,
+    ):
+        self.files = files
+        self.processor = processor
+        self.size = size
+        self.augmentation = augmentation or ImageDataArguments()
+        self.seed = seed
+        fields = ("random_crop", "horizontal_flip", "rand_augment_operations", "mixup_alpha")
+        self.is_random = any(getattr(self.augmentation, field) for field in fields)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.files.data)
+
+    def select(self, indices) -> Subset:
+        """Some of the examples."""
+        return Subset(self, indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        augmentation = self.augmentation
+        generators = [None] * len(indices)
+        if self.is_random:
+            epoch = int(self.epoch)
+            generators = [np.random.default_rng([self.seed, epoch, index]) for index in indices]
+        examples = [{} for _ in indices]
+        if augmentation.mixup_alpha > 0:
+            examples = [{"mixing_weight": mixing_weight(augmentation.mixup_alpha, each)} for each in generators]
+        images, labels = self.files.read(indices, self.size, generators if augmentation.random_crop else None)
+        if augmentation.horizontal_flip or augmentation.rand_augment_operations:
+            images = [self._distort(image, generator) for image, generator in zip(images, generators)]
+        if augmentation.random_crop:
+            pixel_values = [_pixel_values(image) for image in images]
+        else:
+            pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
+        for example, values, label in zip(examples, pixel_values, labels):
+            example.update(pixel_values=values, label=label)
+        return examples
+
+    def _distort(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        augmentation = self.augmentation
+        if augmentation.horizontal_flip and generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        operations, magnitude = augmentation.rand_augment_operations, augmentation.rand_augment_magnitude
+        return rand_augment(image, operations, magnitude, generator)
+
+
+def _pixel_values(image: Image.Image) -> Tensor:
+    """What the processor would make of an image that has the right size, in less time."""
+    values = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
+    return values.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def collate(examples: list[dict], num_labels: int) -> dict[str, Tensor]:
+    """A batch of images with their classes, or with probabilities of the classes if MixUp mixes them."""
+    pixel_values = torch.stack([example["pixel_values"] for example in examples])
+    labels = torch.tensor([example["label"] for example in examples])
+    if "mixing_weight" in examples[0]:
+        pixel_values, labels = mix_up(pixel_values, labels, num_labels, examples[0]["mixing_weight"])
+    return {"pixel_values": pixel_values, "labels": labels}
+
+
+class ImagesCallback(TrainerCallback):
+    """
+    Tells the examples to train on which epoch it is, and the user how many images could not be read: in a warning, the
+    logs and the results.
+    """
+
+    def __init__(self, train: ImageExamples, held_out: ImageExamples):
+        self.examples = {"train": train, "eval": held_out}
+        self.warned = set()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Accelerate, too, calls `set_epoch`, but not with several processes or within the epoch of a resumed run.
+        self.examples["train"].set_epoch(int(state.epoch or 0))
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        part = "eval" if "eval_runtime" in logs else "train"
+        files = self.examples[part].files
+        unreadable = files.unreadable(args.device)
+        if f"{part}_runtime" in logs:
+            logs[f"{part}_unreadable_images"] = len(unreadable)
+        elif unreadable:
+            logs["unreadable_images"] = len(unreadable)
+        state.log_history[-1].update(logs)
+        if unreadable and part not in self.warned and state.is_world_process_zero:
+            self.warned.add(part)
+            tqdm.write(
+                f"warning: {files.describe(unreadable[0])} cannot be read, and the next image takes its place; "
+                f"`{part}_unreadable_images` in the results counts all such images.",
+                file=sys.stderr,
             )

@@ -5,16 +5,17 @@ import hashlib
 import itertools
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from training.data import TEXT_FORMATS, DataArguments, load_splits
 from training.errors import UserError
+from training.stream import values_of
 
 
 TOKENIZER_BATCH = 256
@@ -36,6 +37,19 @@ class TextDataArguments(DataArguments):
     )
     streaming: bool = dataclasses.field(
         default=False, metadata={"help": "Read the training data while training, instead of before."}
+    )
+    stream_lanes: int = dataclasses.field(
+        default=16,
+        metadata={
+            "help": "The number of parts in which a stream is read side by side: a multiple of the number of processes, "
+            "and best a divisor of the number of files. The order of the data depends on it."
+        },
+    )
+    shuffle_buffer: int = dataclasses.field(
+        default=1000,
+        metadata={
+            "help": "How many documents each lane of a stream shuffles at a time; with 1, they keep their order."
+        },
     )
     block_size: int = dataclasses.field(
         default=128, metadata={"help": "The length of the training sequences, in tokens."}
@@ -87,14 +101,24 @@ def load_text(arguments: TextDataArguments, seed: int) -> tuple[Dataset | Iterab
     """The documents to train on and those held out, with the column `arguments.text_column`."""
     if arguments.block_size < 2:
         raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")
-    for name in ("max_eval_documents", "tokenizer_documents"):
+    for name in ("max_eval_documents", "tokenizer_documents", "stream_lanes", "shuffle_buffer"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"`{name}` is {value}; it must be at least 1.")
     train, held_out = load_splits(
-        arguments, {"stdlib": standard_library}, TEXT_FORMATS, arguments.text_column, seed, arguments.streaming
+        arguments,
+        {"stdlib": standard_library},
+        TEXT_FORMATS,
+        arguments.text_column,
+        seed,
+        streaming=arguments.streaming,
+        # A few documents need not be downloaded with all of the others.
+        held_out_streaming=arguments.streaming and arguments.max_eval_documents is not None,
     )
-    if arguments.max_eval_documents is not None:
+    if isinstance(held_out, IterableDataset):
+        first = itertools.islice(values_of(held_out, arguments.text_column), arguments.max_eval_documents)
+        held_out = Dataset.from_dict({arguments.text_column: list(first)})
+    elif arguments.max_eval_documents is not None:
         held_out = held_out.select(range(min(arguments.max_eval_documents, len(held_out))))
     return train, held_out
 
@@ -106,17 +130,16 @@ def texts(data: Dataset | IterableDataset, column: str) -> Iterator[str]:
     Raises:
         [`UserError`]: a document holds something else than text.
     """
-    for batch in data.select_columns([column]).iter(TOKENIZER_BATCH):
-        for document in batch[column]:
-            if not isinstance(document, str):
-                raise UserError(
-                    f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, "
-                    "or lists of token ids with the `tokenizer` that they are of."
-                )
-            yield document
+    for document in values_of(data, column):
+        if not isinstance(document, str):
+            raise UserError(
+                f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, "
+                "or lists of token ids with the `tokenizer` that they are of."
+            )
+        yield document
 
 
-class PackedBlocks(torch.utils.data.IterableDataset):
+class PackedBlocks:
     """
     Documents as blocks of `block_size` token ids: an end-of-text token after each document, all of them one after the
     other, cut at every `block_size` tokens. Nothing is lost but the last block, if it is not full.
@@ -135,39 +158,39 @@ class PackedBlocks(torch.utils.data.IterableDataset):
 
     def tokens_of_documents(self) -> Iterator[list[int]]:
         """The token ids of each document, with the end-of-text token."""
-        index = 0
-        for batch in self.data.select_columns([self.column]).iter(TOKENIZER_BATCH):
-            documents = batch[self.column]
-            for document in documents:
-                self._check(document, index)
-                index += 1
-            are_texts = {isinstance(document, str) for document in documents}
+        documents = enumerate(values_of(self.data, self.column))
+        return self.encode(self.checked(document, f"Document {index}") for index, document in documents)
+
+    def encode(self, documents: Iterable[str | list[int]]) -> Iterator[list[int]]:
+        """The token ids of documents that were `checked`, with the end-of-text token."""
+        documents = iter(documents)
+        while batch := list(itertools.islice(documents, TOKENIZER_BATCH)):
+            are_texts = {isinstance(document, str) for document in batch}
             if len(are_texts) > 1:
                 raise UserError(f"The column {self.column!r} has both texts and lists of token ids: give one of them.")
             if True in are_texts:
-                documents = self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-            for document in documents:
+                batch = self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            for document in batch:
                 yield [*document, self.tokenizer.eos_token_id]
 
-    def _check(self, document, index: int):
+    def checked(self, document: Any, place: str) -> str | list[int]:
+        """The document, which stands at a `place`, if it can be packed."""
         if isinstance(document, str):
-            return
+            return document
         if not isinstance(document, list) or not all(isinstance(token, int) for token in document):
             raise UserError(
-                f"Document {index} has in {self.column!r} {document!r:.40}; it must be text, or a list of token ids."
+                f"{place} has in {self.column!r} {document!r:.40}; it must be text, or a list of token ids."
             )
         for token in document:
             if not 0 <= token < self.vocab_size:
                 raise UserError(
-                    f"Document {index} has the token id {token}; with `vocab_size` = {self.vocab_size} it must lie from 0 to {self.vocab_size - 1}."
+                    f"{place} has the token id {token}; with `vocab_size` = {self.vocab_size} it must lie from 0 to {self.vocab_size - 1}."
                 )
+        return document
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         tokens = itertools.chain.from_iterable(self.tokens_of_documents())
-        blocks = iter(lambda: list(itertools.islice(tokens, self.block_size)), [])
-        # Each worker of a data loader has a copy of this: together they give each block once.
-        worker = torch.utils.data.get_worker_info()
-        for block in itertools.islice(blocks, worker.id, None, worker.num_workers) if worker else blocks:
+        for block in iter(lambda: list(itertools.islice(tokens, self.block_size)), []):
             if len(block) == self.block_size:
                 yield {"input_ids": block}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from training.checkpoints import UNFINISHED, move_finished, told_if_not_written
 from training.errors import UserError, innermost_message
 
 
@@ -71,3 +72,11 @@ def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBas
             f"give {len(tokenizer)} or more."
         )
     return tokenizer
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer to the folder of a run: a run that is resumed need not train it again."""
+    unfinished = folder / UNFINISHED / "tokenizer"
+    with told_if_not_written("The tokenizer", folder):
+        tokenizer.save_pretrained(unfinished)
+        move_finished(unfinished, folder)

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification
-from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal, write_images
+from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal
 from training import arguments, causal_lm, image_classification
 from training.errors import innermost_message
 from training.images import ImageDataArguments
@@ -75,6 +75,9 @@ WRONG_VALUES = [
     ("text", "training", "per_device_train_batch_size", 0, ["`per_device_train_batch_size` is 0", "at least 1"]),
     ("text", "training", "per_device_eval_batch_size", -4, ["`per_device_eval_batch_size` is -4", "at least 1"]),
     ("text", "training", "gradient_accumulation_steps", 0, ["`gradient_accumulation_steps` is 0", "at least 1"]),
+    ("text", "training", "global_batch_size", 0, ["`global_batch_size` is 0", "at least 1"]),
+    ("text", "training", "global_batch_size", 6, ["`global_batch_size` is 6", "multiple of 4", "devices 1"]),
+    ("text", "training", "global_batch_size", 2, ["`global_batch_size` is 2", "multiple of 4"]),
     ("text", "training", "seed", -1, ["`seed` is -1", "at least 0"]),
     ("text", "training", "lr_scheduler_type", "cosinus", ["cosinus", "'cosine'"]),
     ("text", "training", "optim", "adam", ["--optim", "'adam'", "adamw_torch"]),
@@ -120,6 +123,10 @@ def test_wrong_value_is_refused(room, capsys, place, name, section, field, value
         (["--qqqqqqqq=1"], ["--qqqqqqqq", "--help"]),
         (["surplus"], ["surplus"]),
         (["--max_steps"], ["--max_steps", "expected one argument"]),
+        (
+            ["--global_batch_size=8", "--gradient_accumulation_steps=3"],
+            ["`gradient_accumulation_steps` is 3", "`global_batch_size` = 8 as 2", "leave one of them out"],
+        ),
     ],
 )
 def test_wrong_command_line_is_refused(room, capsys, given, words):
@@ -158,6 +165,100 @@ def test_file_that_is_no_configuration_is_refused(room, capsys, content, words):
 def test_file_that_is_not_there_is_refused(room, capsys):
     assert_names(refusal(capsys, causal_lm.main, "nowhere.yaml"), "nowhere.yaml", "No such file")
     assert_names(refusal(capsys, causal_lm.main, "."), "cannot be read", "directory")
+
+
+def test_fields_of_a_base_stand_where_the_file_has_none(room):
+    (room / "shared").mkdir()
+    (room / "shared" / "base.yaml").write_text(
+        "base: deeper.yaml\nmodel: {hidden_size: 64, last_k: 3}\ntraining: {seed: 5}\n"
+    )
+    (room / "shared" / "deeper.yaml").write_text(
+        "model: {vocab_size: 400, hidden_size: 32, rope_parameters: {rope_type: default, rope_theta: 5.0}}\n"
+        "data: {block_size: 8, text_column: body, eval_split: test}\ntraining: {seed: 6, max_steps: 9}\n"
+    )
+    (room / "run.yaml").write_text(
+        "model: {last_k: null, rope_parameters: {rope_theta: 7.0}}\ndata: {text_column: title, eval_split: null}\n"
+        "base: shared/base.yaml\n"  # wherever in the file it stands
+    )
+    run = parse("run.yaml")
+    config, data, training = run.config, run.data, run.training
+    assert (config.hidden_size, config.vocab_size, config.last_k) == (64, 400, None)
+    assert (data.text_column, data.block_size, data.eval_split) == ("title", 8, None)
+    assert (training.seed, training.max_steps, training.output_dir) == (5, 9, "runs/run")
+    assert config.rope_parameters["rope_theta"] == 7.0  # a field is taken whole
+
+    # The record stands alone.
+    assert "base" not in run.named
+    (room / "elsewhere").mkdir()
+    (room / "elsewhere" / "record.yaml").write_text(yaml.safe_dump(run.named))
+    again = parse("elsewhere/record.yaml")
+    assert again.named == run.named and again.config.to_dict() == config.to_dict() and again.data == data
+
+    assert parse("run.yaml", "--seed=7", "--block_size=16").data.block_size == 16
+    assert parse("run.yaml", "--seed=7").training.seed == 7
+
+
+def test_file_that_names_no_more_than_its_base_is_a_run_of_its_own(room):
+    (room / "second.yaml").write_text(f"base: {room / TEXT_RUN}\nmodel:\n")
+    first, second = parse(TEXT_RUN), parse("second.yaml")
+    assert second.config.to_dict() == first.config.to_dict() and second.training.output_dir == "runs/second"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"run.yaml": "base: run.yaml"}, ["`base` of run.yaml is 'run.yaml'", "no file can be its own base"]),
+        (
+            {"run.yaml": "base: a/b.yaml", "a/b.yaml": "base: c.yaml", "a/c.yaml": "base: ../a/b.yaml"},
+            ["`base` of a/c.yaml is '../a/b.yaml'", "no file can be its own base"],
+        ),
+        (
+            {"run.yaml": "base: nowhere.yaml"},
+            ["nowhere.yaml, the `base` of run.yaml,", "cannot be read", "No such file"],
+        ),
+        (
+            {"run.yaml": "base: a/b.yaml", "a/b.yaml": "base: c.yaml"},
+            ["a/c.yaml, the `base` of a/b.yaml", "No such file"],
+        ),
+        ({"run.yaml": "base: ''"}, ["cannot be read", "directory"]),
+        ({"run.yaml": "base: [a.yaml]"}, ["`base` of run.yaml is ['a.yaml']", "the path of a YAML file"]),
+        ({"run.yaml": "base: 7"}, ["`base` of run.yaml is 7", "the path of a YAML file"]),
+        ({"run.yaml": "base:"}, ["`base` of run.yaml is None", "the path of a YAML file"]),
+        ({"run.yaml": "base: b.yaml", "b.yaml": "a: ["}, ["b.yaml, the `base` of run.yaml,", "not a YAML file"]),
+        ({"run.yaml": "base: b.yaml", "b.yaml": "hello"}, ["b.yaml, the `base` of run.yaml,", "sections model, data"]),
+        ({"run.yaml": "base: b.yaml", "b.yaml": "model: 7"}, ["section 'model' of b.yaml", "is 7"]),
+        (
+            {"run.yaml": "base: b.yaml", "b.yaml": "model: {hidden_sz: 7}"},
+            ["section 'model' of b.yaml", "'hidden_sz'", "did you mean 'hidden_size'"],
+        ),
+        ({"run.yaml": "bas: b.yaml"}, ["unknown section 'bas'", "did you mean 'base'"]),
+    ],
+)
+def test_wrong_base_is_refused(room, capsys, files, words):
+    (room / "a").mkdir()
+    for name, content in files.items():
+        (room / name).write_text(content)
+    assert_names(refusal(capsys, causal_lm.main, "run.yaml"), *words)
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, 12), (2, 6), (3, 4), (12, 1)])
+def test_global_batch_is_the_same_on_any_number_of_devices(room, monkeypatch, processes, steps):
+    monkeypatch.setattr(causal_lm.CausalLMArguments, "world_size", processes)
+    run = parse(TEXT_RUN, "--global_batch_size=48")
+    assert run.training.gradient_accumulation_steps == steps
+    # What follows from the number of devices is not part of what was asked for.
+    assert run.named["training"]["global_batch_size"] == 48
+    assert "gradient_accumulation_steps" not in run.named["training"]
+    # The batch is also that of a process with several devices.
+    monkeypatch.setattr(causal_lm.CausalLMArguments, "n_gpu", 2)
+    if steps % 2 == 0:
+        assert parse(TEXT_RUN, "--global_batch_size=48").training.gradient_accumulation_steps == steps // 2
+
+
+def test_global_batch_that_the_devices_cannot_take_is_refused(room, capsys, monkeypatch):
+    monkeypatch.setattr(causal_lm.CausalLMArguments, "world_size", 5)
+    words = ["`global_batch_size` is 48", "multiple of 20", "`per_device_train_batch_size` is 4", "devices 5"]
+    assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--global_batch_size=48"), *words)
 
 
 @pytest.mark.parametrize("given", [[], ["--max_steps=2"], ["--max_steps", "2", TEXT_RUN]])
@@ -295,12 +396,11 @@ def test_error_of_a_configuration_names_its_field():
 
 
 def test_integration_that_is_not_installed_is_refused(room, capsys, monkeypatch):
-    monkeypatch.setattr(causal_lm, "make_output_folder", lambda run: None)
+    for name in ("make_output_folder", "keep_tokenizer"):
+        monkeypatch.setattr(causal_lm, name, lambda *args: None)
     assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--report_to=wandb"), "wandb")
     assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--report_to=paper"), "paper", "tensorboard")
 
 
 def test_images_are_needed_for_the_image_command(room, capsys):
     assert_names(refusal(capsys, image_classification.main, IMAGE_RUN), "'images'")
-    write_images(room / "images", channels=3)
-    assert_names(refusal(capsys, image_classification.main, IMAGE_RUN), "3 channels", "`num_channels`")

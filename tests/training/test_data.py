@@ -10,7 +10,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import Dataset
 
 import training.data
@@ -85,13 +84,6 @@ def test_blocks_on_disk_and_of_a_stream_are_the_same(tmp_path, tokenizer):
     assert on_disk["input_ids"][:] == blocks_of(stream, tokenizer) == blocks_of(whole, tokenizer)
 
 
-def test_workers_of_a_data_loader_share_the_stream(tokenizer):
-    stream = Dataset.from_dict({"text": TEXTS[:40]}).to_iterable_dataset()
-    blocks = PackedBlocks(stream, "text", tokenizer, 16, 300)
-    loader = torch.utils.data.DataLoader(blocks, batch_size=None, num_workers=2, collate_fn=lambda block: block)
-    assert sorted(block["input_ids"] for block in loader) == sorted(blocks_of(stream, tokenizer))
-
-
 def test_token_ids_are_taken_as_they_are(tokenizer):
     data = Dataset.from_dict({"ids": [[5, 6, 7], [], [299, 0]]})
     end = tokenizer.eos_token_id
@@ -164,6 +156,7 @@ def test_folder_and_pattern(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_set_on_the_hub_is_asked_for_by_its_id(monkeypatch, streaming):
     asked = []
+    options = {"dataset_config": "en", "text_column": "body", "train_split": "train[:9]", "eval_split": "validation"}
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
@@ -171,11 +164,10 @@ def test_data_set_on_the_hub_is_asked_for_by_its_id(monkeypatch, streaming):
         return data.to_iterable_dataset() if kwargs["streaming"] else data
 
     monkeypatch.setattr(training.data, "load_dataset", load_dataset)
-    options = {"dataset_config": "en", "text_column": "body", "train_split": "train[:9]", "eval_split": "validation"}
-    load("user/corpus", streaming=streaming, **options)
+    load("user/corpus", streaming=streaming, dataset_revision="refs/convert/parquet", **options)
     assert asked == [
-        (("user/corpus", "en"), {"split": "train[:9]", "streaming": streaming}),
-        (("user/corpus", "en"), {"split": "validation", "streaming": False}),
+        (("user/corpus", "en"), {"split": "train[:9]", "revision": "refs/convert/parquet", "streaming": streaming}),
+        (("user/corpus", "en"), {"split": "validation", "revision": "refs/convert/parquet", "streaming": False}),
     ]
     assert is_on_the_hub("user/corpus")
 

@@ -1,14 +1,37 @@
-"""The images of a run: read from every kind of source, split, and refused where they do not fit."""
+"""The images of a run: read from every kind of source, converted, augmented, and refused where they do not fit."""
 
+import io
+import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor
 
-from tests.training.tiny import IMAGE_RUN, image, refusal, write_images
+from modeling_dca import DCAVisionConfig
+from tests.training.tiny import IMAGE_RUN, call, image, refusal, write_images
 from training import image_classification
-from training.images import ImageDataArguments, load_images
+from training import images as images_module
+from training.augmentation import random_crop_box
+from training.benchmarks import images as benchmark
+from training.image_classification import image_processor
+from training.images import (
+    ImageDataArguments,
+    ImageExamples,
+    ImageFiles,
+    ImagesCallback,
+    UnreadableImages,
+    collate,
+    load_images,
+    read_image,
+)
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -66,6 +89,382 @@ def test_images_in_parquet(tmp_path, num_labels):
     assert train[0]["image"].size == (8, 8)
 
 
+def test_layouts_of_imagenet(tmp_path):
+    """The Hub's copy is parquet with the bytes of the files; the original has folders for splits and classes."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["tench", "goldfish"])})
+    for split, count in (("train", 6), ("validation", 4)):
+        rows = [{"bytes": encoded(noise(number), "JPEG"), "path": f"n0{number}.JPEG"} for number in range(count)]
+        part = Dataset.from_dict({"image": rows, "label": [0, 1] * (count // 2)}, features=features)
+        part.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        for number, row in enumerate(rows):
+            folder = tmp_path / "folders" / {"validation": "val"}.get(split, split) / f"n{number % 2:08}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.JPEG").write_bytes(row["bytes"])
+    files = {"dataset": tmp_path / "train-*.parquet", "eval_dataset": str(tmp_path / "validation-*.parquet")}
+    train, held_out, names = images(**files, num_channels=3)
+    assert (len(train), len(held_out), names) == (6, 4, ["tench", "goldfish"])
+    assert train[5]["image"].size == (50, 40) and train["label"][:] == [0, 1] * 3
+    train, held_out, names = images(tmp_path / "folders", num_channels=3, eval_split="validation")
+    assert (len(train), len(held_out), names) == (6, 4, ["n00000000", "n00000001"])
+
+
+def test_labels_are_read_without_the_images(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", count=100)
+    opened = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(args) or open_image(*args, **kwargs))
+    images(tmp_path / "images")
+    assert len(opened) == 32 + 20  # the first ones to train on, and all held out
+
+
+# Reading one image
+
+
+def noise(seed, size=(50, 40), mode="RGB") -> Image.Image:
+    """Smooth, so that it survives JPEG, and different everywhere."""
+    values = np.random.default_rng(seed).integers(256, size=(5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def read(content: bytes, num_channels: int = 3, **options):
+    return read_image({"bytes": content, "path": None}, num_channels, **options)
+
+
+def transparent() -> Image.Image:
+    picture = noise(0, mode="RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    return picture
+
+
+STORED = {
+    "RGB": encoded(noise(0)),
+    "JPEG": encoded(noise(0), "JPEG"),
+    "L": encoded(noise(0, mode="L")),
+    "1": encoded(noise(0, mode="1")),
+    "P": encoded(noise(0).quantize(16)),
+    "P with a transparent color": encoded(noise(0).quantize(16), transparency=3),
+    "LA": encoded(noise(0, mode="LA")),
+    "RGBA": encoded(transparent()),
+    "CMYK": encoded(noise(0, mode="CMYK"), "JPEG"),
+    "GIF": encoded(noise(0), "GIF"),
+    "WebP": encoded(noise(0), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_images_of_all_kinds_become_what_the_processor_makes_of_them(name):
+    picture = Image.open(io.BytesIO(STORED[name]))
+    processor = ViTImageProcessor(do_resize=False, do_rescale=False, do_normalize=False, do_convert_rgb=True)
+    expected = np.asarray(processor(picture)["pixel_values"][0])
+    got = read(STORED[name])
+    assert got.mode == "RGB" and (np.asarray(got).transpose(2, 0, 1) == expected).all()
+    grey = read(STORED[name], 1)
+    assert grey.mode == "L"
+    assert np.abs(np.asarray(grey).astype(int) - np.asarray(got.convert("L"))).max() <= 1
+
+
+def test_upper_bits_of_16_remain():
+    values = np.array([[0, 255, 256, 0x7FFF, 0xFFFF]], np.uint16)
+    for num_channels in (1, 3):
+        got = np.asarray(read(encoded(Image.fromarray(values)), num_channels)).reshape(5, -1)
+        assert got.tolist() == [[value] * num_channels for value in (0, 0, 1, 127, 255)]
+
+
+def test_other_numbers_of_channels_must_match():
+    assert read(STORED["RGBA"], 4).mode == "RGBA" and read(STORED["LA"], 2).mode == "LA"
+    with pytest.raises(ValueError, match=r"3 channels \(RGB\), but `num_channels` is 4"):
+        read(STORED["RGB"], 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(noise(0, (400, 240)), "JPEG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert np.array_equal(np.asarray(read(content)), np.asarray(upright))
+    # So is a part of them, also where it is decoded at a smaller size.
+    box = random_crop_box(*upright.size, np.random.default_rng(1))
+    part = read(content, size=(32, 24), generator=np.random.default_rng(1))
+    expected = upright.resize((24, 32), Image.Resampling.BILINEAR, box=box)
+    assert part.size == (24, 32)
+    assert np.abs(np.asarray(part).astype(int) - np.asarray(expected)).mean() < 3
+
+
+def test_jpeg_files_are_decoded_no_larger_than_the_part_needs(monkeypatch):
+    content, decoded = encoded(noise(0, (1000, 800)), "JPEG"), []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *args, **kwargs: decoded.append(self.size) or resize(self, *args, **kwargs)
+    )
+    for seed in range(30):
+        left, upper, right, lower = random_crop_box(1000, 800, np.random.default_rng(seed))
+        read(content, size=(50, 50), generator=np.random.default_rng(seed))
+        (size,), shrink = decoded, min(right - left, lower - upper) / 50
+        decoded.clear()
+        factor = 1000 / size[0]
+        assert factor <= shrink and (factor == 8 or 2 * factor > shrink * 0.9), (factor, shrink)
+
+
+# Images that cannot be read
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def bomb() -> bytes:
+    """A file that says it holds more pixels than Pillow accepts."""
+    content = bytearray(encoded(noise(0)))
+    content[16:24] = (30_000).to_bytes(4, "big") * 2
+    return bytes(content)
+
+
+def bad_chunk() -> bytes:
+    content = bytearray(encoded(noise(0)))
+    content[content.index(b"IDAT") + 20] ^= 0xFF
+    return bytes(content)
+
+
+BROKEN = {
+    "cut JPEG": cut(STORED["JPEG"]),
+    "cut PNG": cut(STORED["RGB"]),
+    "no image": b"<html>404</html>",
+    "empty": b"",
+    "bad chunk": bad_chunk(),
+    "bomb": bomb(),
+    "no file": None,
+}
+RECIPE = {"random_crop": True, "horizontal_flip": True, "rand_augment_operations": 2, "mixup_alpha": 0.2}
+
+
+def data_of(contents: list) -> Dataset:
+    rows = [{"bytes": content, "path": f"{number}.jpg"} for number, content in enumerate(contents)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    return Dataset.from_dict({"image": rows, "label": [number % 3 for number in range(len(rows))]}, features=features)
+
+
+def examples_of(contents: list, size=16, seed=0, **augmentation) -> ImageExamples:
+    config = DCAVisionConfig(image_size=size, patch_size=4)
+    options = ImageDataArguments(**augmentation)
+    files = ImageFiles(data_of(contents), 3, "pictures")
+    return ImageExamples(files, image_processor(config, None), (size, size), options, seed)
+
+
+def pictures(count: int) -> list[bytes]:
+    return [encoded(noise(number), "JPEG") for number in range(count)]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("recipe", [{}, RECIPE])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_next_image_takes_the_place_of_one_that_cannot_be_read(kind, recipe):
+    contents = pictures(30)
+    contents[7] = contents[29] = BROKEN[kind]
+    examples = examples_of(contents)
+    got = examples.__getitems__([6, 7, 8, 29, 0])
+    assert [example["label"] for example in got] == [0, 8 % 3, 8 % 3, 0, 0]
+    assert torch.equal(got[1]["pixel_values"], got[2]["pixel_values"])
+    assert torch.equal(got[3]["pixel_values"], got[4]["pixel_values"])  # the one after the last is the first
+    augmented = examples_of(contents, **recipe)
+    assert len({augmented[7]["pixel_values"].numpy().tobytes() for _ in range(3)}) == 1
+    # They are counted once, however often they are met, and not opened again.
+    assert examples.files.unreadable(torch.device("cpu")) == [7, 29]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images_module, "read_image", lambda file, *args: file["path"])
+        assert examples.files.read([7])[0] == ["8.jpg"]
+
+
+def test_images_that_worker_processes_could_not_read_are_known():
+    contents = pictures(60)
+    contents[3] = contents[41] = BROKEN["no image"]
+    examples = examples_of(contents)
+    loader = DataLoader(examples, 4, num_workers=2, collate_fn=lambda batch: collate(batch, 3))
+    assert sum(len(batch["labels"]) for batch in loader) == 60
+    assert examples.files.unreadable(torch.device("cpu")) == [3, 41]
+
+
+def test_run_ends_where_too_many_cannot_be_read():
+    contents = pictures(40)
+    contents[20:25] = [BROKEN["no image"]] * 5
+    examples = examples_of(contents)
+    examples.__getitems__(list(range(19)) + [21])
+    with pytest.raises(UnreadableImages) as error:
+        examples[20]
+    # Of 40 images, 4 may be broken. (The one after image 24 was met.)
+    assert str(error.value).startswith(
+        "5 of 25 images cannot be read: image 20 of 'pictures' (20.jpg), for one: cannot"
+    )
+    with pytest.raises(UnreadableImages) as in_main_process:
+        ExceptionWrapper((type(error.value), error.value, error.tb), "in DataLoader worker process 0").reraise()
+    assert str(in_main_process.value) == str(error.value)
+
+
+def test_few_broken_images_among_the_first_do_not_end_a_run():
+    contents = pictures(120)
+    contents[:10] = [BROKEN["no image"]] * 10
+    examples = examples_of(contents)
+    assert examples[0]["label"] == 10 % 3
+    contents[10] = BROKEN["no image"]
+    with pytest.raises(UnreadableImages, match="11 of 11 images cannot be read: image 10 of 'pictures'"):
+        examples_of(contents)[0]
+
+
+def test_user_is_told_once_of_images_that_cannot_be_read(capsys):
+    contents = pictures(30)
+    contents[4] = BROKEN["cut JPEG"]
+    train, held_out = examples_of(contents), examples_of(pictures(3))
+    callback = ImagesCallback(train, held_out)
+    state = SimpleNamespace(log_history=[], is_world_process_zero=True, epoch=1.5)
+
+    def log(**logs):
+        state.log_history.append({**logs, "step": 1})
+        callback.on_log(SimpleNamespace(device=torch.device("cpu")), state, None, logs=logs)
+        return logs
+
+    assert log(loss=1.0) == {"loss": 1.0}
+    assert capsys.readouterr().err == ""
+    train.__getitems__([3, 4])
+    assert log(loss=1.0) == {"loss": 1.0, "unreadable_images": 1}
+    line = capsys.readouterr().err
+    assert line.startswith("warning: image 4 of 'pictures' (4.jpg) cannot be read") and line.count("\n") == 1
+    assert log(train_runtime=1.0)["train_unreadable_images"] == 1
+    assert log(eval_runtime=1.0)["eval_unreadable_images"] == 0
+    assert state.log_history[1] == {"loss": 1.0, "step": 1, "unreadable_images": 1}
+    assert state.log_history[2]["train_unreadable_images"] == 1
+    assert capsys.readouterr().err == ""
+
+
+# Augmented examples
+
+
+def same(first: list[dict], second: list[dict]) -> bool:
+    return all(
+        torch.equal(one["pixel_values"], other["pixel_values"])
+        and (one["label"], one.get("mixing_weight")) == (other["label"], other.get("mixing_weight"))
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def test_randomness_follows_from_seed_epoch_and_index_alone():
+    contents = pictures(8)
+    examples = examples_of(contents, **RECIPE)
+    first = examples.__getitems__([5, 2])
+    assert same(first, [examples[5], examples[2]]) and same(
+        first, examples_of(contents, **RECIPE).__getitems__([5, 2])
+    )
+    assert not same(first[:1], [examples_of(contents, seed=1, **RECIPE)[5]])
+    examples.set_epoch(1)
+    second = examples.__getitems__([5, 2])
+    assert not torch.equal(first[0]["pixel_values"], second[0]["pixel_values"])
+    assert first[0]["mixing_weight"] != second[0]["mixing_weight"] != second[1]["mixing_weight"]
+    examples.set_epoch(0)
+    assert same(first, examples.__getitems__([5, 2]))
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_persistent_workers_see_the_epoch(context):
+    contents = pictures(8)
+    examples = examples_of(contents, **RECIPE)
+    loader = DataLoader(
+        examples, 4, num_workers=1, persistent_workers=True, collate_fn=list, multiprocessing_context=context
+    )
+    for epoch in (0, 1):
+        examples.set_epoch(epoch)
+        alone = examples_of(contents, **RECIPE)
+        alone.set_epoch(epoch)
+        assert same([each for batch in loader for each in batch], alone.__getitems__(list(range(8)))), epoch
+
+
+def test_without_augmentation_the_processor_makes_the_examples():
+    contents = pictures(3)
+    examples = examples_of(contents)
+    expected = examples.processor([read(content) for content in contents], return_tensors="pt")["pixel_values"]
+    got = [examples[index] for index in range(3)]
+    assert torch.equal(torch.stack([each["pixel_values"] for each in got]), expected)
+    assert [set(each) for each in got] == [{"pixel_values", "label"}] * 3
+    assert same([examples.select([2, 0])[0]], got[2:])
+
+
+def test_half_of_the_images_are_mirrored():
+    contents = [encoded(noise(0, (16, 16)))] * 200
+    examples, plain = examples_of(contents, horizontal_flip=True), examples_of(contents)[0]["pixel_values"]
+    mirrored = 0
+    for example in examples.__getitems__(list(range(200))):
+        values = example["pixel_values"]
+        assert torch.equal(values, plain) or torch.equal(values, plain.flip(-1))
+        mirrored += torch.equal(values, plain.flip(-1))
+    assert 75 <= mirrored <= 125
+
+
+def test_crops_are_what_the_processor_would_make_of_them():
+    contents = pictures(4)
+    examples = examples_of(contents, random_crop=True)
+    for index, example in enumerate(examples.__getitems__([0, 1, 2, 3])):
+        part = read(contents[index], size=(16, 16), generator=np.random.default_rng([0, 0, index]))
+        expected = examples.processor(part, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(example["pixel_values"], expected, rtol=0, atol=1e-6)
+        assert example["pixel_values"].is_contiguous()
+
+
+def test_batch_is_mixed_with_the_weight_of_its_first_example():
+    examples = examples_of(pictures(4), mixup_alpha=0.2)
+    examples.set_epoch(3)
+    rows = examples.__getitems__([2, 0, 1])
+    batch, weight = collate(rows, 3), rows[0]["mixing_weight"]
+    assert 0.5 <= weight < 1
+    for row, before, values, labels in zip(rows, [rows[-1], *rows], batch["pixel_values"], batch["labels"]):
+        torch.testing.assert_close(values, weight * row["pixel_values"] + (1 - weight) * before["pixel_values"])
+        expected = torch.zeros(3)
+        expected[row["label"]] += weight
+        expected[before["label"]] += 1 - weight
+        torch.testing.assert_close(labels, expected)
+
+
+@pytest.mark.parametrize(("size", "eval_resize"), [(224, 256), (8, 10), ([8, 16], 20)])
+def test_evaluation_takes_the_middle_of_an_image(size, eval_resize):
+    config = DCAVisionConfig(image_size=size, patch_size=8)
+    height, width = config.image_height_width
+    picture = noise(0, (500, 375))
+    values = image_processor(config, eval_resize)(picture, return_tensors="pt")["pixel_values"][0]
+    # (Pillow's bilinear filter, on the whole image, of which the middle is then taken.)
+    whole = picture.resize((int(eval_resize * 500 / 375), eval_resize), Image.Resampling.BILINEAR)
+    left, upper = (whole.width - width) // 2, (whole.height - height) // 2
+    middle = np.asarray(whole.crop((left, upper, left + width, upper + height))) / 127.5 - 1
+    assert values.shape == (3, height, width)
+    np.testing.assert_allclose(values.permute(1, 2, 0), middle, atol=1e-6)
+
+
+# The benchmark
+
+
+def test_benchmark_of_the_pipeline_next_to_a_training_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"images": 6, "batch": 2, "workers": 1, "layers": 1, "image_size": 32, "rounds": 2}
+    arguments = [f"--{name}={size}" for name, size in sizes.items()]
+    call(benchmark.main, *arguments)
+    results = json.loads((tmp_path / "runs/benchmarks/images/results.json").read_text())
+    assert list(results["rates"]) == ["pipeline, 1 worker", "training step"]
+    for each in results["rates"].values():
+        assert len(each["rates"]) == 2 and min(each["rates"]) > 0
+    printed = capsys.readouterr().out
+    assert "| training step" in printed and results["notes"][0] in printed
+
+
+def test_slower_one_is_the_bottleneck():
+    rates = {"pipeline, 1 worker": 50.0, "pipeline, 2 workers": 90.0, "training step": 60.0}
+    assert benchmark.verdict(rates) == (
+        "The training step is the bottleneck: pipeline, 2 workers, is 1.50 x as fast as the training step."
+    )
+    assert benchmark.verdict({**rates, "training step": 180.0}).startswith("The pipeline is the bottleneck")
+
+
 # Refusals
 
 
@@ -75,17 +474,8 @@ def bytes_of(file, content):
 
 def write_broken(folder):
     write_images(folder)
-    (folder / "odd" / "3.png").write_bytes(b"no image")
-
-
-def write_cut(folder):
-    write_images(folder)
-    noise = torch.randint(256, (64, 64), generator=torch.manual_seed(0), dtype=torch.uint8)
-    file = folder / "odd" / "3.bmp"
-    noisy = image(3).resize((64, 64))
-    noisy.putdata(noise.flatten().tolist())
-    noisy.save(file)
-    file.write_bytes(file.read_bytes()[:2000])
+    for file in (folder / "odd").iterdir():
+        file.write_bytes(b"no image")
 
 
 def write_other_classes(folder):
@@ -96,10 +486,13 @@ def write_other_classes(folder):
 WRONG_IMAGES = [
     (lambda path: None, "nowhere", [], ["'nowhere'", "Hub"]),
     (lambda path: path.mkdir(), "images", [], ["'images'"]),
-    (lambda path: write_images(path, channels=3), "images", [], ["Image 0", "'images'", "3 channels", "`num_channels` is 1"]),
-    (lambda path: write_images(path), "images", ["--num_channels=3"], ["Image 0", "1 channels", "`num_channels` is 3"]),
-    (write_broken, "images", [], ["odd/3.png", "cannot be read"]),
-    (write_cut, "images", [], ["odd/3.bmp", "cannot be read"]),
+    (lambda path: write_images(path, channels=3), "images", ["--num_channels=4"], ["image 1 of 'images'", "3 channels", "`num_channels` is 4"]),
+    (write_broken, "images", [], ["2 of ", "of 'images'", "odd/", ".png", "cannot be read", "mend or remove"]),
+    (lambda path: write_images(path), "images", ["--eval_resize=7"], ["`eval_resize` is 7", "at least `image_size`, 8"]),
+    (lambda path: write_images(path), "images", ["--mixup_alpha=-1"], ["`mixup_alpha` is -1.0", "at least 0"]),
+    (lambda path: write_images(path), "images", ["--rand_augment_operations=-1"], ["`rand_augment_operations` is -1", "at least 0"]),
+    (lambda path: write_images(path), "images", ["--rand_augment_magnitude=11"], ["`rand_augment_magnitude` is 11.0", "between 0 and 10"]),
+    (lambda path: write_images(path, channels=4), "images", ["--num_channels=4", "--rand_augment_operations=2"], ["`rand_augment_operations` is 2", "`num_channels` is 4"]),
     (lambda path: write_images(path, classes=("all",)), "images", [], ["'images'", "no column 'label'"]),
     (lambda path: write_images(path), "images", ["--eval_fraction=0.01"], ["20 examples of 'images'", "0.01"]),
     (write_other_classes, "images", ["--eval_dataset=other"], ["classes odd, zero", "even, odd", "the same"]),
@@ -114,9 +507,9 @@ WRONG_IMAGES = [
     (lambda path: write_parquet(path, ["a", "b"] * 9), "a.parquet", [], ["'class' of 'a.parquet'", "integers from 0"]),
     (lambda path: write_parquet(path, [0, 1] * 9), "a.parquet", ["--num_labels=0"], ["`num_labels` is 0", "at least 1"]),
     (lambda path: write_parquet(path, [0, 1] * 9, [1] * 18), "a.parquet", [], ["'picture' of 'a.parquet'", "no images"]),
-    (lambda path: write_parquet(path, [0, 1] * 9, ["x.png"] * 18), "a.parquet", [], ["Image 0", "x.png"]),
-    (lambda path: write_parquet(path, [0, 1] * 9, [image(1), None] * 9), "a.parquet", [], ["Image", "'a.parquet'", "cannot be read"]),
-    (lambda path: None, "digits", ["--num_channels=3"], ["Image 0 of 'digits'", "1 channels"]),
+    (lambda path: write_parquet(path, [0, 1] * 9, ["x.png"] * 18), "a.parquet", [], ["image 1 of 'a.parquet' (x.png)", "No such file"]),
+    (lambda path: write_parquet(path, [0, 1] * 9, [image(1), None] * 9), "a.parquet", [], ["2 of", "'a.parquet' (no file name)", "cannot be read"]),
+    (lambda path: None, "digits", ["--num_channels=4"], ["image 10 of 'digits'", "1 channels"]),
     (lambda path: None, "digits", ["--eval_fraction=0.001"], ["1797 examples of 'digits'", "0.001", "10"]),
     (lambda path: None, "digits", ["--eval_dataset=x"], ["`eval_dataset` is 'x'", "'digits'", "leave it out"]),
 ]  # fmt: skip

@@ -369,7 +369,8 @@ def test_streamed_run(room):
 
 def test_streamed_run_has_the_batches_of_the_text_in_order(room, monkeypatch):
     steps = record_training(monkeypatch)
-    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--streaming", "--max_steps=3")
+    options = ("--streaming", "--stream_lanes=1", "--shuffle_buffer=1")
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=3", *options)
     tokenizer = AutoTokenizer.from_pretrained(room / "run")
     seen = tokenizer.decode([token for step in steps for block in step.input_ids for token in block])
     texts = [json.loads(line)["text"] for line in (room / "text.jsonl").read_text().splitlines()]

@@ -1,0 +1,171 @@
+"""
+The augmentation of images of the recipe for ImageNet (Beyer et al., 2022, arXiv 2205.01580), in Pillow and NumPy: random
+crop, horizontal flip, RandAugment and MixUp.
+
+Whatever is random is drawn from a generator that the caller gives, so that an image can be augmented again alike.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+
+#: The share of the image that a random crop takes, and its width as a multiple of its height.
+CROP_AREA = (0.05, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+
+#: The greatest magnitude of RandAugment, in whose tenths it is given.
+MAX_MAGNITUDE = 10
+#: What RandAugment puts where there is no image.
+FILL = 128
+# The images whose distances the recipe gives in pixels.
+RECIPE_SIZE = 224
+
+
+def random_crop_box(width: int, height: int, generator: np.random.Generator) -> tuple[float, float, float, float]:
+    """
+    A random part of an image ("inception crop"), as TensorFlow's `sample_distorted_bounding_box` draws it, but not
+    rounded to pixels: first the aspect ratio, then the height among those that `CROP_AREA` and the image allow, then
+    the place.
+
+    Returns:
+        Left, upper, right and lower edge, in pixels; the whole image where it is too long for such a part.
+    """
+    for _ in range(CROP_ATTEMPTS):
+        aspect = generator.uniform(*CROP_ASPECT)
+        least, most = (math.sqrt(share * width * height / aspect) for share in CROP_AREA)
+        most = min(most, height, width / aspect)
+        if least <= most:
+            crop_height = generator.uniform(least, most)
+            crop_width = min(crop_height * aspect, width)
+            left = generator.uniform(0, width - crop_width)
+            upper = generator.uniform(0, height - crop_height)
+            return left, upper, left + crop_width, upper + crop_height
+    return 0, 0, width, height
+
+
+def _either_way(value: float, generator: np.random.Generator) -> float:
+    return value if generator.random() < 0.5 else -value
+
+
+def _affine(image: Image.Image, *coefficients: float) -> Image.Image:
+    """The image with the pixel at `(ax + by + c, dx + ey + f)` at `(x, y)`."""
+    fill = (FILL,) * len(image.getbands())
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST, fillcolor=fill)
+
+
+def _rotate(image: Image.Image, level: float, generator: np.random.Generator) -> Image.Image:
+    fill = (FILL,) * len(image.getbands())
+    return image.rotate(_either_way(30 * level, generator), Image.Resampling.NEAREST, fillcolor=fill)
+
+
+def _solarize_add(image: Image.Image, level: float, generator: np.random.Generator) -> Image.Image:
+    table = [min(255, value + int(110 * level)) if value < 128 else value for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+def _cutout(image: Image.Image, level: float, generator: np.random.Generator) -> Image.Image:
+    """A grey square of twice 40 pixels (of 224) at full magnitude, its middle anywhere in the image."""
+    size = np.array(image.size)
+    center = generator.integers(size)
+    half = (40 * level * size / RECIPE_SIZE).astype(int)
+    image = image.copy()
+    image.paste((FILL,) * len(image.getbands()), (*np.maximum(center - half, 0), *np.minimum(center + half, size)))
+    return image
+
+
+def _enhance(kind: type) -> Callable:
+    return lambda image, level, generator: kind(image).enhance(1.8 * level + 0.1)
+
+
+#: The operations of RandAugment: `(image, level, generator)` to an image of the same size, `level` from 0 to 1.
+OPERATIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
+    "AutoContrast": lambda image, level, generator: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, generator: ImageOps.equalize(image),
+    "Invert": lambda image, level, generator: ImageOps.invert(image),
+    "Rotate": _rotate,
+    "Posterize": lambda image, level, generator: ImageOps.posterize(image, max(1, int(4 * level))),
+    "Solarize": lambda image, level, generator: ImageOps.solarize(image, int(256 * level)),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "ShearX": lambda image, level, generator: _affine(image, 1, _either_way(0.3 * level, generator), 0, 0, 1, 0),
+    "ShearY": lambda image, level, generator: _affine(image, 1, 0, 0, _either_way(0.3 * level, generator), 1, 0),
+    "TranslateX": lambda image, level, generator: _affine(
+        image, 1, 0, _either_way(100 * level * image.width / RECIPE_SIZE, generator), 0, 1, 0
+    ),
+    "TranslateY": lambda image, level, generator: _affine(
+        image, 1, 0, 0, 0, 1, _either_way(100 * level * image.height / RECIPE_SIZE, generator)
+    ),
+    "Cutout": _cutout,
+    "SolarizeAdd": _solarize_add,
+}
+
+
+def rand_augment(image: Image.Image, operations: int, magnitude: float, generator: np.random.Generator) -> Image.Image:
+    """
+    RandAugment (Cubuk et al., 2020, arXiv 1909.13719): operations that are drawn one after another, all of one magnitude.
+
+    Operations and magnitudes are those of TensorFlow's reference and of big_vision, where the recipe is from. At
+    magnitude 10: rotation by 30 degrees, shear by 0.3, translation by 100 of 224 pixels, each of them either way, a
+    square of 80 of 224 pixels cut out, colour, contrast, brightness and sharpness times 1.9, 4 bits kept of each
+    value, 110 added to values below 128, and no value solarized (those from 256 on would be). Distances scale with the
+    size of the image. Contrast is changed about the mean of the image, as in Pillow; the reference, by a slip, takes the
+    number of pixels for the mean.
+
+    Args:
+        image: of mode "L" or "RGB".
+        operations: how many are done; the same one may be drawn again.
+        magnitude: from 0 to `MAX_MAGNITUDE`.
+    """
+    names = list(OPERATIONS)
+    for _ in range(operations):
+        name = names[generator.integers(len(names))]
+        image = OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, generator)
+    return image
+
+
+def mixing_weight(alpha: float, generator: np.random.Generator) -> float:
+    """The weight of an image that MixUp mixes with another, of a beta distribution: the greater of the two weights."""
+    weight = generator.beta(alpha, alpha)
+    return max(weight, 1 - weight)
+
+
+def mix_up(pixel_values: Tensor, labels: Tensor, num_labels: int, weight: float) -> tuple[Tensor, Tensor]:
+    """
+    MixUp (Zhang et al., 2018, arXiv 1710.09412): each image of a batch and its class, mixed with those before it.
+
+    Args:
+        pixel_values: `(batch, channels, height, width)`.
+        labels: `(batch,)`, the classes.
+        weight: of an image itself, for all of the batch the same; that before it has the rest.
+
+    Returns:
+        The mixed images, and the probabilities of the classes, `(batch, num_labels)`.
+    """
+    probabilities = one_hot(labels, num_labels).to(pixel_values.dtype)
+    return tuple(weight * each + (1 - weight) * each.roll(1, dims=0) for each in (pixel_values, probabilities))
+
+
+def mixed_cross_entropy(
+    outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """
+    The cross-entropy with classes, or with the probabilities of `mix_up`; a `compute_loss_func` of the Trainer.
+
+    Args:
+        outputs: of the model, with `logits` `(batch, num_labels)`.
+        labels: `(batch,)`, or `(batch, num_labels)`.
+        num_items_in_batch: the number of elements of all `labels` that an optimizer step takes, as the Trainer counts
+            them; by default, of these.
+    """
+    items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    losses = cross_entropy(outputs.logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    # The Trainer counts every probability.
+    return losses / (items if labels.ndim == 1 else items / labels.shape[-1])

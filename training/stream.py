@@ -1,0 +1,334 @@
+"""
+Text that is read while it is trained on, in an order that is the same for any number of processes and workers.
+
+The documents are divided into a fixed number of lanes. Each lane reads its part of the files on its own, shuffles it and
+packs it into blocks; block `g` of a run is block `g // lanes` of lane `g % lanes`, whoever reads that lane.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import random
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec.asyn
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import HTTPError
+from torch.utils.data import DataLoader
+
+from training.errors import UserError, innermost_message
+
+
+if TYPE_CHECKING:
+    from training.text import PackedBlocks
+
+
+logger = logging.getLogger(__name__)
+
+# How often a file is opened again that cannot be read, and how many seconds to wait the first time; then twice as long
+# each time. (`datasets` has tried again by then, too, where the server could not be reached.)
+RETRIES = 6
+FIRST_WAIT = 2.0
+# What a connection that breaks, a server in trouble, or half a file ends in.
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, HTTPError, asyncio.TimeoutError)
+
+READ_BATCH = 256
+STATE_FILE = "stream_state_{}.json"
+
+
+def shard_name(data: IterableDataset, shard: int) -> str:
+    """The path or address of a file of the data."""
+    for values in getattr(data._ex_iterable, "kwargs", {}).values():  # there is no public way to it
+        if isinstance(values, list) and len(values) == data.num_shards and isinstance(values[shard], str):
+            return repr(values[shard])
+    return f"{shard + 1} of {data.num_shards}"
+
+
+def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> Iterator[tuple[int, list]]:
+    """
+    The values of a column in a file of the data, from a row on, as pairs of the first row of a batch and its values.
+
+    A file that cannot be read is opened again, after a wait that doubles each time, and read on from where it broke off.
+
+    Raises:
+        [`UserError`]: it still could not be read after `RETRIES` times.
+    """
+    failures = 0
+    while True:
+        try:
+            for batch in data.shard(data.num_shards, shard).select_columns([column]).skip(row).iter(READ_BATCH):
+                values = batch[column]
+                yield row, values
+                row += len(values)
+                failures = 0
+            return
+        except READ_ERRORS as error:
+            reason = f"{type(error).__name__}: {innermost_message(error)}"
+            failure = f"The data file {shard_name(data, shard)} cannot be read from row {row} on ({reason})"
+            failures += 1
+            if failures > RETRIES:
+                raise UserError(
+                    f"{failure}, after {RETRIES} retries: see to the file or the connection, and go on with "
+                    "--resume_from_checkpoint."
+                ) from error
+            wait = FIRST_WAIT * 2 ** (failures - 1)
+            logger.warning(str(UserError(f"{failure}: retry {failures} of {RETRIES} in {wait:g} s.")))
+            time.sleep(wait)
+
+
+def values_of(data: Dataset | IterableDataset, column: str) -> Iterator[Any]:
+    """All values of a column, in the order of the data."""
+    if isinstance(data, Dataset):
+        batches = (batch[column] for batch in data.select_columns([column]).iter(READ_BATCH))
+    else:
+        batches = (values for shard in range(data.num_shards) for _, values in read_shard(data, column, shard))
+    return itertools.chain.from_iterable(batches)
+
+
+class TextStream:
+    """
+    The blocks of a stream, as endless lanes that share no document.
+
+    Each file is divided into `num_lanes` parts by the rows `r % num_lanes`, and each lane has as many of the parts as any
+    other: whole files where there are a multiple of `num_lanes`. When a lane has come to its end, its next epoch begins.
+
+    Args:
+        packed: the documents, and how they become blocks.
+        shuffle_buffer: how many documents of a lane are read and shuffled at a time, and the order of its files with
+            them; with 1, documents keep their order.
+        seed: the seed of the shuffles.
+    """
+
+    def __init__(self, packed: "PackedBlocks", num_lanes: int, shuffle_buffer: int, seed: int):
+        self.packed, self.num_lanes, self.shuffle_buffer, self.seed = packed, num_lanes, shuffle_buffer, seed
+        self.num_files = packed.data.num_shards
+
+    @property
+    def order(self) -> dict[str, int]:
+        """What the order of the blocks depends on, besides the text."""
+        return {
+            "files": self.num_files,
+            "stream_lanes": self.num_lanes,
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+        }
+
+    def start(self) -> dict[str, Any]:
+        """Where a lane begins: `blocks` is how many came before, and `tokens` are left over from them."""
+        return {"epoch": 0, "chunk": 0, "file": 0, "row": 0, "tokens": [], "blocks": 0}
+
+    def _shuffle(self, values: list, *place: int) -> None:
+        if self.shuffle_buffer > 1:
+            random.Random(" ".join(map(str, (self.seed, *place)))).shuffle(values)
+
+    def _documents(self, lane: int, epoch: int, file: int, row: int) -> Iterator[tuple[int, int, Any]]:
+        """What is left of an epoch of a lane from a row of a file on, as (file, row, document)."""
+        parts = self.num_files  # each of the files is `num_lanes` parts, and so is each of the lanes `num_files`
+        files = list(range(lane * parts // self.num_lanes, ((lane + 1) * parts - 1) // self.num_lanes + 1))
+        self._shuffle(files, lane, epoch)
+        for position in range(file, len(files)):
+            shard = files[position]
+            name = shard_name(self.packed.data, shard)
+            for first, documents in read_shard(self.packed.data, self.packed.column, shard, row):
+                for index, document in enumerate(documents, first):
+                    if (shard * self.num_lanes + index % self.num_lanes) // parts == lane:
+                        yield position, index, self.packed.checked(document, f"Document {index} of {name}")
+            row = 0
+
+    def blocks(self, lane: int, mark: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any] | None]]:
+        """
+        The blocks of a lane from a mark on, without end.
+
+        With the first block of each chunk of documents comes the mark to begin that chunk again.
+        """
+        epoch, chunk, file, row = (mark[name] for name in ("epoch", "chunk", "file", "row"))
+        tokens, blocks, size = mark["tokens"], mark["blocks"], self.packed.block_size
+        while True:
+            documents = self._documents(lane, epoch, file, row)
+            while read := list(itertools.islice(documents, self.shuffle_buffer)):
+                mark = {"epoch": epoch, "chunk": chunk, "file": file, "row": row, "tokens": tokens, "blocks": blocks}
+                file, row = read[-1][0], read[-1][1] + 1
+                chosen = [document for _, _, document in read]
+                self._shuffle(chosen, lane, epoch, chunk)
+                for document in self.packed.encode(chosen):
+                    tokens = tokens + document
+                    for start in range(0, len(tokens) - size + 1, size):
+                        yield tokens[start : start + size], mark
+                        mark, blocks = None, blocks + 1
+                    tokens = tokens[len(tokens) // size * size :]
+                chunk += 1
+            if chunk == 0:
+                raise UserError(
+                    f"The data has no document for lane {lane + 1} of the `stream_lanes` = {self.num_lanes}: give more "
+                    "documents, or a smaller `stream_lanes`."
+                )
+            epoch, chunk, file, row = epoch + 1, 0, 0, 0
+
+
+def check_lanes(num_lanes: int, num_processes: int) -> None:
+    """
+    Raises:
+        [`UserError`]: the lanes cannot be divided evenly among the processes.
+    """
+    if num_lanes % num_processes:
+        raise UserError(
+            f"`stream_lanes` is {num_lanes}, which {num_processes} processes cannot share evenly: give a multiple of "
+            f"{num_processes}."
+        )
+
+
+class _Rounds(torch.utils.data.IterableDataset):
+    """One block of each lane at a time, as (lane, block, mark); each worker has lanes of its own."""
+
+    def __init__(self, stream: TextStream, starts: dict[int, tuple[dict[str, Any], int]]):
+        self.stream, self.starts = stream, starts
+
+    def __iter__(self) -> Iterator[list[tuple[int, list[int], dict[str, Any] | None]] | UserError]:
+        worker = torch.utils.data.get_worker_info()
+        lanes = list(self.starts)[worker.id :: worker.num_workers] if worker else list(self.starts)
+        blocks = {}
+        for lane in lanes:
+            mark, skipped = self.starts[lane]
+            blocks[lane] = itertools.islice(self.stream.blocks(lane, mark), skipped, None)
+        try:
+            while blocks:
+                yield [(lane, *next(blocks[lane])) for lane in lanes]
+        except UserError as error:
+            yield error  # raised here, it would reach the user with the whole traceback of the worker
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _start_worker(worker_id: int) -> None:
+    fsspec.asyn.reset_lock()  # its thread was not forked
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel
+
+
+class StreamBatches(torch.utils.data.IterableDataset):
+    """
+    The batches of one process, and where it is in the stream.
+
+    Args:
+        collate: makes a batch of examples with `input_ids`.
+        prefetch_factor: how many batches ahead each of the workers reads.
+
+    Raises:
+        [`UserError`]: the lanes cannot be divided evenly among the processes.
+    """
+
+    def __init__(
+        self,
+        stream: TextStream,
+        batch_size: int,
+        collate: Callable[[list[dict]], Any],
+        num_processes: int = 1,
+        process_index: int = 0,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+    ):
+        check_lanes(stream.num_lanes, num_processes)
+        self.stream, self.batch_size, self.collate = stream, batch_size, collate
+        self.num_processes, self.process_index = num_processes, process_index
+        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor or 2
+        # How many blocks all of the processes were trained on, and for each lane of this one the mark before its next
+        # block, with those that the loader, which is ahead of the training, has met.
+        self.num_blocks = 0
+        self.marks = {lane: deque([stream.start()]) for lane in range(process_index, stream.num_lanes, num_processes)}
+
+    def _blocks_of(self, lane: int) -> int:
+        """How many blocks of a lane were trained on."""
+        rounds, rest = divmod(self.num_blocks, self.stream.num_lanes)
+        return rounds + (lane < rest)
+
+    def __iter__(self) -> Iterator[Any]:
+        starts = {lane: (marks[0], self._blocks_of(lane) - marks[0]["blocks"]) for lane, marks in self.marks.items()}
+        options = {}
+        if self.num_workers:
+            rounds = -(-self.batch_size // len(starts))
+            options = {"prefetch_factor": self.prefetch_factor * rounds, "worker_init_fn": _start_worker}
+        # With a generator of its own, it leaves the one of the model as it is.
+        loader = DataLoader(
+            _Rounds(self.stream, starts),
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+            **options,
+        )
+        blocks = self._in_order(iter(loader), self.num_blocks)
+        while True:
+            yield self.collate([{"input_ids": block} for block in itertools.islice(blocks, self.batch_size)])
+
+    def _in_order(self, rounds: Iterator, first: int) -> Iterator[list[int]]:
+        """The blocks of this process from block `first` of the run on."""
+        waiting = {lane: deque() for lane in self.marks}
+        first += (self.process_index - first) % self.num_processes
+        for number in itertools.count(first, self.num_processes):
+            lane = number % self.stream.num_lanes
+            while not waiting[lane]:
+                entries = next(rounds)
+                if isinstance(entries, UserError):
+                    raise entries
+                for entry in entries:
+                    waiting[entry[0]].append(entry[1:])
+            block, mark = waiting[lane].popleft()
+            if mark is not None:
+                self.marks[lane].append(mark)
+            yield block
+
+    def trained(self) -> None:
+        """Take note that every process was trained on a batch."""
+        self.num_blocks += self.batch_size * self.num_processes
+        for lane, marks in self.marks.items():
+            while len(marks) > 1 and marks[1]["blocks"] <= self._blocks_of(lane):
+                marks.popleft()
+
+    def save(self, folder: str | Path) -> None:
+        """Write to a checkpoint where the lanes of this process are."""
+        state = {
+            "order": self.stream.order,
+            "num_processes": self.num_processes,
+            "num_blocks": self.num_blocks,
+            "lanes": {lane: marks[0] for lane, marks in self.marks.items()},
+        }
+        file = Path(folder, STATE_FILE.format(self.process_index))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: str | Path) -> None:
+        """
+        Go on where the processes were, however many, that wrote a checkpoint.
+
+        Raises:
+            [`UserError`]: the checkpoint does not say it, or its stream was another.
+        """
+        lanes = {}
+        process, num_processes = 0, 1
+        while process < num_processes:
+            file = Path(folder, STATE_FILE.format(process))
+            try:
+                state = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"The checkpoint {folder} does not say where its stream was: {file.name} is missing or damaged."
+                ) from error
+            if state["order"] != self.stream.order:
+                now, before = (" ".join(f"{k}={v}" for k, v in o.items()) for o in (self.stream.order, state["order"]))
+                raise UserError(
+                    f"The checkpoint {folder} is of a stream in another order ({before}) than this one ({now})."
+                )
+            # (In a folder that was written before, there may be files of more processes.)
+            process, num_processes = process + 1, state["num_processes"]
+            lanes.update(state["lanes"])
+        self.num_blocks = state["num_blocks"]
+        self.marks = {lane: deque([lanes[str(lane)]]) for lane in self.marks}

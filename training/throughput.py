@@ -1,0 +1,154 @@
+"""How fast a run trains: examples a second, the use made of the device, and the share of time spent waiting for data."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+#: Dense FLOPs a second of matrix products in 16 bits, as the makers state them, by a part of the device's name.
+PEAK_FLOPS = {
+    "V100": 125e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "MI250": 362e12,
+    "MI300X": 1307e12,
+}
+#: The same of Google's TPUs, a chip, by the start of `TPU_ACCELERATOR_TYPE`.
+TPU_PEAK_FLOPS = {"v4": 275e12, "v5litepod": 197e12, "v5p": 459e12, "v6e": 918e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense FLOPs a second of a device in 16 bits, or `None` where they are not known."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    if device.type == "xla":
+        return TPU_PEAK_FLOPS.get(os.environ.get("TPU_ACCELERATOR_TYPE", "").partition("-")[0])
+    return None
+
+
+def training_flops(model: PreTrainedModel, sequence_length: int) -> float:
+    """
+    The floating-point operations of a training step for each token: 6 for each weight that takes part in a product with
+    it, and 12 x layers x width x length for attention, without the saving of a causal mask (Chowdhery et al., 2022,
+    "PaLM", appendix B). Weights of generalized residuals count as any other.
+    """
+    config = model.config
+    used = model.num_parameters(exclude_embeddings=True)
+    output = model.get_output_embeddings()
+    if output is not None and config.tie_word_embeddings:
+        used += output.weight.numel()  # which was left out as an embedding
+    return 6 * used + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence_length
+
+
+class Waiting:
+    """An iterator that notes in `seconds` how long its user waited for it."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def over(self, batches: Iterator) -> Iterator:
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - start
+            yield batch
+
+
+class Throughput(TrainerCallback, ExportableState):
+    """
+    Counts what a run trains on, and how long that takes. Evaluation, saving and the first step, which may compile, are
+    left out; a resumed run goes on counting.
+    """
+
+    def __init__(self):
+        self.waiting = Waiting()
+        self.examples = self.seconds = self.waited = 0.0
+        self.flops = 0.0
+        self.logged = (0.0, 0.0, 0.0)
+        self.unit = self.clock = self.peak = None
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in ("examples", "seconds", "waited")}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        for name, value in saved["attributes"].items():
+            setattr(self, name, value)
+        self.logged = (self.examples, self.seconds, self.waited)
+        if args.bf16 or args.fp16:
+            self.peak = peak_flops(args.device)
+
+    def count(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], world_size: int) -> None:
+        """A batch that each of `world_size` processes trains on."""
+        if "input_ids" in inputs:
+            self.unit, number, (_, length) = "tokens", inputs["input_ids"].numel(), inputs["input_ids"].shape
+            tokens = 1
+        else:
+            self.unit, number, (*_, height, width) = (
+                "images",
+                len(inputs["pixel_values"]),
+                inputs["pixel_values"].shape,
+            )
+            patch_height, patch_width = model.config.patch_height_width
+            tokens = length = (height // patch_height) * (width // patch_width)
+        if self.clock is not None:
+            self.examples += number * world_size
+        if self.peak and not self.flops:
+            self.flops = training_flops(model, length) * tokens
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
+            torch.cuda.synchronize(args.device)  # the step may only have been queued
+        now = time.perf_counter()
+        if self.clock is not None:
+            self.seconds += now - self.clock
+            self.waited += self.waiting.seconds
+        self.clock, self.waiting.seconds = now, 0.0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.clock = time.perf_counter()
+
+    on_evaluate = on_save
+
+    def measured(self, world_size: int, since_last_log: bool) -> dict[str, float]:
+        """
+        `tokens_per_second` or `images_per_second`, `data_wait` (the share of the time spent waiting for data) and, in
+        16 bits on a device whose peak is known, `mfu` (the share of it that was used); of all of the training, or of
+        what came since the last log.
+        """
+        now = (self.examples, self.seconds, self.waited)
+        before = self.logged if since_last_log else (0.0, 0.0, 0.0)
+        self.logged = now
+        examples, seconds, waited = (new - old for new, old in zip(now, before))
+        if seconds <= 0:
+            return {}
+        measured = {f"{self.unit}_per_second": examples / seconds, "data_wait": waited / seconds}
+        if self.flops:
+            measured["mfu"] = self.flops * examples / seconds / world_size / self.peak
+        return measured
+
+
+class SpeedProgress(ProgressCallback):
+    """The Trainer's progress bar, with the speed of the run."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs, **kwargs)
+        unit = next((name for name in logs if name in ("tokens_per_second", "images_per_second")), None)
+        if self.training_bar is not None and unit is not None:
+            text = f"{logs[unit]:,.0f} {unit.split('_')[0]}/s, {logs['data_wait']:.0%} waiting for data"
+            self.training_bar.set_postfix_str(text + (f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""))
