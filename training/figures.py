@@ -75,3 +75,138 @@ def draw_depth_weights(weights: list[dict], file: Path) -> None:
         figure.colorbar(image, ax=axes[row].tolist(), shrink=0.8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+#: Colours that the colour-blind can tell apart (Okabe and Ito), the first for the baseline; with more variants than
+#: colours, the lines differ.
+COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+LINES, MARKERS = ["-", "--", ":", "-."], "osD^vPX"
+
+
+def _style(index: int) -> dict:
+    return {"color": COLORS[index % len(COLORS)], "linestyle": LINES[index // len(COLORS) % len(LINES)]}
+
+
+def _over_seeds(curves: list[list[list[float]]], column: int) -> tuple[list[float], np.ndarray]:
+    """The steps that all curves have, and the values there, one row for each curve."""
+    by_step = [{point[0]: point[column] for point in curve} for curve in curves]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    return steps, np.array([[values[step] for step in steps] for values in by_step])
+
+
+def _plot_band(axes, x, values: np.ndarray, label: str, index: int, **style) -> None:
+    """The mean of the rows of `values`, and a band from the lowest to the highest."""
+    axes.plot(x, values.mean(axis=0), label=label, **_style(index), **style)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=_style(index)["color"], alpha=0.15, linewidth=0)
+
+
+def _limit(axes, values: list[np.ndarray]) -> None:
+    """Leave out the first values of the curves, far above all that follow: they would flatten them."""
+    finite = [each[np.isfinite(each)] for each in values if np.isfinite(each).any()]
+    if not finite:
+        return
+    low, high = min(each.min() for each in finite), max(np.quantile(each, 0.9) for each in finite)
+    high = max(high, *(each[-1] for each in finite))
+    if high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def draw_compared_curves(runs: dict[str, list[dict]], file: Path) -> None:
+    """
+    Draw training and held-out losses over the steps, with a band over the seeds (paper, figure 9).
+
+    Args:
+        runs: by variant, what `training.compare` read of each run: `training` and `held_out` are points of step and loss.
+        file: where to save the picture.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, key, title in zip(panels, ("training", "held_out"), ("training loss", "held-out loss")):
+        drawn = []
+        for index, (variant, of_seeds) in enumerate(runs.items()):
+            steps, values = _over_seeds([run[key] for run in of_seeds], 1)
+            if steps:
+                marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4} if key == "held_out" else {}
+                _plot_band(axes, steps, values, variant, index, linewidth=1.2, **marker)
+                drawn += list(values)
+        if drawn:
+            _limit(axes, drawn)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats)")
+        axes.grid(alpha=0.3)
+    panels[1].legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_loss_over_time(runs: dict[str, list[dict]], label: str, reference: float | None, file: Path) -> None:
+    """
+    Draw held-out figures over the training time (paper, figure 7).
+
+    Args:
+        runs: by variant, what `training.compare` read of each run: points of step, loss and what is drawn in `held_out`,
+            and the `seconds` that all its `steps` took.
+        label: what is drawn.
+        reference: where to draw a dashed line.
+        file: where to save the picture.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    longest = max(run["seconds"] for of_seeds in runs.values() for run in of_seeds)
+    unit, length = next(
+        each for each in (("h", 3600), ("min", 60), ("s", 1)) if longest >= 2 * each[1] or each[1] == 1
+    )
+    drawn = []
+    for index, (variant, of_seeds) in enumerate(runs.items()):
+        steps, values = _over_seeds([run["held_out"] for run in of_seeds], 2)
+        if steps:
+            pace = np.mean([run["seconds"] / run["steps"] for run in of_seeds]) / length
+            marker = MARKERS[index % len(MARKERS)]
+            _plot_band(
+                axes, np.array(steps) * pace, values, variant, index, linewidth=1.5, marker=marker, markersize=4
+            )
+            drawn += list(values)
+    if reference is not None:
+        axes.axhline(reference, color=COLORS[0], linestyle="--", linewidth=0.8)
+    if drawn:
+        _limit(axes, drawn)
+    axes.set_xlabel(f"training time ({unit})")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_loss_over_parameters(runs: dict[str, list[dict]], file: Path) -> None:
+    """
+    Draw final held-out losses over the number of parameters, mean and standard deviation over the seeds, with a line
+    through the variants of one residual scheme (paper, figure 6).
+
+    Args:
+        runs: by variant, what `training.compare` read of each run: `scheme`, `parameters` and `eval_loss`.
+        file: where to save the picture.
+    """
+    schemes = {}
+    for variant, of_seeds in runs.items():
+        losses = [run["eval_loss"] for run in of_seeds]
+        deviation = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
+        point = (of_seeds[0]["parameters"], np.mean(losses), deviation, variant)
+        schemes.setdefault(of_seeds[0]["scheme"], []).append(point)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for index, (scheme, points) in enumerate(schemes.items()):
+        parameters, losses, deviations, variants = zip(*sorted(points))
+        label = scheme if len(points) > 1 else variants[0]
+        marker = MARKERS[index % len(MARKERS)]
+        axes.errorbar(parameters, losses, deviations, label=label, marker=marker, capsize=3, **_style(index))
+        if len(points) > 1:
+            for x, y, name in zip(parameters, losses, variants):
+                axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color=COLORS[0])
+    axes.margins(x=0.12)  # for the names beside the points
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("final held-out loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,249 @@
+"""What is compared: the runs of a study, or runs that are finished."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from modeling_dca import DCAForCausalLM, DCAForImageClassification
+from modeling_dca.configuration_dca import nearest_name
+from training.arguments import RECORD, RUNS_FOLDER, Run, as_arguments, default_output_dir, known_fields, parse_run
+from training.card import read_json, scheme_name
+from training.causal_lm import CausalLMArguments
+from training.errors import UserError
+from training.evaluate import find_record
+from training.image_classification import ImageClassificationArguments
+from training.images import ImageDataArguments
+from training.text import TextDataArguments
+
+
+#: What a command trains: the classes that its fields come from.
+COMMANDS = {
+    "causal_lm": (DCAForCausalLM, TextDataArguments, CausalLMArguments),
+    "image_classification": (DCAForImageClassification, ImageDataArguments, ImageClassificationArguments),
+}
+
+STUDY_KEYS = ("title", "command", "configuration", "fields", "baseline", "seeds", "variants")
+#: Fields that a study gives to each run itself, or that are for one run alone.
+NOT_FOR_VARIANTS = ("seed", "output_dir", "baseline", "overwrite", "resume_from_checkpoint", "push_to_hub")
+#: Fields in which the runs of a variant may differ.
+NOT_OF_A_VARIANT = {*NOT_FOR_VARIANTS, "hub_model_id", "run_name", "report_to"}
+
+
+@dataclasses.dataclass
+class Member:
+    """A run of a comparison."""
+
+    variant: str
+    folder: Path
+    command: str  # of the room `training`
+    run: Run  # as it was asked for
+    arguments: list[str]  # of the command
+
+    @property
+    def seed(self) -> int:
+        return self.run.training.seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.folder.name}.log"
+
+    @property
+    def sittings(self) -> Path:
+        """Where it is told on what the run was trained, in one sitting or, where it was cut off, several."""
+        return self.log.with_suffix(".json")
+
+    def is_whole(self) -> bool:
+        try:
+            return "eval_loss" in read_json(self.folder / "all_results.json") and any(
+                self.folder.glob("*.safetensors")
+            )
+        except (OSError, ValueError):
+            return False
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Runs that are compared with each other, those of one variant after those of another or not."""
+
+    title: str
+    baseline: str
+    members: list[Member]
+    folder: Path  # of the table and the figures, if no other is named
+
+    def __post_init__(self):
+        """
+        Raises:
+            [`UserError`]: there is no baseline, a run is there twice, or the data of two runs is not the same.
+        """
+        if self.baseline not in self.variants:
+            raise UserError(
+                f"`baseline` is {self.baseline!r}, no variant; {nearest_name(self.baseline, self.variants)}"
+            )
+        first, by_name = self.members[0], {}
+        for member in self.members:
+            other = by_name.setdefault(member.name, member)
+            if other is not member:
+                raise UserError(f"{other.folder} and {member.folder} are both {member.name}: leave one of them out.")
+            if member.command != first.command:
+                raise UserError(f"{first.folder} and {member.folder} have different tasks: compare those of one task.")
+            pairs = [(name, value, vars(member.run.data)[name]) for name, value in vars(first.run.data).items()]
+            if member.command == "causal_lm":
+                pairs.append(("vocab_size", first.run.config.vocab_size, member.run.config.vocab_size))
+            for name, value, others in pairs:
+                if value != others:
+                    raise UserError(
+                        f"The losses of {first.name} and {member.name} cannot be compared: `{name}` is {value!r} for one and "
+                        f"{others!r} for the other."
+                    )
+
+    @property
+    def variants(self) -> list[str]:
+        return list(dict.fromkeys(member.variant for member in self.members))
+
+
+def parse_member(variant: str, command_name: str, folder: Path, arguments: list[str]) -> Member:
+    run = parse_run(arguments, f"training.{command_name}", "", *COMMANDS[command_name])
+    return Member(variant, folder, command_name, run, arguments)
+
+
+def read_study(file: Path) -> Comparison:
+    """
+    The comparison that a YAML file asks for.
+
+    Raises:
+        [`UserError`]: with what is wrong with the file, or a field of a variant.
+    """
+    try:
+        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The study {file} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The study {file} is not a YAML file: {error}.") from error
+    if not isinstance(study, dict):
+        raise UserError(f"The study {file} is not a YAML file with the keys {', '.join(STUDY_KEYS)}.")
+    for key in study:
+        if key not in STUDY_KEYS:
+            raise UserError(f"The study {file} has an unknown key {key!r}; {nearest_name(key, STUDY_KEYS)}")
+    variants, seeds = study.get("variants"), study.get("seeds")
+    shared, command_name = study.get("fields") or {}, study.get("command", "causal_lm")
+    if not isinstance(variants, dict) or not variants:
+        raise UserError(f"`variants` of {file} is {variants!r}; it must name the variants, each with its fields.")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"`seeds` of {file} is {seeds!r}; it must be a list of integers from 0.")
+    if command_name not in COMMANDS:
+        raise UserError(f"`command` of {file} is {command_name!r}; {nearest_name(command_name, COMMANDS)}")
+    known = known_fields(*COMMANDS[command_name])
+    folder = default_output_dir(file)
+    members = []
+    # A seed at a time, so that a study that is cut off has the same seeds of all variants, or nearly so.
+    for seed in seeds:
+        for name, fields in variants.items():
+            where = f"The variant {name!r} of {file}"
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
+                raise UserError(f"{where} cannot be the name of a folder: use letters, digits, - and _.")
+            if not isinstance(fields or {}, dict) or not isinstance(shared, dict):
+                raise UserError(f"{where} is {fields!r} with `fields` = {shared!r}; both must name fields and values.")
+            configuration, sections = study.get("configuration"), {}
+            for field, value in {**shared, **(fields or {})}.items():
+                section = next((section for section, names in known.items() if field in names), None)
+                if field == "configuration":
+                    configuration = value
+                elif field in NOT_FOR_VARIANTS:
+                    raise UserError(f"{where} has the field {field!r}, which is not for a variant: leave it out.")
+                elif section is None:
+                    nearest = nearest_name(field, sum(known.values(), [])).partition(" Known: ")[0]
+                    raise UserError(f"{where} has an unknown field {field!r}; {nearest}")
+                elif value is None and section != "model":
+                    raise UserError(f"{where} has no value for {field!r}: give one, or leave it out.")
+                else:
+                    sections.setdefault(section, {})[field] = value
+            if not isinstance(configuration, str):
+                raise UserError(f"{where} has no `configuration`: name the YAML file of the run.")
+            output = folder / name / f"seed-{seed}"
+            sections.setdefault("training", {}).update(seed=seed, output_dir=str(output))
+            path = os.path.relpath(file.parent / configuration)
+            try:
+                member = parse_member(name, command_name, output, [path, *as_arguments(sections)])
+                if member.run.training.baseline is not None:
+                    # It is the configuration's, for when it is run alone.
+                    member = parse_member(name, command_name, output, [*member.arguments, "--baseline=none"])
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            members.append(member)
+    baseline = study.get("baseline", next(iter(variants)))
+    return Comparison(str(study.get("title", file.stem)), baseline, members, folder)
+
+
+def read_runs(folders: list[Path], baseline: str | None) -> Comparison:
+    """
+    The comparison of runs that are finished. Those that differ in nothing but the seed are of one variant.
+
+    Raises:
+        [`UserError`]: one of them is no finished run.
+    """
+    members, kinds = [], {}
+    for folder in folders:
+        record = find_record(folder)
+        if record is None or not (folder / "config.json").exists():
+            raise UserError(f"{folder} is not the folder of a run, nor a YAML file: name one of them.")
+        config = read_json(folder / "config.json")
+        classifier = any("ForImageClassification" in name for name in config.get("architectures") or [])
+        member = parse_member("", "image_classification" if classifier else "causal_lm", folder, [str(record)])
+        if not member.is_whole():
+            raise UserError(f"{folder} holds a run that is not finished: resume it, or leave it out.")
+        named = {**member.run.named["model"], **member.run.named["training"]}
+        for name in ("residual_scheme", "last_k", *NOT_OF_A_VARIANT):  # (The first two are in `config`.)
+            named.pop(name, None)
+        kinds.setdefault(json.dumps([config, named], sort_keys=True), []).append(member)
+        members.append(member)
+    names = [scheme_name(kind[0].folder) for kind in kinds.values()]
+    for name, kind in zip(names, kinds.values()):
+        first = kind[0].folder
+        if first.name.startswith("seed-"):
+            name = first.parent.name
+        elif names.count(name) > 1:
+            name = first.as_posix()
+        for member in kind:
+            member.variant = name
+    if baseline is None:
+        plain = [member for member in members if scheme_name(member.folder) == "standard"]
+        baseline = [*plain, *members][0].variant
+    schemes = ", ".join(dict.fromkeys(member.variant for member in members))
+    return Comparison(f"Comparison of {schemes}", baseline, members, Path(RUNS_FOLDER, "comparison"))
+
+
+def check_folder(member: Member) -> None:
+    """
+    See that what is in the folder of a run is that run, as it is asked for now.
+
+    Raises:
+        [`UserError`]: it is another one.
+    """
+    folder, record = member.folder, member.folder / RECORD
+    if not record.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is in the way of a run of that name, and holds none: move it.")
+        return
+    try:
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{record} is damaged: move {folder}, and it is trained anew.")
+    for section, fields in member.run.named.items():
+        old = before.get(section) or {}
+        for name in {**old, **fields}:
+            if old.get(name) != fields.get(name):
+                was, now = (repr(each[name]) if name in each else "not named" for each in (old, fields))
+                raise UserError(
+                    f"The run in {folder} was started with another `{name}` (it was {was}, and now is {now}): put that back, or "
+                    "move the folder."
+                )
