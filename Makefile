@@ -1,13 +1,15 @@
 VENV ?= .venv
 PYTHON ?= python3
+XLA_VENV ?= .venv-xla
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all test-xla lint format clean
 
 help:
 	@echo "make demo      train a small DCA language model and image classifier (about 10 minutes on 2 cores)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run the slow tests, too"
+	@echo "make test-xla  run the tests of TPU readiness on the CPU, in an environment of their own (several GB)"
 	@echo "make setup     build $(VENV) alone"
 	@echo "make lint      check style and format; make format mends them"
 
@@ -34,11 +36,24 @@ demo: $(VENV)/.training
 	@echo "  generate  $(BIN)/python -c \"import modeling_dca, transformers; print(transformers.pipeline('text-generation', 'runs/demo/text')('def __init__(self', max_new_tokens=60)[0]['generated_text'])\""
 	@echo "  push      $(BIN)/python -m training.publish runs/demo/text YOUR_NAME/dca-demo-text"
 
+# A process for each core, and for each file of tests one process.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu and not xla"
+
+# The tested environment with the newest torch that torch-xla works with.
+$(XLA_VENV)/.test: pyproject.toml constraints.txt
+	test -x $(XLA_VENV)/bin/python || $(PYTHON) -m venv $(XLA_VENV)
+	grep -vE '^(torch|triton)==' constraints.txt > $(XLA_VENV)/constraints.txt
+	$(XLA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(XLA_VENV)/constraints.txt torch==2.9.0 torch_xla==2.9.0 --editable ".[test]"
+	touch $@
+
+test-xla: $(XLA_VENV)/.test
+	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/test_xla.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -49,4 +64,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XLA_VENV) *.egg-info build .pytest_cache .ruff_cache

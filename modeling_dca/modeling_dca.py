@@ -349,7 +349,13 @@ class DCAPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
         self.config.auto_map = dict(self._auto_map)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        # FSDP gives a model a class of its own, by which torch's code would be saved.
+        current_class = type(self)
+        self.__class__ = next(each for each in current_class.__mro__ if not each.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = current_class
 
 
 class ResidualConversionMixin:
@@ -463,6 +469,8 @@ class DCAModel(DCAPreTrainedModel):
         if self.embed_positions is not None and (position_ids is None or past_key_values is not None):
             # (Sequences that are packed into one have positions of their own, and may be longer together.)
             self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
+        # The mask looks in them for packed sequences, and waits for the device to do so.
+        given_position_ids = position_ids
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
@@ -474,7 +482,7 @@ class DCAModel(DCAPreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": position_ids,
+                "position_ids": given_position_ids,
             }
             mask_mapping = {}
             if "full_attention" in self.config.layer_types:

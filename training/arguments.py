@@ -81,11 +81,11 @@ class RunArguments(TrainingArguments):
     model_license: str = dataclasses.field(
         default="apache-2.0", metadata={"help": "The license that the model card states for the weights."}
     )
-    optim: str | None = dataclasses.field(
+    optim: OptimizerNames | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "The optimizer, see `transformers.training_args.OptimizerNames`; if not given, 'adamw_torch' on an XLA "
-            f"device and {TrainingArguments.default_optim!r} on others."
+            "help": "The optimizer; if not given, 'adamw_torch' on an XLA device and "
+            f"{TrainingArguments.default_optim!r} on others."
         },
     )
     # Every weight has a part in every loss.
@@ -121,7 +121,7 @@ class RunArguments(TrainingArguments):
         if self.global_batch_size is not None:
             self._set_gradient_accumulation_steps()
 
-    def _set_xla_defaults(self, chosen_optimizer: str | None):
+    def _set_xla_defaults(self, chosen_optimizer: OptimizerNames | None):
         if chosen_optimizer is None:
             self.optim = OptimizerNames.ADAMW_TORCH
         elif self.optim == OptimizerNames.ADAMW_TORCH_FUSED:

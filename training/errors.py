@@ -47,7 +47,7 @@ LOST_PROCESS = (
 )
 
 # How many seconds a process, other than the first of its machine, waits before it says what went wrong.
-PATIENCE = 5.0
+PATIENCE = 10.0
 
 # What gloo says, whose errors have no class of their own.
 LOSS_OF_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|Broken pipe")

@@ -343,16 +343,6 @@ class RunTrainer(Trainer):
                 move_finished(unfinished, self.folder)
             self.accelerator.wait_for_everyone()
 
-    def _save(self, *args, **kwargs):
-        model_class = type(self.model)
-        if self.is_fsdp_enabled:
-            # FSDP has given the model a class of its own, by which the code of torch would be saved, not that of the model.
-            self.model.__class__ = model_class.__mro__[2]  # after FSDP's, and what it has of FSDP
-        try:
-            super()._save(*args, **kwargs)
-        finally:
-            self.model.__class__ = model_class
-
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Saves weights that FSDP has shared out as those of one model, not as the parts that the processes have."""
