@@ -33,7 +33,8 @@ from training.checkpoints import (
     told_if_not_written,
 )
 from training.errors import UserError, command
-from training.run import RunTrainer, mean_logged_loss
+from training.run import mean_logged_loss
+from training.trainer import RunTrainer
 
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -15,7 +15,7 @@ from tests.training.tiny import IMAGE_RUN, assert_same_weights, call, image, wri
 from training import image_classification
 from training.image_classification import image_processor
 from training.images import ImageDataArguments, ImageExamples, ImageFiles, load_images
-from training.run import RunTrainer
+from training.trainer import RunTrainer
 
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -16,8 +16,8 @@ from modeling_dca import DCAConfig, DCAForCausalLM
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, refusal, weights, write_images
 from training import causal_lm, image_classification
 from training.initial import initial_config, initial_model
-from training.run import RunTrainer
 from training.tokenizer import train_tokenizer
+from training.trainer import RunTrainer
 
 
 SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -31,7 +31,7 @@ from tests.training.tiny import (
     write_room,
 )
 from training import causal_lm
-from training.run import NonFiniteGuard
+from training.trainer import NonFiniteGuard
 
 
 pytestmark = pytest.mark.usefixtures("offline")

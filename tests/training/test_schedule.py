@@ -11,8 +11,8 @@ from training.arguments import parse_run
 from training.causal_lm import CausalLMArguments
 from training.image_classification import ImageClassificationArguments
 from training.images import ImageDataArguments
-from training.run import RunTrainer
 from training.text import TextDataArguments
+from training.trainer import RunTrainer
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

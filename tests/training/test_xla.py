@@ -25,7 +25,7 @@ from tests.training.tiny import (
 from training import causal_lm, image_classification
 from training.depth_weights import measure_depth_weights
 from training.errors import UserError
-from training.run import NonFiniteGuard, RunTrainer
+from training.trainer import NonFiniteGuard, RunTrainer
 
 
 pytestmark = pytest.mark.xla

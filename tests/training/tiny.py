@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from training.run import RunTrainer
+from training.trainer import RunTrainer
 
 
 TEXT_RUN, IMAGE_RUN = "text.yaml", "image.yaml"
