@@ -65,12 +65,16 @@ def check_scheme(config: DCAConfig, checkpoint: str | None) -> None:
 
 
 def initial_model(model_class: type[PreTrainedModel], config: DCAConfig, checkpoint: str | None) -> PreTrainedModel:
-    """A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]."""
+    """
+    A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A
+    classifier of other classes than the checkpoint's has a new head.
+    """
     if checkpoint is None:
         return model_class(config)
+    options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with told(checkpoint):
         if is_trained_dca(AutoConfig.from_pretrained(checkpoint)):
-            return model_class.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+            return model_class.from_pretrained(checkpoint, **options)
         scheme = {name: getattr(config, name) for name in SCHEME}
         weights = model_class.from_residual(checkpoint, dtype=torch.float32, **scheme).state_dict()
-        return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+        return model_class.from_pretrained(None, state_dict=weights, **options)

@@ -115,6 +115,22 @@ def test_image_classifier_goes_on_as_dca(room, first_weights):
     assert all(torch.equal(first_weights["dca"][name], weight) for name, weight in trained.items())
 
 
+@pytest.mark.parametrize("scheme", ["standard", "dca"])
+def test_classifier_of_other_classes_has_a_new_head(room, first_weights, scheme):
+    write_images(room / "images")
+    call(image_classification.main, IMAGE_RUN, "--output_dir=first", f"--residual_scheme={scheme}")
+    only(room, "image_size", "patch_size", "num_channels", *MODEL_FIELDS, run=IMAGE_RUN)
+    write_images(room / "others", count=30, classes=("zero", "one", "two"))
+    call(image_classification.main, IMAGE_RUN, "--dataset=others", "--output_dir=run", "--initial_checkpoint=first")
+    trained = AutoModelForImageClassification.from_pretrained("first").state_dict()
+    for name, weight in first_weights["dca"].items():
+        if name.startswith("classifier"):
+            assert weight.shape[0] == 3
+        elif name in trained:
+            assert torch.equal(weight, trained[name]), name
+    assert AutoModelForImageClassification.from_pretrained("run").config.id2label == {0: "one", 1: "two", 2: "zero"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
