@@ -1,0 +1,714 @@
+"""
+The paper's low-rank study (figures 1 and 5, theorems 4.1 to 4.3), on linear networks whose residuals are the library's own:
+
+    python -m training.low_rank
+    python -m training.low_rank --seeds 0 1 2 3 4 --output_dir runs/low_rank
+
+It trains the networks of figure 1, compares the bounds of theorem 4.2 with what gradient descent reaches, and leaves a
+page with tables and both figures, and all numbers in JSON.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import nn
+
+from modeling_dca import DCAConfig
+from modeling_dca.grn import GeneralizedResidual, ResidualStack
+from training.benchmarks.report import align
+from training.benchmarks.run import describe_machine
+from training.card import read_json
+from training.errors import UserError, command
+from training.figures import COLORS, LINES, MARKERS, plt
+
+
+PAGE, RAW, TRAINING_FIGURE, GAIN_FIGURE = "README.md", "results.json", "figure_1.png", "figure_5.png"
+DEFAULT_OUTPUT = "model_cards/evidence/low_rank"
+TITLE = "Low-rank linear networks (paper, figures 1 and 5)"
+
+SCHEMES = {"standard": "residual", "grn_v1": "GRN-v1", "grn_v2": "GRN-v2", "grn_v3": "GRN-v3"}
+TASKS = {"identity": "(a) identity", "random": "(b) y = A x + c"}
+
+# Figure 1. What the paper does not state: the two factors of a layer are i.i.d. N(0, SCALE^2), its bias starts at zero, and
+# one learning rate, for all networks, falls linearly to zero. The output of such a network is a million times its input at
+# the start, so the norm of the gradient is clipped; a step then moves the parameters by RATE at most.
+WIDTH, LAYERS, RANK, BATCH, STEPS = 100, 10, 3, 100, 1000
+SCALE, RATE, CLIP = 0.5, 0.3, 1.0
+HELD_OUT = 10_000
+# Losses above this, or that are no numbers, are of networks that have diverged; the largest at the start is 1e13.
+DIVERGED = 1e30
+# How much hangs on that: identity, first seed.
+STARTED, SCALES, RATES = ("standard", "grn_v1", "grn_v3"), (0.1, 0.2, 0.5), (0.1, 1.0, 3.0)
+
+# Figure 5: collective rank, width and kappa, one of which varies at a time.
+BASE = {"rank": 30, "width": 100, "kappa": 0.5}
+CURVES = {
+    "rank": (list(range(5, 96, 5)), "collective rank r*"),
+    "width": (list(range(40, 101, 10)) + list(range(120, 401, 40)), "width d"),
+    "kappa": ([i / 10 for i in range(11)], "kappa = smallest / largest eigenvalue of A - I"),
+}
+MARKED = {"rank": (10, 30, 50, 70, 90), "width": (50, 100, 160), "kappa": (0.0, 0.5, 0.9)}
+DESCENT_STEPS, DESCENT_RATE = 1000, 0.05
+# What counts as equal, as a share of `||A - I||_F^2`: between formulas, and by how much gradient descent may fall short.
+EXACT, SHORT = 1e-9, 1e-4
+
+
+class LowRankNetwork(nn.Module):
+    """
+    Linear layers of low rank, each with a bias, whose inputs, and the network's output, are generalized residuals of the
+    input and all earlier outputs: the library's own modules, as a DCA model has them (figure 1).
+
+    Args:
+        scheme: "standard", "grn_v1", "grn_v2" or "grn_v3".
+        generator: of the initial factors, which are i.i.d. normal with standard deviation `scale`; in float64.
+    """
+
+    def __init__(
+        self,
+        scheme: str,
+        generator: torch.Generator,
+        scale: float = SCALE,
+        width: int = WIDTH,
+        layers: int = LAYERS,
+        rank: int = RANK,
+    ):
+        super().__init__()
+        self.config = DCAConfig(
+            residual_scheme=scheme, hidden_size=width, num_hidden_layers=layers, num_attention_heads=1
+        )
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width)
+            for factor in (down, up):
+                nn.init.normal_(factor.weight, std=scale, generator=generator)
+            nn.init.zeros_(up.bias)
+            self.layers.append(nn.Sequential(down, up))
+        self.residuals = nn.ModuleList(GeneralizedResidual(self.config, layer) for layer in range(layers + 1))
+        self.double()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        stack = ResidualStack(inputs, self.config.max_stack_entries)
+        for residual, layer in zip(self.residuals, self.layers):
+            hidden, stack.entries = residual(*stack.entries)
+            stack.append(layer(hidden))
+        return self.residuals[-1](*stack.entries)[0]
+
+
+def make_task(task: str, seed: int, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix `A` of shape `(width, width)` and the offset `c` of shape `(width,)` that are to be learned."""
+    if task == "identity":
+        return torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    return (
+        torch.randn(width, width, generator=generator, dtype=torch.float64),
+        torch.randn(width, generator=generator, dtype=torch.float64),
+    )
+
+
+def train(
+    scheme: str,
+    task: str,
+    seed: int,
+    scale: float = SCALE,
+    rate: float = RATE,
+    steps: int = STEPS,
+    **shape: int,
+) -> dict:
+    """
+    Train a network of figure 1 by SGD. Networks of one seed start from the same layers and see the same batches.
+
+    Returns:
+        `curve`, the squared error, as a mean over features, of every batch before its step, and `loss`, that of fresh
+        inputs after the last; `None` where a network has diverged.
+    """
+    network = LowRankNetwork(scheme, torch.Generator().manual_seed(seed), scale, **shape)
+    width = network.config.hidden_size
+    matrix, offset = make_task(task, seed, width)
+    batches = torch.Generator().manual_seed(20_000 + seed)
+
+    def loss_of(examples: int) -> torch.Tensor:
+        inputs = torch.randn(examples, width, generator=batches, dtype=torch.float64)
+        return (network(inputs) - inputs @ matrix.T - offset).square().mean()
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    curve = []
+    for _ in range(steps):
+        loss = loss_of(BATCH)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        curve.append(loss.item())
+        if not curve[-1] < DIVERGED:
+            return {"curve": curve[:-1] + [None] * (steps - len(curve) + 1), "loss": None}
+    with torch.no_grad():
+        return {"curve": curve, "loss": loss_of(HELD_OUT).item()}
+
+
+def remainder(difference: np.ndarray, rank: int) -> np.ndarray:
+    """A matrix (`A - I` in theorem 4.2) minus its best approximation of a rank: Delta."""
+    left, values, right = np.linalg.svd(difference)
+    return (left[:, rank:] * values[rank:]) @ right[rank:]
+
+
+def resnet_risk(difference: np.ndarray, rank: float) -> float:
+    """
+    The optimal excess risk of a residual network, `||Delta||_F^2` (theorem 4.2; Eckart and Young).
+
+    Args:
+        difference (array of shape `(d, d)`): `A - I`.
+        rank: the collective rank; between whole ones the risk is read off a straight line, and from `d` on it is zero.
+    """
+    squares = np.linalg.svd(difference, compute_uv=False) ** 2
+    risks = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+    return float(np.interp(rank, np.arange(len(risks)), risks))
+
+
+def grn_v1_bound(difference: np.ndarray, rank: int) -> float:
+    """What the optimal excess risk of GRN-v1 is at most: `||Delta||_F^2 - tr(Delta)^2 / (d - r*)` (theorem 4.2)."""
+    delta = remainder(difference, rank)
+    return float((delta**2).sum() - np.trace(delta) ** 2 / (len(delta) - rank))
+
+
+def grn_v2_bound(difference: np.ndarray, rank: int) -> float:
+    """The same for GRN-v2: `||Delta||_F^2 - max(sum_i Delta_ii^2, tr(Delta)^2 / (d - r*))` (theorem 4.2)."""
+    delta = remainder(difference, rank)
+    saved = max((np.diag(delta) ** 2).sum(), np.trace(delta) ** 2 / (len(delta) - rank))
+    return float((delta**2).sum() - saved)
+
+
+def grn_v1_risk(difference: np.ndarray, rank: int) -> float:
+    """
+    The optimal excess risk of GRN-v1, `a I + M`: for a given `a` the best `M` is Eckart and Young's, so one number is left
+    to search, on a grid and then within its best cell.
+    """
+    reach = np.linalg.norm(difference, 2)
+    identity = np.eye(len(difference))
+
+    def risk(shift: float) -> float:
+        return resnet_risk(difference - shift * identity, rank)
+
+    grid = np.linspace(-reach, reach, 65)
+    best = grid[np.argmin([risk(shift) for shift in grid])]
+    cell = grid[1] - grid[0]
+    found = minimize_scalar(risk, bounds=(best - cell, best + cell), method="bounded", options={"xatol": 1e-9 * reach})
+    return float(min(found.fun, risk(best), risk(0.0)))
+
+
+def descend(scheme: str, differences: np.ndarray, rank: int, seed: int, steps: int = DESCENT_STEPS) -> np.ndarray:
+    """
+    The excess risks that gradient descent (Adam) reaches on what theorem 4.1 says the networks can express: `I + M` for
+    the residual one, `a I + M` for GRN-v1 and `D + M` for GRN-v2, with `M` a product of two factors. With isotropic inputs the
+    risk is the squared Frobenius distance, so no examples are drawn.
+
+    Args:
+        differences (array of shape `(n, d, d)`): `A - I` of `n` targets, which are learned independently.
+
+    Returns:
+        `n` risks.
+    """
+    target = torch.from_numpy(differences)
+    count, width, _ = target.shape
+    generator = torch.Generator().manual_seed(seed)
+    # As large as the target is, so that Adam's steps, which do not know its size, fit all.
+    size = target.square().mean(dim=(1, 2), keepdim=True).sqrt() * math.sqrt(width)
+    target = target / size
+
+    def factor(*shape: int) -> torch.Tensor:
+        values = torch.randn(count, *shape, generator=generator, dtype=torch.float64) / math.sqrt(width)
+        return values.requires_grad_()
+
+    left, right = factor(width, rank), factor(rank, width)
+    diagonal = torch.zeros(count, {"standard": 0, "grn_v1": 1, "grn_v2": width}[scheme], dtype=torch.float64)
+    parameters = [left, right] + [diagonal.requires_grad_()] * (scheme != "standard")
+    optimizer = torch.optim.Adam(parameters, lr=DESCENT_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def risks() -> torch.Tensor:
+        error = target - left @ right
+        if scheme != "standard":
+            error = error - torch.diag_embed(diagonal.expand(count, width))
+        return error.square().sum(dim=(1, 2))
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        risks().sum().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return (risks() * size.flatten() ** 2).numpy()
+
+
+def random_basis(width: int, generator: np.random.Generator) -> np.ndarray:
+    """A rotation drawn uniformly."""
+    basis, triangle = np.linalg.qr(generator.standard_normal((width, width)))
+    return basis * np.sign(np.diag(triangle))
+
+
+def make_difference(kind: str, width: int, kappa: float, seed: int) -> np.ndarray:
+    """
+    A target, as `A - I`, of shape `(width, width)`.
+
+    Args:
+        kind: "positive" is symmetric with eigenvalues spaced evenly from `kappa` to 1 and random eigenvectors (as
+            theorem 4.3 has it); "indefinite" has them from -1 to 1; "diagonal" is "positive" with the coordinate axes as
+            eigenvectors; "normal" has i.i.d. normal entries, and "rotation" is orthogonal: neither is symmetric.
+    """
+    generator = np.random.default_rng(seed)
+    if kind == "normal":
+        return generator.standard_normal((width, width)) / math.sqrt(width)
+    basis = random_basis(width, generator)
+    if kind == "rotation":
+        return basis
+    values = np.linspace(-1 if kind == "indefinite" else kappa, 1, width)
+    return np.diag(values) if kind == "diagonal" else (basis * values) @ basis.T
+
+
+def extra_parameters(scheme: str, width: int, layers: int = LAYERS) -> int:
+    """What a generalized residual adds to the `2 d r*` parameters of a residual network, as the paper counts it."""
+    return {"grn_v1": 1, "grn_v2": width}[scheme] * layers * (layers - 1) // 2
+
+
+def gain(scheme: str, difference: np.ndarray, rank: int, risk: float) -> float:
+    """
+    How much smaller a risk is than that of the residual network with as many parameters, which has a larger collective
+    rank for them, as a share of `||A - I||_F^2` (figure 5).
+    """
+    equal = rank + extra_parameters(scheme, len(difference)) / (2 * len(difference))
+    return (resnet_risk(difference, equal) - risk) / float((difference**2).sum())
+
+
+def check_target(kind: str, width: int, kappa: float, rank: int, seeds: list[int]) -> dict:
+    """All that is known of the optimal risks for targets of one kind, as shares of `||A - I||_F^2`, by seed."""
+    differences = np.stack([make_difference(kind, width, kappa, seed) for seed in seeds])
+    norms = (differences**2).sum(axis=(1, 2))
+    formulas = {
+        "resnet": resnet_risk,
+        "grn_v1_bound": grn_v1_bound,
+        "grn_v1_optimum": grn_v1_risk,
+        "grn_v2_bound": grn_v2_bound,
+    }
+    found = {name: np.array([formula(each, rank) for each in differences]) for name, formula in formulas.items()}
+    for scheme in ("standard", "grn_v1", "grn_v2"):
+        found[f"{scheme}_reached"] = descend(scheme, differences, rank, seed=seeds[0])
+    for scheme in ("grn_v1", "grn_v2"):
+        reached = found[f"{scheme}_reached"]
+        found[f"{scheme}_gain"] = norms * [
+            gain(scheme, *each) for each in zip(differences, [rank] * len(norms), reached)
+        ]
+    point = {"kind": kind, "width": width, "kappa": kappa, "rank": rank}
+    return point | {name: [float(share) for share in values / norms] for name, values in found.items()}
+
+
+def study_bounds(seeds: list[int]) -> list[dict]:
+    """Theorem 4.2 against gradient descent, at the marked points of figure 5 and for targets of other kinds."""
+    points = [BASE | {varied: value} for varied, values in MARKED.items() for value in values]
+    points = [{"kind": "positive", **each} for index, each in enumerate(points) if each not in points[:index]]
+    points += [{"kind": kind, **BASE} for kind in ("indefinite", "diagonal", "normal", "rotation")]
+    return [check_target(**point, seeds=seeds) for point in points]
+
+
+def study_gains(seeds: list[int]) -> dict[str, list[dict]]:
+    """The gains of figure 5 from the bounds, over each of the three quantities."""
+    curves = {}
+    for varied, (values, _) in CURVES.items():
+        curves[varied] = []
+        for value in values:
+            rank, width, kappa = (BASE | {varied: value}).values()
+            differences = [make_difference("positive", width, kappa, seed) for seed in seeds]
+            bounds = {"grn_v1": grn_v1_bound, "grn_v2": grn_v2_bound}
+            gains = {
+                scheme: [gain(scheme, each, rank, bound(each, rank)) for each in differences]
+                for scheme, bound in bounds.items()
+            }
+            curves[varied].append({"value": value, **gains})
+    return curves
+
+
+def show(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.1e}"
+
+
+def number(loss: float | None) -> float:
+    """A loss as a number that can be compared, also where a network has diverged."""
+    return math.inf if loss is None else loss
+
+
+def orders_below(loss: float | None, baseline: float | None) -> float:
+    """By how many orders of magnitude a loss is below another."""
+    return math.log10(number(baseline)) - math.log10(number(loss))
+
+
+def study_training(seeds: list[int], steps: int = STEPS) -> list[dict]:
+    """The networks of figure 1, with every tenth value of their curves."""
+    runs = []
+    for task in TASKS:
+        for scheme in SCHEMES:
+            for seed in seeds:
+                run = train(scheme, task, seed, steps=steps)
+                optimum = None
+                if task == "random" and scheme in ("standard", "grn_v1"):
+                    difference = make_task(task, seed)[0].numpy() - np.eye(WIDTH)
+                    risk = resnet_risk if scheme == "standard" else grn_v1_risk
+                    optimum = risk(difference, LAYERS * RANK) / WIDTH
+                run["curve"] = [value and float(f"{value:.5g}") for value in run["curve"][::10]]
+                runs.append({"task": task, "scheme": scheme, "seed": seed, "optimum": optimum, **run})
+                print(f"figure 1, {TASKS[task]}, {SCHEMES[scheme]}, seed {seed}: {show(run['loss'])}", flush=True)
+    return runs
+
+
+def study_start(seed: int, steps: int = STEPS) -> list[dict]:
+    """The identity task, without GRN-v2, over the scale of the initial layers and the learning rate."""
+    rows = []
+    for scale in SCALES:
+        for rate in RATES:
+            losses = {scheme: train(scheme, "identity", seed, scale, rate, steps)["loss"] for scheme in STARTED}
+            rows.append({"scale": scale, "rate": rate, "seed": seed, **losses})
+            print(
+                f"identity, scale {scale}, rate {rate}: " + ", ".join(map(show, losses.values())),
+                flush=True,
+            )
+    return rows
+
+
+def spread(values: list[float | None]) -> str:
+    """Geometric mean, smallest and largest: losses of one network are orders of magnitude apart."""
+    left = [value for value in values if value is not None]
+    lost = f"{len(values) - len(left)} of {len(values)} diverged" if len(left) < len(values) else ""
+    if not left:
+        return lost
+    text = f"{math.exp(np.mean(np.log(left))):.1e} ({min(left):.1e} to {max(left):.1e})"
+    return f"{text}, {lost}" if lost else text
+
+
+def losses_of(results: dict, task: str, scheme: str, key: str = "loss") -> list[float]:
+    return [run[key] for run in results["training"] if run["task"] == task and run["scheme"] == scheme]
+
+
+def training_table(results: dict) -> str:
+    rows = []
+    for task, title in TASKS.items():
+        baseline = losses_of(results, task, "standard")
+        for scheme, name in SCHEMES.items():
+            losses = losses_of(results, task, scheme)
+            orders = [orders_below(*pair) for pair in zip(losses, baseline)]
+            optima = losses_of(results, task, scheme, "optimum")
+            rows.append(
+                [
+                    title if scheme == "standard" else "",
+                    name,
+                    spread(losses),
+                    "" if scheme == "standard" or None in losses else f"{min(orders):.1f} to {max(orders):.1f}",
+                    "0" if task == "identity" else "" if optima[0] is None else f"{sum(optima) / len(optima):.1f}",
+                ]
+            )
+    return align(["task", "network", "final loss", "orders of magnitude below residual", "smallest possible"], rows)
+
+
+def best_of_rates(results: dict) -> dict[float, dict[str, float | None]]:
+    """By scale of the initial layers, the losses of each network at the learning rate that is best for it."""
+    return {
+        scale: {
+            scheme: min((row[scheme] for row in results["start"] if row["scale"] == scale), key=number)
+            for scheme in STARTED
+        }
+        for scale in dict.fromkeys(row["scale"] for row in results["start"])
+    }
+
+
+def start_table(results: dict) -> str:
+    lines = [(row["scale"], f"{row['rate']:g}", row) for row in results["start"]]
+    lines += [(scale, "best for each", losses) for scale, losses in best_of_rates(results).items()]
+    rows = []
+    for scale, rate, losses in lines:
+        orders = orders_below(losses["grn_v1"], losses["standard"])
+        rows.append([f"{scale:g}", rate, *(show(losses[scheme]) for scheme in STARTED), f"{orders:.1f}"])
+    header = ["scale", "learning rate", *(SCHEMES[scheme] for scheme in STARTED)]
+    return align([*header, "GRN-v1 below residual, orders of magnitude"], rows)
+
+
+def violations(results: dict) -> list[str]:
+    """
+    Where the numbers contradict theorem 4.2: gradient descent ends below an optimum, or above a bound by more than it may
+    fall short of an optimum, or the optimum of GRN-v1 is above its bound.
+    """
+    found = []
+    for point in results["bounds"]:
+        for low, high, tolerance in (
+            ("resnet", "standard_reached", EXACT),
+            ("grn_v1_optimum", "grn_v1_reached", EXACT),
+            ("grn_v1_optimum", "grn_v1_bound", EXACT),
+            ("standard_reached", "resnet", SHORT),
+            ("grn_v1_reached", "grn_v1_bound", SHORT),
+            ("grn_v2_reached", "grn_v2_bound", SHORT),
+        ):
+            excess = max(one - other for one, other in zip(point[low], point[high]))
+            if excess > tolerance:
+                where = ", ".join(f"{name} {point[name]}" for name in ("kind", "width", "kappa", "rank"))
+                found.append(f"`{low}` exceeds `{high}` by {excess:.2g} ({where})")
+    return found
+
+
+def bounds_table(results: dict) -> str:
+    rows = []
+    for point in results["bounds"]:
+        mean = {name: sum(values) / len(values) for name, values in point.items() if isinstance(values, list)}
+        rows.append(
+            [
+                point["kind"],
+                *(f"{point[name]:g}" for name in ("rank", "width")),
+                f"{point['kappa']:g}" if point["kind"] in ("positive", "diagonal") else "",
+                *(f"{mean[name]:.4f}" for name in ("resnet", "standard_reached")),
+                *(f"{mean[name]:.4f}" for name in ("grn_v1_bound", "grn_v1_optimum", "grn_v1_reached")),
+                *(f"{mean[name]:.4f}" for name in ("grn_v2_bound", "grn_v2_reached")),
+            ]
+        )
+    header = ["A - I", "r*", "d", "kappa", "ResNet, exact", "reached", "GRN-v1, bound", "exact", "reached"]
+    return align([*header, "GRN-v2, bound", "reached"], rows)
+
+
+def draw_training(results: dict, file: Path) -> None:
+    """Draw the loss of the networks over the steps, geometric means with a band over the seeds (figure 1)."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, (task, title) in zip(panels, TASKS.items()):
+        for index, (scheme, name) in enumerate(SCHEMES.items()):
+            curves = np.array(losses_of(results, task, scheme, "curve"), dtype=float)  # not a number where diverged
+            steps = 10 * np.arange(curves.shape[1])
+            axes.plot(
+                steps,
+                np.exp(np.log(curves).mean(axis=0)),
+                label=name if np.isfinite(curves).all() else f"{name} (diverges)",
+                color=COLORS[index],
+                linestyle=LINES[index % len(LINES)],
+            )
+            axes.fill_between(
+                steps, curves.min(axis=0), curves.max(axis=0), color=COLORS[index], alpha=0.15, linewidth=0
+            )
+        optima = losses_of(results, task, "standard", "optimum")
+        if optima[0] is not None:
+            axes.axhline(
+                np.mean(optima), color="0.5", linewidth=1, linestyle=":", label="optimum of the residual network"
+            )
+        axes.set_yscale("log")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_ylabel("squared error per feature")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_gains(results: dict, file: Path) -> None:
+    """Draw the gains over the residual network with as many parameters: bounds as lines, what was reached as marks (figure 5)."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    for axes, (varied, (_, label)) in zip(panels, CURVES.items()):
+        marked = [
+            point
+            for point in results["bounds"]
+            if point["kind"] == "positive" and all(point[name] == BASE[name] for name in BASE if name != varied)
+        ]
+        for index, scheme in enumerate(("grn_v1", "grn_v2"), start=1):
+            values = [point["value"] for point in results["gains"][varied]]
+            gains = np.array([point[scheme] for point in results["gains"][varied]])
+            style = {"color": COLORS[index], "linestyle": LINES[(index - 1) % len(LINES)]}
+            axes.plot(values, gains.mean(axis=1), label=f"{SCHEMES[scheme]}, bound", **style)
+            axes.fill_between(
+                values, gains.min(axis=1), gains.max(axis=1), color=COLORS[index], alpha=0.15, linewidth=0
+            )
+            axes.plot(
+                [point[varied] for point in marked],
+                [np.mean(point[f"{scheme}_gain"]) for point in marked],
+                MARKERS[index],
+                color=COLORS[index],
+                label=f"{SCHEMES[scheme]}, reached",
+            )
+        axes.axhline(0, color=COLORS[0], linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("gain over ResNet of equal parameters\n(share of the target's squared norm)")
+    panels[0].legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def verdicts(results: dict) -> list[str]:
+    """What agrees with the paper and what does not, from the numbers."""
+    losses = {scheme: losses_of(results, "identity", scheme) for scheme in SCHEMES}
+    orders = [orders_below(*pair) for pair in zip(losses["grn_v1"], losses["standard"])]
+    agrees = "Agrees" if min(orders) >= 6 else "Does not agree"
+    clear = sum(orders_below(row["grn_v1"], row["standard"]) >= 6 for row in results["start"])
+    lines = [
+        f"**{agrees}: figure 1 (a).** At one learning rate for both, GRN-v1 ends {min(orders):.1f} to {max(orders):.1f} orders of "
+        "magnitude below the residual network, from a start that we chose, as the paper does not state its own; in the "
+        f"second table below the lead is six orders or more in {clear} of {len(results['start'])} settings."
+    ]
+    text = ", ".join(
+        f"{orders_below(best['grn_v1'], best['standard']):+.1f} orders of magnitude at scale {scale:g}"
+        for scale, best in best_of_rates(results).items()
+    )
+    lines.append(
+        "**But that is about how fast, not about what can be reached.** The identity is `I + M` with `M = 0`, so a residual "
+        "network can be it exactly. It has to shrink 6,000 weights for that, where GRN-v1 need only turn 10 scalars to zero; how much "
+        "that costs depends on how large the layers are at the start, and on the learning rate, which the paper does not "
+        f"state. With the learning rate that is best for each, GRN-v1's lead is {text} (minus: the residual network leads)."
+    )
+    best = best_of_rates(results)
+    lines.append(
+        "**Not as in figure 1 (a): GRN-v2 and GRN-v3.** They contain GRN-v1, but from this start they end no lower: GRN-v2 "
+        f"{spread(losses['grn_v2'])}, GRN-v3 {spread(losses['grn_v3'])}. What may explain it: the error is a mean over features, so "
+        f"that each of GRN-v2's {WIDTH} weights of an entry gets a hundredth of the gradient of GRN-v1's one, and the gate of GRN-v3 "
+        "multiplies outputs, which no norm bounds here as in a transformer, with themselves. GRN-v3, at its best learning rate: "
+        + ", ".join(f"{show(each['grn_v3'])} at scale {scale:g}" for scale, each in best.items())
+        + "."
+    )
+    means = {scheme: np.mean([*map(number, losses_of(results, "random", scheme))]) for scheme in SCHEMES}
+    optima = {scheme: np.mean(losses_of(results, "random", scheme, "optimum")) for scheme in ("standard", "grn_v1")}
+    order = " < ".join(SCHEMES[scheme] for scheme in sorted(means, key=means.get))
+    lines.append(
+        f"**Figure 1 (b).** Final losses: {order}. For a random `A` of this size theorem 4.2 has next to nothing to offer: the "
+        f"smallest possible loss is {optima['standard']:.2f} for the residual network and {optima['grn_v1']:.2f} for GRN-v1, so "
+        "differences larger than that are about training, too, and not about what the networks can express."
+    )
+    contradictions = violations(results)
+    loosest = max(
+        results["bounds"], key=lambda point: np.mean(point["grn_v1_bound"]) - np.mean(point["grn_v1_optimum"])
+    )
+    lines.append(
+        "**Does not agree: theorem 4.2.** " + "; ".join(contradictions) + "."
+        if contradictions
+        else "**Agrees: theorem 4.2.** For every target, gradient descent ends at ResNet's optimum, and at or below the bounds of "
+        f"GRN-v1 and GRN-v2 (it may miss an optimum by up to {SHORT:g} of `||A - I||_F^2`). GRN-v1's optimum, searched exactly, is "
+        "never above its bound, also where `A - I` is not symmetric. With evenly spaced positive eigenvalues the bound is the "
+        "optimum; with a trace of Delta near zero it promises next to nothing, and may be far from tight: for the "
+        f"*{loosest['kind']}* target it is {np.mean(loosest['grn_v1_bound']):.4f}, and the optimum {np.mean(loosest['grn_v1_optimum']):.4f}. "
+        "GRN-v2's bound is no better than GRN-v1's where the eigenvectors are random and the eigenvalues positive: the "
+        "advantage of a weight for each feature is in targets with a diagonal of their own (*diagonal*)."
+    )
+    ends = {varied: (points[0], points[-1]) for varied, points in results["gains"].items()}
+
+    def direction(scheme: str) -> str:
+        changes = {varied: np.mean(last[scheme]) - np.mean(first[scheme]) for varied, (first, last) in ends.items()}
+        said = ["falls" if changes["rank"] < 0 else "grows"]
+        said += ["grows" if changes[varied] > 0 else "falls" for varied in ("width", "kappa")]
+        return f"{SCHEMES[scheme]}'s {said[0]} with r*, {said[1]} with d and {said[2]} with kappa, from one end to the other"
+
+    lowest = min(
+        (np.mean(point["grn_v2"]), varied, point["value"])
+        for varied, points in results["gains"].items()
+        for point in points
+    )
+    lines.append(
+        f"**Figure 5.** The gain at equal parameters: {direction('grn_v1')}; {direction('grn_v2')}. The parameters of GRN-v2 "
+        f"are worth {extra_parameters('grn_v2', WIDTH) / (2 * WIDTH):g} ranks of a residual network of {LAYERS} layers whatever "
+        f"the width, and its lowest gain is {lowest[0]:.3f} (at {lowest[1]} {lowest[2]:g})."
+    )
+    return lines
+
+
+def write_page(results: dict, folder: Path) -> str:
+    """Write the page, the figures and all numbers, and return the tables."""
+    draw_training(results, folder / TRAINING_FIGURE)
+    draw_gains(results, folder / GAIN_FIGURE)
+    tables = [training_table(results), start_table(results), bounds_table(results)]
+    versions = ", ".join(f"{name} {results['machine'][name]}" for name in ("Python", "torch", "transformers"))
+    seeds = ", ".join(map(str, results["seeds"]))
+    sections = [
+        f"# {TITLE}",
+        "## What agrees with the paper and what does not",
+        "\n".join(f"- {line}" for line in verdicts(results)),
+        "## Figure 1: what training reaches",
+        tables[0],
+        f"Geometric mean, smallest and largest over the seeds {seeds}, of the squared error per feature on {HELD_OUT:,} fresh "
+        f"inputs. {LAYERS} linear layers of rank {RANK}, d = {WIDTH}, batches of {BATCH} i.i.d. normal inputs, {STEPS} steps of SGD "
+        "without momentum, in float64. The generalized residuals, of each layer's input and of the output, are the modules of the models of "
+        "this library. The paper does not say how the layers start, or at which learning rate. Here both factors of a layer are "
+        f"i.i.d. normal with standard deviation {SCALE:g}, each layer has a bias (for `c`) that starts at zero, and the learning rate, "
+        f"{RATE:g} for all networks, falls linearly to zero. The start is so far away that the norm of the gradient is clipped, to "
+        f"{CLIP:g}. *Smallest possible* is the exact optimum of theorem 4.2 (of GRN-v1: searched), for the `A` of each seed, mean.",
+        f"![Loss over the steps]({TRAINING_FIGURE})",
+        "How much hangs on the scale of the initial layers and on the learning rate (task (a), one seed):",
+        tables[1],
+        "## Theorem 4.2: bounds, optima, and what gradient descent reaches",
+        tables[2],
+        f"Excess risk as a share of `||A - I||_F^2`, means over the seeds {seeds}. *Reached* is {DESCENT_STEPS:,} steps of Adam on the "
+        "exact risk of `I + M`, `a I + M` and `D + M`, `M` a product of two factors. ResNet's exact risk is Eckart and Young's; "
+        "GRN-v1's is theirs for the best `a`. Targets: *positive* has evenly spaced eigenvalues from kappa to 1 and random "
+        "eigenvectors, *diagonal* the same along the axes, *indefinite* from -1 to 1; *normal* has i.i.d. entries and *rotation* "
+        "is orthogonal.",
+        "## Figure 5: the gain at equal parameters",
+        f"![Gain over ResNet]({GAIN_FIGURE})",
+        "How much smaller the risk is than that of a residual network that spends the same number of parameters on a larger "
+        f"collective rank, for {LAYERS} layers and *positive* targets; where not varied, r* = {BASE['rank']}, d = {BASE['width']}, kappa = "
+        f"{BASE['kappa']}. Parameters are counted as in the paper: `2 d r*`, and `T (T - 1) / 2` scalars (GRN-v1) or vectors (GRN-v2) "
+        "more. Between whole ranks ResNet's risk is read off a straight line.",
+        "## How it was made",
+        f"```bash\n{results['command']}\n```",
+        f"With {versions}, on {results['machine']['CPU']}. All numbers are in [`{RAW}`]({RAW}).",
+    ]
+    (folder / PAGE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    (folder / RAW).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return "\n\n".join(tables)
+
+
+def check_output(folder: Path) -> None:
+    """
+    See that the results can be written into a folder, and make it.
+
+    Raises:
+        [`UserError`]: it cannot, or something that is not of this study would be overwritten.
+    """
+    named = f"`output_dir` is {str(folder)!r}"
+    try:
+        own = read_json(folder / RAW)["title"] == TITLE
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    there = [name for name in (PAGE, RAW, TRAINING_FIGURE, GAIN_FIGURE) if (folder / name).exists()]
+    if there and not own:
+        raise UserError(f"{named}, where a {there[0]} is that is not of this study: name another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{named}, which cannot be made ({error.strerror}): name another folder.") from error
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m training.low_rank",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--output_dir", type=Path, default=Path(DEFAULT_OUTPUT), help="default: %(default)s")
+    arguments = parser.parse_args()
+    seeds = arguments.seeds
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"`seeds` is {seeds}; it must be different integers from 0.")
+    check_output(arguments.output_dir)
+    results = {
+        "title": TITLE,
+        "command": shlex.join(["python", "-m", "training.low_rank", *sys.argv[1:]]),
+        "seeds": seeds,
+        "machine": describe_machine(torch.device("cpu")),
+        "training": study_training(seeds),
+        "start": study_start(seeds[0]),
+        "bounds": study_bounds(seeds),
+        "gains": study_gains(seeds),
+    }
+    print(f"\n{write_page(results, arguments.output_dir)}\n")
+    print(f"The study is in {arguments.output_dir}: {PAGE}, {RAW} and figures.")
+
+
+if __name__ == "__main__":
+    main()
