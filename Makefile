@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo test test-all test-xla lint format clean
 
 help:
-	@echo "make demo      train a small DCA language model and image classifier (about 10 minutes on 2 cores)"
+	@echo "make demo      train a small DCA language model and image classifier (about 5 minutes on 2 cores)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run the slow tests, too"
 	@echo "make test-xla  run the tests of TPU readiness on the CPU, in an environment of their own (several GB)"
