@@ -161,7 +161,7 @@ class GeneralizedResidual(nn.Module):
                 f"`grn_implementation` is {config.grn_implementation!r}; "
                 + nearest_name(config.grn_implementation, ["auto", *ALL_GRN_FUNCTIONS.valid_keys()])
             )
-        self.config = config
+        self.config, self.num_blocks = config, num_blocks
         self.delta = self.gate = None
         if scheme is not None:
             outputs = outputs or scheme.outputs
@@ -187,6 +187,12 @@ class GeneralizedResidual(nn.Module):
         else:
             outputs = implementation(stack, self.delta, self.gate)
         return *outputs, stack
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The first and the last output that each entry holds (output 0 is the model's input): the second may be merged of many."""
+        entries = self.delta.shape[1]
+        merged = self.num_blocks + 1 - entries
+        return [(i if i < 2 else i + merged, i if i < 1 else i + merged) for i in range(entries)]
 
     def extra_repr(self) -> str:
         if self.delta is None:

@@ -26,6 +26,8 @@ CONFIGURATION_ROOM = "configuration"
 RUNS_FOLDER = "runs"
 # What was asked for, in the folder of a run.
 RECORD = "run.yaml"
+# Where and how a run ended whose loss or weights became NaN or infinite.
+DIVERGED = "diverged.json"
 # The key of a YAML file that names another one, whose fields it takes where it has none of its own.
 BASE = "base"
 # What `resume_from_checkpoint` is when it is given without a path.

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
 from modeling_dca import DCAForCausalLM
-from training.arguments import RunArguments, parse_run
+from training.arguments import Run, RunArguments, parse_run
 from training.data import is_on_the_hub
 from training.errors import UserError, command
 from training.metrics import Perplexity
@@ -93,16 +93,8 @@ def describe(data: TextDataArguments, train_documents, held_out_documents, held_
     )
 
 
-@command
-def main():
-    run = parse_run(
-        sys.argv[1:],
-        "training.causal_lm",
-        "Train a DCA language model.",
-        DCAForCausalLM,
-        TextDataArguments,
-        CausalLMArguments,
-    )
+def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_options) -> None:
+    """Train the model of a run, and its baseline, on its text."""
     data, config, folder = run.data, run.config, run.training.output_dir
     if config.position_embedding == "learned" and data.block_size > config.max_position_embeddings:
         raise UserError(
@@ -114,7 +106,7 @@ def main():
     if data.streaming:
         check_lanes(data.stream_lanes, run.training.world_size)
     baseline = config_of_baseline(run)
-    check_model(DCAForCausalLM, config)
+    check_model(model_class, config)
     check_output_folder(run.training)
     check_hub(run.training)
 
@@ -156,13 +148,27 @@ def main():
     }
     run_models(
         run,
-        DCAForCausalLM,
+        model_class,
         baseline,
         note,
         train_dataset=train_blocks,
         processing_class=tokenizer,
         **evaluation,
+        **trainer_options,
     )
+
+
+@command
+def main():
+    run = parse_run(
+        sys.argv[1:],
+        "training.causal_lm",
+        "Train a DCA language model.",
+        DCAForCausalLM,
+        TextDataArguments,
+        CausalLMArguments,
+    )
+    train_language_model(run, DCAForCausalLM)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ A study's YAML file names the configuration that its runs share, the fields in w
       standard: {residual_scheme: standard}
       2-DCA: {residual_scheme: dca, last_k: 2}
 
-and, if it likes, a `title`, and the `command` that trains them (`causal_lm`, if not given, or `image_classification`).
-The runs are then in `runs/<path of the file below configuration>/<variant>/seed-<seed>`, with their logs in `logs` beside them. Those
-that are whole are kept, and those that were cut off are resumed, so that the same command can always be given again.
+and, if it likes, a `title`; the `command` that trains them (`causal_lm`, if not given, `image_classification`, or `altered`);
+`groups`, named as the variants are, each with its fields: all variants are then trained in each, and compared with the
+baseline of their own group; and `runs_of`, the file of another study, whose runs are its own where they are the same.
+The runs are then in `runs/<path of the file below configuration>/[<group>/]<variant>/seed-<seed>`, with their logs in `logs` beside them. Those
+that are whole are kept, also those that ended because they diverged, and those that were cut off are resumed, so that the
+same command can always be given again.
 """
 
 import argparse
@@ -77,7 +80,11 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
     environment = dict(os.environ)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
-    waiting = [(index, member) for index, member in enumerate(members, start=1) if not member.is_whole()]
+    waiting = [
+        (index, member)
+        for index, member in enumerate(members, start=1)
+        if not member.is_whole() and member.divergence() is None
+    ]
     print(f"{len(members)} runs, {len(members) - len(waiting)} of them whole.", flush=True)
     if not waiting:
         return {}
@@ -117,6 +124,8 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
                 if process.returncode == 0 and member.is_whole():
                     loss = read_json(member.folder / "all_results.json")["eval_loss"]
                     print(f"{ended} whole after {seconds:,.0f} s, held-out loss {loss:.4f}", flush=True)
+                elif divergence := member.divergence():
+                    print(f"{ended} diverged at step {divergence['step']:,} after {seconds:,.0f} s", flush=True)
                 else:
                     failed[member.name] = f"{last_error(member.log, offset)} (exit status {process.returncode})"
                     print(f"{ended} failed after {seconds:,.0f} s: {failed[member.name]}", flush=True)
@@ -181,6 +190,8 @@ def main():
     if study:
         failed = train_missing(comparison.members, arguments.jobs)
     runs = [read_member(member) for member in comparison.members if member.is_whole()]
+    if not runs and not failed:
+        raise UserError("All of the runs diverged, which leaves nothing to compare: lower the learning rate.")
     if runs:
         line = shlex.join(["python", "-m", "training.compare", *sys.argv[1:]])
         print(f"\n{write_comparison(comparison, runs, failed, folder, line)}\n")

@@ -11,15 +11,21 @@ from scipy import stats
 from training.benchmarks.report import align
 from training.card import METRICS, count_parameters, read_json, scheme_name
 from training.figures import draw_compared_curves, draw_loss_over_parameters, draw_loss_over_time
-from training.study import Comparison, Member
+from training.study import TASKS, Comparison, Member
 
 
 TABLE, RAW = "README.md", "comparison.json"
 CURVES, OVER_TIME, OVER_PARAMETERS = "loss_curves.png", "loss_over_time.png", "loss_over_parameters.png"
 
-TASKS = {"causal_lm": "text-generation", "image_classification": "image-classification"}
-
 CONFIDENCE = 0.95
+
+#: A spike is a logged training loss that lies further above the mean of those of the last `SPIKE_WINDOW` steps than
+#: `SPIKE_DEVIATIONS` of their standard deviations; more within as many steps are the same. A run has diverged if its loss or
+#: weights became NaN or infinite, or if the mean loss of its last `SPIKE_WINDOW` steps is more than `DIVERGENCE` nats above
+#: the lowest one of as many steps before.
+SPIKE_WINDOW, SPIKE_DEVIATIONS, DIVERGENCE = 200, 5.0, 0.2
+#: Where losses are logged more rarely, a spike cannot be seen.
+SPIKE_LOGGING_STEPS = 10
 
 
 def read_member(member: Member) -> dict[str, Any]:
@@ -30,7 +36,7 @@ def read_member(member: Member) -> dict[str, Any]:
     """
     state, results = read_json(member.folder / "trainer_state.json"), read_json(member.folder / "all_results.json")
     steps, history, arguments = state["global_step"], state["log_history"], member.run.training
-    text = member.command == "causal_lm"
+    text = TASKS[member.command] == "text-generation"
     curve_key = "eval_perplexity" if text else "eval_loss"
     held_out = {entry["step"]: entry for entry in history if "eval_loss" in entry} | {steps: results}
     # Of the training alone, where that is measured, and over all sittings; evaluations and saving are not in it.
@@ -48,7 +54,10 @@ def read_member(member: Member) -> dict[str, Any]:
     share = results["train_steps_per_second"] * results["train_runtime"] / steps
     config = read_json(member.folder / "config.json")
     sittings = read_json(member.sittings) if member.sittings.exists() else {}
+    training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    seen = arguments.logging_steps <= SPIKE_LOGGING_STEPS
     return {
+        "group": member.group,
         "variant": member.variant,
         "seed": member.seed,
         "folder": member.folder.as_posix(),
@@ -63,7 +72,9 @@ def read_member(member: Member) -> dict[str, Any]:
         "speed": speed,
         **{key: results[key] for key, _, _ in METRICS[TASKS[member.command]]},
         "held_out": [[step, entry["eval_loss"], entry[curve_key]] for step, entry in sorted(held_out.items())],
-        "training": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "training": training,
+        "spikes": count_spikes(training) if seen else None,
+        "diverged": has_diverged(training),
         "named": member.run.named,
         **sittings,
     }
@@ -85,6 +96,31 @@ def steps_to_reach(held_out: list[list[float]], loss: float) -> float | None:
             return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
         before = (step, value)
     return None
+
+
+def count_spikes(training: list[list[float]]) -> int:
+    """How many spikes the logged training losses have, points of step and loss."""
+    spikes, last = 0, -math.inf
+    for step, loss in training:
+        before = [other for at, other in training if step - SPIKE_WINDOW <= at < step]
+        # In the first steps the loss falls fast, and there is little to compare with.
+        if len(before) < SPIKE_WINDOW // SPIKE_LOGGING_STEPS:
+            continue
+        if loss > np.mean(before) + SPIKE_DEVIATIONS * np.std(before):
+            spikes += step - last > SPIKE_WINDOW
+            last = step
+    return spikes
+
+
+def has_diverged(training: list[list[float]]) -> bool:
+    """Whether the loss ends far above where it was, see `DIVERGENCE`; `training` are points of step and loss."""
+    if not training:
+        return False
+    steps, losses = np.array(training).T
+    windows = [
+        losses[(steps > end - SPIKE_WINDOW) & (steps <= end)].mean() for end in steps if end - SPIKE_WINDOW >= 0
+    ]
+    return bool(windows and windows[-1] > min(windows) + DIVERGENCE)
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -110,7 +146,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> dict[str
 
 def summarize(runs: list[dict], baseline: str, metrics: list[str]) -> dict[str, dict]:
     """
-    The figures of each variant, over its seeds.
+    The figures of each variant of one group, over its seeds.
 
     Args:
         runs: what `read_member` made of them.
@@ -157,6 +193,10 @@ def with_spread(figure: dict, digits: int) -> str:
     return f"{figure['mean']:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
 
 
+def label_of(group: str | None, variant: str) -> str:
+    return variant if group is None else f"{group}, {variant}"
+
+
 def duration(seconds: float) -> str:
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
@@ -164,16 +204,20 @@ def duration(seconds: float) -> str:
     return f"{seconds:,.1f} s"
 
 
-def make_table(summary: dict[str, dict], baseline: str, task: str) -> str:
-    """The table in Markdown, a row for each variant."""
+def make_table(summary: dict[str | None, dict[str, dict]], baseline: str, task: str) -> str:
+    """The table in Markdown, a row for each variant of each group."""
     unit = "tokens" if task == "text-generation" else "images"
     header = ["", "parameters", "steps", unit]
     for key, label, _ in METRICS[task]:
         header += [label] + [f"to {baseline}"] * (key == METRICS[task][0][0])
     header += [f"{unit}/s", "time", f"steps to {baseline}'s loss", "time to it"]
     rows = []
-    for variant, figures in summary.items():
-        row = [variant, *(f"{figures[key]['mean']:,.0f}" for key in ("parameters", "steps", "examples"))]
+    for group, variant in [(group, variant) for group, variants in summary.items() for variant in variants]:
+        figures = summary[group][variant]
+        row = [
+            label_of(group, variant),
+            *(f"{figures[key]['mean']:,.0f}" for key in ("parameters", "steps", "examples")),
+        ]
         for index, (key, _, _) in enumerate(METRICS[task]):
             row.append(with_spread(figures[key], 4 if figures[key]["mean"] < 10 else 2))
             if index == 0:
@@ -195,6 +239,27 @@ def make_table(summary: dict[str, dict], baseline: str, task: str) -> str:
     return align(header, rows)
 
 
+def make_stability_table(runs: list[dict], diverged: list[Member]) -> str:
+    """How many runs of each variant of each group had spikes or diverged, in Markdown."""
+    rows = {}
+    for group, variant, spikes, is_diverged in [
+        *((run["group"], run["variant"], run["spikes"], run["diverged"]) for run in runs),
+        *((member.group, member.variant, None, True) for member in diverged),
+    ]:
+        row = rows.setdefault(label_of(group, variant), {"runs": 0, "diverged": 0, "spikes": []})
+        row["runs"] += 1
+        row["diverged"] += is_diverged
+        row["spikes"] += [] if spikes is None else [spikes]
+    header = ["", "runs", "diverged", "with spikes", "spikes in all"]
+    return align(
+        header,
+        [
+            [name, *map(str, (row["runs"], row["diverged"], sum(map(bool, row["spikes"])), sum(row["spikes"])))]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def describe_training(runs: list[dict]) -> list[str]:
     """On what the runs were trained, a line for each kind of machine, and how many at a time."""
     sittings = [sitting for run in runs for sitting in run.get("sittings", [])]
@@ -211,38 +276,39 @@ def describe_training(runs: list[dict]) -> list[str]:
 
 
 def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str, str], folder: Path, line: str) -> str:
-    """Write the table, the figures and everything in JSON into a folder, and return the table."""
+    """Write the tables, the figures and everything in JSON into a folder, and return the table."""
+    diverged = [member for member in comparison.members if member.divergence()]
     task = TASKS[comparison.members[0].command]
     metrics = METRICS[task]
-    summary = summarize(runs, comparison.baseline, [key for key, _, _ in metrics])
+    groups = {run["group"]: {} for run in runs}
+    for run in sorted(runs, key=lambda run: run["variant"] != comparison.baseline):
+        groups[run["group"]].setdefault(run["variant"], []).append(run)
+    keys = [key for key, _, _ in metrics]
+    summary = {
+        group: summarize([run for run in runs if run["group"] == group], comparison.baseline, keys) for group in groups
+    }
     table = make_table(summary, comparison.baseline, task)
-    first = comparison.members[0]
-    variants = sorted(summary, key=lambda variant: variant != comparison.baseline)
-    by_variant = {variant: [run for run in runs if run["variant"] == variant] for variant in variants}
-    perplexity = task == "text-generation"
     figures = {
         CURVES: "Training and held-out loss over the steps; the bands reach from the lowest to the highest seed."
     }
-    draw_compared_curves(by_variant, folder / CURVES)
-    reference = [run["held_out"][-1][2] for run in by_variant.get(comparison.baseline, [])]
-    draw_loss_over_time(
-        by_variant,
-        "held-out perplexity" if perplexity else "held-out loss (nats)",
-        float(np.mean(reference)) if reference else None,
-        folder / OVER_TIME,
-    )
+    draw_compared_curves(groups, folder / CURVES)
+    label = "perplexity" if task == "text-generation" else "loss"
+    draw_loss_over_time(groups, f"held-out {label}", comparison.baseline, folder / OVER_TIME)
     figures[OVER_TIME] = (
-        f"Held-out {'perplexity' if perplexity else 'loss'} over the training time. The dashed line is where "
-        f"{comparison.baseline} ended."
+        f"Held-out {label} over the training time. The dashed line is where {comparison.baseline} ended."
     )
     if len({run["parameters"] for run in runs}) > 1:
-        draw_loss_over_parameters(by_variant, folder / OVER_PARAMETERS)
+        draw_loss_over_parameters(groups, folder / OVER_PARAMETERS)
         figures[OVER_PARAMETERS] = "Final held-out loss over the number of parameters."
     else:
         (folder / OVER_PARAMETERS).unlink(missing_ok=True)
 
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
-    counts = ", ".join(f"{variant} {len(figures_['seeds'])}" for variant, figures_ in summary.items())
+    counts = ", ".join(
+        f"{label_of(group, variant)} {len(summary[group][variant]['seeds'])}"
+        for group in summary
+        for variant in summary[group]
+    )
     notes = [
         f"Seeds: {', '.join(map(str, seeds))} (runs: {counts}). ± after a figure is the standard deviation over the seeds. "
         f"The differences to {comparison.baseline} are between runs of the same seed, ± half of the {CONFIDENCE:.0%} confidence "
@@ -251,20 +317,35 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         f"one of {comparison.baseline} with the same seed, with straight lines between the evaluations; in brackets is the "
         f"ratio to what {comparison.baseline} itself took. Times are of the training steps alone: tokens (or images) by their speed.",
     ]
-    if not perplexity:
+    if task == "image-classification":
         notes.append("A smaller batch at the end of an epoch is counted as a whole one.")
     if len(seeds) == 1:
         notes.append("**One seed says nothing about the spread.**")
-    data = first.run.named["data"] or {"dataset": first.run.data.dataset}
-    data = ", ".join(f"`{name}` {value}" for name, value in data.items())
+    datas = {}
+    for member in comparison.members:
+        data = member.run.named["data"] or {"dataset": member.run.data.dataset}
+        named = ", ".join(f"`{name}` {value}" for name, value in data.items())
+        datas.setdefault(named, []).append(member.group)
     sections = [f"# {comparison.title}", table, *notes]
     sections += [f"![{text}]({file})\n\n{text}" for file, text in figures.items()]
+    if diverged or all(each["spikes"] is not None for each in runs):
+        sections += [
+            "## Stability",
+            make_stability_table(runs, diverged),
+            f"A spike is a logged training loss more than {SPIKE_DEVIATIONS:g} standard deviations above the mean of those of "
+            f"the last {SPIKE_WINDOW} steps; more within as many steps are the same. A run has diverged if its loss or weights "
+            f"became NaN or infinite, or if the mean loss of its last {SPIKE_WINDOW} steps is more than {DIVERGENCE:g} nats "
+            "above the lowest one of as many steps before. Only runs that became NaN or infinite have no part in the table above.",
+        ]
     if failed:
         sections += ["## Runs that failed", "\n".join(f"- {name}: {error}" for name, error in failed.items())]
     sections += [
         "## How it was made",
         f"```bash\n{line}\n```",
-        f"Data: {data}.",
+        "\n".join(
+            f"- Data{'' if len(datas) == 1 else ' of ' + ', '.join(dict.fromkeys(of))}: {data}."
+            for data, of in datas.items()
+        ),
         "\n".join(f"- Trained on: {each}" for each in describe_training(runs)),
         f"All figures, of every run too, are in [`{RAW}`]({RAW}).",
     ]
@@ -276,7 +357,8 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         "baseline": comparison.baseline,
         "metrics": {key: label for key, label, _ in metrics},
         "confidence": CONFIDENCE,
-        "variants": summary,
+        **({"variants": summary[None]} if None in summary else {"groups": summary}),
+        "diverged": {member.name: member.divergence() for member in diverged},
         "failed": failed,
         "runs": runs,
     }

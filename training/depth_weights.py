@@ -1,14 +1,28 @@
-"""What a trained model draws from each earlier output: the learned `b` and the mean gate (paper, figure 10)."""
+"""
+What a trained model draws from each earlier output: the learned `b` and the mean gate (paper, figure 10).
 
-from collections.abc import Iterable
+    python -m training.depth_weights CHECKPOINT [CHECKPOINT ...] --output_dir FOLDER
+
+writes `learned_b.json` and `learned_b.png` into the folder: the median over the features of each entry's `b`, and the band
+that holds 90 % of them, for each input of each block, over all checkpoints together (those of several seeds, say).
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from modeling_dca import GeneralizedResidual
+from modeling_dca import DCAPreTrainedModel, GeneralizedResidual
+from training.errors import UserError, command, told
+from training.figures import draw_learned_b
 
 
 INPUTS = ("q", "k", "v")
+BAND = (0.05, 0.5, 0.95)
+LEARNED_B = "learned_b"
 
 
 @torch.no_grad()
@@ -58,7 +72,7 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
                 {
                     "block": block,
                     "input": name,
-                    "outputs": _outputs_of_entries(block, b.shape[1]),
+                    "outputs": residual.spans(),
                     "b": b[index].tolist(),
                     "gate": gate[index].tolist(),
                 }
@@ -66,7 +80,68 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
     return weights
 
 
-def _outputs_of_entries(num_outputs: int, entries: int) -> list[tuple[int, int]]:
-    """The first and last output in each entry of a stack of `num_outputs` outputs: the second may be merged of many."""
-    merged = num_outputs - entries
-    return [(i if i < 2 else i + merged, i if i < 1 else i + merged) for i in range(entries)]
+@torch.no_grad()
+def learned_b(models: Sequence[DCAPreTrainedModel]) -> list[dict]:
+    """
+    How the learned `b` of the features are spread, in models that are alike but for their weights.
+
+    Returns:
+        One dictionary for each input of each block, from the first block on: `block`, `input` and `outputs` as
+        [`measure_depth_weights`] has them, and lists over the entries: `low`, `median` and `high`, the 5th, 50th and 95th
+        percentile over the features of all models.
+    """
+    spreads = []
+    for block, residuals in enumerate(zip(*(model.base_model.layers for model in models)), start=1):
+        residuals = [layer.residual for layer in residuals]
+        b = 1 + torch.cat([residual.delta.float() for residual in residuals], dim=-1)  # (inputs, entries, features)
+        low, median, high = torch.quantile(b, torch.tensor(BAND), dim=-1).tolist()
+        for index, name in enumerate(INPUTS if len(b) == len(INPUTS) else ["q, k, v"]):
+            spread = {"low": low[index], "median": median[index], "high": high[index]}
+            spreads.append({"block": block, "input": name, "outputs": residuals[0].spans(), **spread})
+    return spreads
+
+
+def load(checkpoint: str) -> DCAPreTrainedModel:
+    """
+    Raises:
+        [`UserError`]: the checkpoint cannot be read, or has no generalized residuals.
+    """
+    with told(checkpoint, "read"):
+        model = AutoModel.from_pretrained(checkpoint)
+    if not isinstance(model, DCAPreTrainedModel) or model.config.residual_scheme == "standard":
+        raise UserError(
+            f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
+        )
+    return model
+
+
+def shapes_of(model: DCAPreTrainedModel) -> list[torch.Size]:
+    return [layer.residual.delta.shape for layer in model.layers]
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m training.depth_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or Hub id of a DCA model")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the figure and its numbers go")
+    arguments = parser.parse_args()
+    models = [load(checkpoint) for checkpoint in arguments.checkpoints]
+    for checkpoint, model in zip(arguments.checkpoints, models):
+        if shapes_of(model) != shapes_of(models[0]):
+            raise UserError(
+                f"{checkpoint!r} has other generalized residuals than {arguments.checkpoints[0]!r}: name models of one shape."
+            )
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    content = {"checkpoints": arguments.checkpoints, "percentiles": BAND, "learned_b": learned_b(models)}
+    (arguments.output_dir / f"{LEARNED_B}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draw_learned_b(content["learned_b"], arguments.output_dir / f"{LEARNED_B}.png")
+    print(f"The learned b are in {arguments.output_dir}: {LEARNED_B}.json and {LEARNED_B}.png.")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,12 @@ matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 
 
+#: Colours that the colour-blind can tell apart (Okabe and Ito), the first for the baseline; with more variants than
+#: colours, the lines differ.
+COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+LINES, MARKERS = ["-", "--", ":", "-."], "osD^vPX"
+
+
 def draw_loss_curves(histories: dict[str, list[dict]], file: Path) -> None:
     """
     Draw the losses of one or more models over the steps.
@@ -77,10 +83,43 @@ def draw_depth_weights(weights: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-#: Colours that the colour-blind can tell apart (Okabe and Ito), the first for the baseline; with more variants than
-#: colours, the lines differ.
-COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-LINES, MARKERS = ["-", "--", ":", "-."], "osD^vPX"
+def draw_learned_b(spreads: list[dict], file: Path) -> None:
+    """
+    Draw how the learned `b` of the features are spread: the median and the band of 90 %, by the entries of each block's
+    stack, for each input (paper, figure 10).
+
+    Args:
+        spreads: what `learned_b` returned.
+        file: where to save the picture.
+    """
+    blocks = max(spread["block"] for spread in spreads)
+    columns = min(4, blocks)
+    rows = -(-blocks // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.5 * rows), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[blocks:]:
+        axes.remove()
+    inputs = list(dict.fromkeys(spread["input"] for spread in spreads))
+    for spread in spreads:
+        axes, index = panels.flat[spread["block"] - 1], inputs.index(spread["input"])
+        entries = np.arange(len(spread["outputs"]))
+        # Side by side, so that they do not hide each other.
+        x = entries + 0.22 * (index - (len(inputs) - 1) / 2)
+        low, median, high = (np.array(spread[key]) for key in ("low", "median", "high"))
+        style = {"fmt": MARKERS[index], "color": COLORS[index + 1], "markersize": 4, "linewidth": 1.5}
+        axes.errorbar(x, median, [median - low, high - median], label=spread["input"], **style)
+        labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in spread["outputs"]]
+        axes.set_xticks(entries, labels, fontsize=8)
+    for block, axes in enumerate(panels.flat[:blocks], start=1):
+        axes.axhline(1, color=COLORS[0], linestyle="--", linewidth=0.8)
+        axes.set_title(f"block {block}", fontsize=10)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("learned b")
+    figure.supxlabel("output drawn from (0: the model's input)", fontsize=10)
+    panels.flat[0].legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
 
 
 def _style(index: int) -> dict:
@@ -111,95 +150,111 @@ def _limit(axes, values: list[np.ndarray]) -> None:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def draw_compared_curves(runs: dict[str, list[dict]], file: Path) -> None:
+def draw_compared_curves(groups: dict[str | None, dict[str, list[dict]]], file: Path) -> None:
     """
-    Draw training and held-out losses over the steps, with a band over the seeds (paper, figure 9).
+    Draw training and held-out losses over the steps, with a band over the seeds (paper, figure 9), a row for each group.
 
     Args:
-        runs: by variant, what `training.compare` read of each run: `training` and `held_out` are points of step and loss.
+        groups: by group and variant, what `training.compare` read of each run: `training` and `held_out` are points of step
+            and loss.
         file: where to save the picture.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, key, title in zip(panels, ("training", "held_out"), ("training loss", "held-out loss")):
-        drawn = []
-        for index, (variant, of_seeds) in enumerate(runs.items()):
-            steps, values = _over_seeds([run[key] for run in of_seeds], 1)
-            if steps:
-                marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4} if key == "held_out" else {}
-                _plot_band(axes, steps, values, variant, index, linewidth=1.2, **marker)
-                drawn += list(values)
-        if drawn:
-            _limit(axes, drawn)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats)")
-        axes.grid(alpha=0.3)
-    panels[1].legend()
-    figure.savefig(file, dpi=150)
+    figure, rows = plt.subplots(
+        len(groups), 2, figsize=(11, 0.5 + 4 * len(groups)), squeeze=False, layout="constrained"
+    )
+    for panels, (group, runs) in zip(rows, groups.items()):
+        for axes, key, title in zip(panels, ("training", "held_out"), ("training loss", "held-out loss")):
+            drawn = []
+            for index, (variant, of_seeds) in enumerate(runs.items()):
+                steps, values = _over_seeds([run[key] for run in of_seeds], 1)
+                if steps:
+                    marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4} if key == "held_out" else {}
+                    _plot_band(axes, steps, values, variant, index, linewidth=1.2, **marker)
+                    drawn += list(values)
+            if drawn:
+                _limit(axes, drawn)
+            axes.set_title(title if group is None else f"{group}: {title}")
+            axes.set_xlabel("step")
+            axes.set_ylabel("loss (nats)")
+            axes.grid(alpha=0.3)
+        panels[1].legend()
+    figure.savefig(file, dpi=150 if len(groups) == 1 else 100)
     plt.close(figure)
 
 
-def draw_loss_over_time(runs: dict[str, list[dict]], label: str, reference: float | None, file: Path) -> None:
+def draw_loss_over_time(
+    groups: dict[str | None, dict[str, list[dict]]], label: str, baseline: str, file: Path
+) -> None:
     """
-    Draw held-out figures over the training time (paper, figure 7).
+    Draw held-out figures over the training time (paper, figure 7), a panel for each group.
 
     Args:
-        runs: by variant, what `training.compare` read of each run: points of step, loss and what is drawn in `held_out`,
-            and the `seconds` that all its `steps` took.
+        groups: by group and variant, what `training.compare` read of each run: points of step, loss and what is drawn in
+            `held_out`, and the `seconds` that all its `steps` took.
         label: what is drawn.
-        reference: where to draw a dashed line.
+        baseline: the variant where whose runs ended, in the mean, a dashed line is drawn.
         file: where to save the picture.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    longest = max(run["seconds"] for of_seeds in runs.values() for run in of_seeds)
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(1 + 6 * columns, 0.5 + 4 * rows), squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[len(groups) :]:
+        axes.remove()
+    longest = max(run["seconds"] for runs in groups.values() for of_seeds in runs.values() for run in of_seeds)
     unit, length = next(
         each for each in (("h", 3600), ("min", 60), ("s", 1)) if longest >= 2 * each[1] or each[1] == 1
     )
-    drawn = []
-    for index, (variant, of_seeds) in enumerate(runs.items()):
-        steps, values = _over_seeds([run["held_out"] for run in of_seeds], 2)
-        if steps:
-            pace = np.mean([run["seconds"] / run["steps"] for run in of_seeds]) / length
-            marker = MARKERS[index % len(MARKERS)]
-            _plot_band(
-                axes, np.array(steps) * pace, values, variant, index, linewidth=1.5, marker=marker, markersize=4
-            )
-            drawn += list(values)
-    if reference is not None:
-        axes.axhline(reference, color=COLORS[0], linestyle="--", linewidth=0.8)
-    if drawn:
-        _limit(axes, drawn)
-    axes.set_xlabel(f"training time ({unit})")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=150)
+    for axes, (group, runs) in zip(panels.flat, groups.items()):
+        drawn = []
+        for index, (variant, of_seeds) in enumerate(runs.items()):
+            steps, values = _over_seeds([run["held_out"] for run in of_seeds], 2)
+            if steps:
+                pace = np.mean([run["seconds"] / run["steps"] for run in of_seeds]) / length
+                marker = MARKERS[index % len(MARKERS)]
+                _plot_band(
+                    axes, np.array(steps) * pace, values, variant, index, linewidth=1.5, marker=marker, markersize=4
+                )
+                drawn += list(values)
+        if baseline in runs:
+            reached = np.mean([run["held_out"][-1][2] for run in runs[baseline]])
+            axes.axhline(reached, color=COLORS[0], linestyle="--", linewidth=0.8)
+        if drawn:
+            _limit(axes, drawn)
+        axes.set_title(group)
+        axes.set_xlabel(f"training time ({unit})")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=150 if len(groups) == 1 else 100)
     plt.close(figure)
 
 
-def draw_loss_over_parameters(runs: dict[str, list[dict]], file: Path) -> None:
+def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], file: Path) -> None:
     """
-    Draw final held-out losses over the number of parameters, mean and standard deviation over the seeds, with a line
-    through the variants of one residual scheme (paper, figure 6).
+    Draw final held-out losses over the number of parameters, mean and standard deviation over the seeds (paper, figure 6):
+    a line for each variant through the groups, or where there are none one through the variants of one residual scheme.
 
     Args:
-        runs: by variant, what `training.compare` read of each run: `scheme`, `parameters` and `eval_loss`.
+        groups: by group and variant, what `training.compare` read of each run: `scheme`, `parameters` and `eval_loss`.
         file: where to save the picture.
     """
-    schemes = {}
-    for variant, of_seeds in runs.items():
-        losses = [run["eval_loss"] for run in of_seeds]
-        deviation = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
-        point = (of_seeds[0]["parameters"], np.mean(losses), deviation, variant)
-        schemes.setdefault(of_seeds[0]["scheme"], []).append(point)
+    lines = {}
+    for group, runs in groups.items():
+        for variant, of_seeds in runs.items():
+            losses = [run["eval_loss"] for run in of_seeds]
+            deviation = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
+            line, name = (of_seeds[0]["scheme"], variant) if group is None else (variant, group)
+            lines.setdefault(line, []).append((of_seeds[0]["parameters"], np.mean(losses), deviation, name))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, (scheme, points) in enumerate(schemes.items()):
-        parameters, losses, deviations, variants = zip(*sorted(points))
-        label = scheme if len(points) > 1 else variants[0]
+    for index, (line, points) in enumerate(lines.items()):
+        parameters, losses, deviations, names = zip(*sorted(points))
         marker = MARKERS[index % len(MARKERS)]
+        label = line if len(points) > 1 or None not in groups else names[0]
         axes.errorbar(parameters, losses, deviations, label=label, marker=marker, capsize=3, **_style(index))
         if len(points) > 1:
-            for x, y, name in zip(parameters, losses, variants):
+            for x, y, name in zip(parameters, losses, names):
                 axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color=COLORS[0])
     axes.margins(x=0.12)  # for the names beside the points
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")

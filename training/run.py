@@ -15,7 +15,7 @@ from transformers.utils import is_torch_xla_available
 
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES, nearest_name
-from training.arguments import LAST, RECORD, Run, RunArguments
+from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments
 from training.card import DEPTH_WEIGHTS_DATA, read_json, write_card
 from training.checkpoints import (
     MANIFEST,
@@ -218,6 +218,8 @@ def train(
     checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint)
     first_step = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
     with told_if_not_written("What was logged or found", folder, only_if_full=True):
+        if arguments.should_save:
+            (folder / DIVERGED).unlink(missing_ok=True)
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if result.global_step > first_step:
             trainer.save_metrics("train", result.metrics)

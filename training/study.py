@@ -1,16 +1,28 @@
 """What is compared: the runs of a study, or runs that are finished."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from modeling_dca import DCAForCausalLM, DCAForImageClassification
 from modeling_dca.configuration_dca import nearest_name
-from training.arguments import RECORD, RUNS_FOLDER, Run, as_arguments, default_output_dir, known_fields, parse_run
+from training.altered import AlteredArguments
+from training.arguments import (
+    DIVERGED,
+    RECORD,
+    RUNS_FOLDER,
+    Run,
+    as_arguments,
+    default_output_dir,
+    known_fields,
+    parse_run,
+)
 from training.card import read_json, scheme_name
 from training.causal_lm import CausalLMArguments
 from training.errors import UserError
@@ -23,10 +35,16 @@ from training.text import TextDataArguments
 #: What a command trains: the classes that its fields come from.
 COMMANDS = {
     "causal_lm": (DCAForCausalLM, TextDataArguments, CausalLMArguments),
+    "altered": (DCAForCausalLM, TextDataArguments, AlteredArguments),
     "image_classification": (DCAForImageClassification, ImageDataArguments, ImageClassificationArguments),
 }
+TASKS = {
+    "causal_lm": "text-generation",
+    "altered": "text-generation",
+    "image_classification": "image-classification",
+}
 
-STUDY_KEYS = ("title", "command", "configuration", "fields", "baseline", "seeds", "variants")
+STUDY_KEYS = ("title", "command", "configuration", "fields", "baseline", "seeds", "groups", "variants", "runs_of")
 #: Fields that a study gives to each run itself, or that are for one run alone.
 NOT_FOR_VARIANTS = ("seed", "output_dir", "baseline", "overwrite", "resume_from_checkpoint", "push_to_hub")
 #: Fields in which the runs of a variant may differ.
@@ -37,6 +55,7 @@ NOT_OF_A_VARIANT = {*NOT_FOR_VARIANTS, "hub_model_id", "run_name", "report_to"}
 class Member:
     """A run of a comparison."""
 
+    group: str | None
     variant: str
     folder: Path
     command: str  # of the room `training`
@@ -49,7 +68,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        return f"{self.variant}, seed {self.seed}"
+        return ", ".join(filter(None, (self.group, self.variant, f"seed {self.seed}")))
 
     @property
     def log(self) -> Path:
@@ -68,10 +87,18 @@ class Member:
         except (OSError, ValueError):
             return False
 
+    def divergence(self) -> dict[str, Any] | None:
+        """The step at which the loss or the weights became NaN or infinite, and which, if the run ended so."""
+        found = self.folder / DIVERGED
+        return read_json(found) if found.exists() else None
+
 
 @dataclasses.dataclass
 class Comparison:
-    """Runs that are compared with each other, those of one variant after those of another or not."""
+    """
+    Runs that are compared with each other, those of one variant after those of another or not; where they are in groups,
+    those of each group.
+    """
 
     title: str
     baseline: str
@@ -81,21 +108,22 @@ class Comparison:
     def __post_init__(self):
         """
         Raises:
-            [`UserError`]: there is no baseline, a run is there twice, or the data of two runs is not the same.
+            [`UserError`]: there is no baseline, a run is there twice, or the data of two runs of a group is not the same.
         """
-        if self.baseline not in self.variants:
-            raise UserError(
-                f"`baseline` is {self.baseline!r}, no variant; {nearest_name(self.baseline, self.variants)}"
-            )
-        first, by_name = self.members[0], {}
+        variants = [member.variant for member in self.members]
+        if self.baseline not in variants:
+            raise UserError(f"`baseline` is {self.baseline!r}, no variant; {nearest_name(self.baseline, variants)}")
+        by_name, first_of_group = {}, {}
         for member in self.members:
+            first = first_of_group.setdefault(member.group, member)
             other = by_name.setdefault(member.name, member)
             if other is not member:
                 raise UserError(f"{other.folder} and {member.folder} are both {member.name}: leave one of them out.")
-            if member.command != first.command:
+            if member.command != self.members[0].command:
+                first = self.members[0]
                 raise UserError(f"{first.folder} and {member.folder} have different tasks: compare those of one task.")
             pairs = [(name, value, vars(member.run.data)[name]) for name, value in vars(first.run.data).items()]
-            if member.command == "causal_lm":
+            if TASKS[member.command] == "text-generation":
                 pairs.append(("vocab_size", first.run.config.vocab_size, member.run.config.vocab_size))
             for name, value, others in pairs:
                 if value != others:
@@ -104,14 +132,10 @@ class Comparison:
                         f"{others!r} for the other."
                     )
 
-    @property
-    def variants(self) -> list[str]:
-        return list(dict.fromkeys(member.variant for member in self.members))
 
-
-def parse_member(variant: str, command_name: str, folder: Path, arguments: list[str]) -> Member:
+def parse_member(group: str | None, variant: str, command_name: str, folder: Path, arguments: list[str]) -> Member:
     run = parse_run(arguments, f"training.{command_name}", "", *COMMANDS[command_name])
-    return Member(variant, folder, command_name, run, arguments)
+    return Member(group, variant, folder, command_name, run, arguments)
 
 
 def read_study(file: Path) -> Comparison:
@@ -132,54 +156,80 @@ def read_study(file: Path) -> Comparison:
     for key in study:
         if key not in STUDY_KEYS:
             raise UserError(f"The study {file} has an unknown key {key!r}; {nearest_name(key, STUDY_KEYS)}")
-    variants, seeds = study.get("variants"), study.get("seeds")
+    variants, groups, seeds = study.get("variants"), study.get("groups", {None: {}}), study.get("seeds")
     shared, command_name = study.get("fields") or {}, study.get("command", "causal_lm")
     if not isinstance(variants, dict) or not variants:
         raise UserError(f"`variants` of {file} is {variants!r}; it must name the variants, each with its fields.")
+    if not isinstance(groups, dict) or not groups:
+        raise UserError(f"`groups` of {file} is {groups!r}; it must name the groups, each with its fields.")
+    if not isinstance(shared, dict):
+        raise UserError(f"`fields` of {file} is {shared!r}; it must name fields and values.")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise UserError(f"`seeds` of {file} is {seeds!r}; it must be a list of integers from 0.")
     if command_name not in COMMANDS:
         raise UserError(f"`command` of {file} is {command_name!r}; {nearest_name(command_name, COMMANDS)}")
-    known = known_fields(*COMMANDS[command_name])
-    folder = default_output_dir(file)
+    runs_of = study.get("runs_of", file.name)
+    if not isinstance(runs_of, str) or not (file.parent / runs_of).is_file():
+        raise UserError(
+            f"`runs_of` of {file} is {runs_of!r}; it must be the file of a study, as seen from this one's folder."
+        )
+    runs_folder = default_output_dir(Path(os.path.relpath(file.parent / runs_of)))
+    for name in (*variants, *filter(None, groups)):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
+            raise UserError(f"{name!r} of {file} cannot be the name of a folder: use letters, digits, - and _.")
     members = []
     # A seed at a time, so that a study that is cut off has the same seeds of all variants, or nearly so.
-    for seed in seeds:
-        for name, fields in variants.items():
-            where = f"The variant {name!r} of {file}"
-            if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
-                raise UserError(f"{where} cannot be the name of a folder: use letters, digits, - and _.")
-            if not isinstance(fields or {}, dict) or not isinstance(shared, dict):
-                raise UserError(f"{where} is {fields!r} with `fields` = {shared!r}; both must name fields and values.")
-            configuration, sections = study.get("configuration"), {}
-            for field, value in {**shared, **(fields or {})}.items():
-                section = next((section for section, names in known.items() if field in names), None)
-                if field == "configuration":
-                    configuration = value
-                elif field in NOT_FOR_VARIANTS:
-                    raise UserError(f"{where} has the field {field!r}, which is not for a variant: leave it out.")
-                elif section is None:
-                    nearest = nearest_name(field, sum(known.values(), [])).partition(" Known: ")[0]
-                    raise UserError(f"{where} has an unknown field {field!r}; {nearest}")
-                elif value is None and section != "model":
-                    raise UserError(f"{where} has no value for {field!r}: give one, or leave it out.")
-                else:
-                    sections.setdefault(section, {})[field] = value
-            if not isinstance(configuration, str):
-                raise UserError(f"{where} has no `configuration`: name the YAML file of the run.")
-            output = folder / name / f"seed-{seed}"
-            sections.setdefault("training", {}).update(seed=seed, output_dir=str(output))
-            path = os.path.relpath(file.parent / configuration)
-            try:
-                member = parse_member(name, command_name, output, [path, *as_arguments(sections)])
-                if member.run.training.baseline is not None:
-                    # It is the configuration's, for when it is run alone.
-                    member = parse_member(name, command_name, output, [*member.arguments, "--baseline=none"])
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            members.append(member)
+    for seed, (group, of_group), (variant, of_variant) in itertools.product(seeds, groups.items(), variants.items()):
+        where = f"The variant {variant!r} of {file}" + ("" if group is None else f", group {group!r},")
+        for fields in (of_group or {}, of_variant or {}):
+            if not isinstance(fields, dict):
+                raise UserError(f"{where} has {fields!r}, which must name fields and values.")
+        fields = {**shared, **(of_group or {}), **(of_variant or {})}
+        output = Path(runs_folder, group or "", variant, f"seed-{seed}")
+        arguments = member_arguments(where, fields, {"seed": seed, "output_dir": str(output)}, study, file)
+        try:
+            member = parse_member(group, variant, command_name, output, arguments)
+            if member.run.training.baseline is not None:
+                # It is the configuration's, for when it is run alone.
+                member = parse_member(group, variant, command_name, output, [*arguments, "--baseline=none"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        members.append(member)
     baseline = study.get("baseline", next(iter(variants)))
-    return Comparison(str(study.get("title", file.stem)), baseline, members, folder)
+    return Comparison(str(study.get("title", file.stem)), baseline, members, default_output_dir(file))
+
+
+def member_arguments(where: str, fields: dict, own: dict, study: dict, file: Path) -> list[str]:
+    """
+    The arguments of the command that trains a run of a study.
+
+    Args:
+        where: what an error names, the variant and the study's `file`.
+        fields: those of the study, of the group and of the variant.
+        own: fields of the section `training` that are the run's own.
+
+    Raises:
+        [`UserError`]: a field is unknown, not for a variant, or has no value; or there is no configuration.
+    """
+    known = known_fields(*COMMANDS[study.get("command", "causal_lm")])
+    configuration, sections = study.get("configuration"), {}
+    for field, value in fields.items():
+        section = next((section for section, names in known.items() if field in names), None)
+        if field == "configuration":
+            configuration = value
+        elif field in NOT_FOR_VARIANTS:
+            raise UserError(f"{where} has the field {field!r}, which is not for a variant: leave it out.")
+        elif section is None:
+            nearest = nearest_name(field, sum(known.values(), [])).partition(" Known: ")[0]
+            raise UserError(f"{where} has an unknown field {field!r}; {nearest}")
+        elif value is None and section != "model":
+            raise UserError(f"{where} has no value for {field!r}: give one, or leave it out.")
+        else:
+            sections.setdefault(section, {})[field] = value
+    if not isinstance(configuration, str):
+        raise UserError(f"{where} has no `configuration`: name the YAML file of the run.")
+    sections.setdefault("training", {}).update(own)
+    return [os.path.relpath(file.parent / configuration), *as_arguments(sections)]
 
 
 def read_runs(folders: list[Path], baseline: str | None) -> Comparison:
@@ -196,7 +246,7 @@ def read_runs(folders: list[Path], baseline: str | None) -> Comparison:
             raise UserError(f"{folder} is not the folder of a run, nor a YAML file: name one of them.")
         config = read_json(folder / "config.json")
         classifier = any("ForImageClassification" in name for name in config.get("architectures") or [])
-        member = parse_member("", "image_classification" if classifier else "causal_lm", folder, [str(record)])
+        member = parse_member(None, "", "image_classification" if classifier else "causal_lm", folder, [str(record)])
         if not member.is_whole():
             raise UserError(f"{folder} holds a run that is not finished: resume it, or leave it out.")
         named = {**member.run.named["model"], **member.run.named["training"]}

@@ -16,7 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import is_torch_xla_available
 
-from training.arguments import RunArguments
+from training.arguments import DIVERGED, RunArguments
 from training.card import read_json
 from training.checkpoints import (
     UNFINISHED,
@@ -72,6 +72,10 @@ class NonFiniteGuard(TrainerCallback):
         if bad is not None:
             step, learning_rate, loss = bad
             last = get_last_checkpoint(args.output_dir)
+            if args.should_save:
+                found = {"step": step, "learning_rate": learning_rate, "what": "weights" if loss is None else "loss"}
+                with told_if_not_written("What was found", args.output_dir):
+                    write_whole(Path(args.output_dir, DIVERGED), json.dumps(found))
             raise UserError(
                 f"The {'weights' if loss is None else 'loss'} became NaN or infinite at step {step}, with a learning rate "
                 f"of {learning_rate:.3g}: lower `learning_rate` or lengthen `warmup_steps`. "

@@ -87,7 +87,8 @@ def raw(folder):
 
 def rows(folder):
     """The cells of the table, by the name of the variant."""
-    lines = [line for line in (Path(folder) / "README.md").read_text().splitlines() if line.startswith("| ")]
+    page = (Path(folder) / "README.md").read_text().partition("\n## ")[0]
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return cells[0], {row[0]: row[1:] for row in cells[2:]}
 
@@ -233,6 +234,46 @@ def test_steps_to_reach_a_loss(held_out, loss, steps):
     assert found == steps or found == pytest.approx(steps)
 
 
+def logged(*losses, every=10):
+    return [[every * (index + 1), loss] for index, loss in enumerate(losses)]
+
+
+def noise(length, level=3.0):
+    return [level + 0.01 * (-1) ** index for index in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("training", "spikes"),
+    [
+        (logged(*noise(60)), 0),
+        (logged(*noise(30), 3.04, *noise(30)), 0),  # four deviations
+        (logged(*noise(30), 3.07, *noise(30)), 1),
+        (logged(*noise(30), 3.5, 3.4, 3.2, *noise(30)), 1),  # the same spike
+        (logged(*noise(30), 3.5, *noise(40), 3.6, *noise(5)), 2),
+        (logged(3.0, 9.0, *noise(30)), 0),  # too early to tell
+        (logged(*noise(30), 2.0, *noise(30)), 0),  # downwards
+    ],
+)
+def test_spikes(training, spikes):
+    assert comparison.count_spikes(training) == spikes
+
+
+@pytest.mark.parametrize(
+    ("training", "diverged"),
+    [
+        (logged(*noise(60)), False),
+        (logged(*noise(60), *noise(60, 3.3)), True),
+        (logged(*noise(60), *noise(60, 3.15)), False),
+        (logged(*noise(60), *noise(60, 5.0), *noise(60)), False),  # it came back
+        (logged(9.0, 8.0, *noise(60)), False),
+        ([], False),
+        (logged(3.0, 9.0), False),  # too short to tell
+    ],
+)
+def test_divergence(training, diverged):
+    assert comparison.has_diverged(training) is diverged
+
+
 def test_spread_and_difference():
     assert spread([1.0, 3.0]) == {"mean": 2.0, "standard_deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
     assert spread([1.0])["standard_deviation"] is None
@@ -259,16 +300,50 @@ def test_speed_of_runs_that_did_not_measure_it_and_of_several_processes(room):
 def test_perplexity_is_drawn_over_the_time(made_up, monkeypatch):
     drawn = []
 
-    def recorded(runs, label, reference, file):
-        drawn.append((runs, label, reference))
-        draw_loss_over_time(runs, label, reference, file)
+    def recorded(groups, label, baseline, file):
+        drawn.append((groups, label, baseline))
+        draw_loss_over_time(groups, label, baseline, file)
 
     monkeypatch.setattr(comparison, "draw_loss_over_time", recorded)
     call(compare.main, *made_up_runs("deep", "plain"), "--baseline=plain", "--output_dir=result")
-    ((runs, label, reference),) = drawn
-    assert list(runs) == ["plain", "deep"] and label == "held-out perplexity"
+    ((groups, label, baseline),) = drawn
+    (runs,) = groups.values()
+    assert list(runs) == ["plain", "deep"] and label == "held-out perplexity" and baseline == "plain"
     assert [point[2] for point in runs["deep"][0]["held_out"]] == pytest.approx([math.exp(4.5), math.exp(3.5)])
-    assert reference == pytest.approx(sum(math.exp(loss) for _, loss in STANDARD.values()) / 3)
+
+
+def test_groups_are_compared_each_with_its_own_baseline(room, started, monkeypatch):
+    file = "configuration/evidence/study.yaml"
+    (room / "configuration" / "evidence").mkdir(parents=True)
+    groups = {"thin": {"hidden_size": 16}, "wide": {"hidden_size": 32, "block_size": 8}}
+    write_study(file, configuration=os.path.relpath(TEXT_RUN, "configuration/evidence"), groups=groups)
+    call(compare.main, file)
+    folder = room / "runs" / "evidence" / "study"
+    assert (folder / "wide" / "2-DCA" / "seed-1" / "model.safetensors").exists()
+    found = raw(folder)
+    by_name = {(run["group"], run["variant"], run["seed"]): run for run in found["runs"]}
+    assert {(group, run["width"]) for (group, _, _), run in by_name.items()} == {("thin", 16), ("wide", 32)}
+    for group in groups:
+        differences = [
+            by_name[group, "2-DCA", seed]["eval_loss"] - by_name[group, "standard", seed]["eval_loss"]
+            for seed in (0, 1)
+        ]
+        assert found["groups"][group]["2-DCA"]["eval_loss_difference"]["values"] == pytest.approx(differences)
+    _, table = rows(folder)
+    assert list(table) == [f"{group}, {variant}" for group in groups for variant in STUDY["variants"]]
+    page = (folder / "README.md").read_text()
+    assert re.search(r"- Data of thin: .*`block_size` 16", page) and re.search(
+        r"- Data of wide: .*`block_size` 8", page
+    )
+
+    # Another study has those of the same name, and trains what is new alone.
+    monkeypatch.setattr(compare, "start", no_start)
+    other = {"groups": {"thin": groups["thin"]}, "runs_of": "study.yaml"}
+    write_study(
+        "configuration/evidence/other.yaml", configuration=os.path.relpath(TEXT_RUN, "configuration/evidence"), **other
+    )
+    call(compare.main, "configuration/evidence/other.yaml")
+    assert raw("runs/evidence/other")["groups"] == {"thin": found["groups"]["thin"]}
 
 
 def test_study_is_trained_and_then_kept(room, started, monkeypatch, capsys):
@@ -354,14 +429,40 @@ def test_run_that_is_another_now_is_refused(room, started, monkeypatch, capsys, 
 
 
 def test_failing_run_is_named_and_the_others_go_on(room, started, capsys):
+    write_study(groups={"a": {}, "b": {"dataset": "gone.jsonl"}}, seeds=[3])
+    line = failure(capsys, compare.main, "study.yaml")
+    assert "The run b, standard, seed 3 failed (1 more failed, see above): " in line and "'gone.jsonl'" in line
+    assert "exit status 2" in line
+    assert [name for name, _ in started] == [
+        f"{group}, {name}, seed 3" for group in "ab" for name in STUDY["variants"]
+    ]
+    assert list(raw("runs/study")["groups"]) == ["a"] and list(raw("runs/study")["groups"]["a"]) == list(
+        STUDY["variants"]
+    )
+    page = (room / "runs" / "study" / "README.md").read_text()
+    assert re.search(r"## Runs that failed\n\n- b, standard, seed 3: The data file", page)
+
+
+def test_run_that_diverges_is_a_result_and_not_tried_again(room, started, monkeypatch, capsys):
     variants = {"bad": {"learning_rate": 1e30, "warmup_steps": 0}, **STUDY["variants"]}
     write_study(variants=variants, seeds=[3], fields={**STUDY["fields"], "logging_steps": 1})
-    line = failure(capsys, compare.main, "study.yaml")
-    assert "The run bad, seed 3 failed: The" in line and "became NaN or infinite" in line and "exit status 2" in line
+    call(compare.main, "study.yaml")
     assert [name for name, _ in started] == ["bad, seed 3", "standard, seed 3", "2-DCA, seed 3"]
-    assert list(raw("runs/study")["variants"]) == ["standard", "2-DCA"]
+    assert re.search(r"bad, seed 3: diverged at step \d after", capsys.readouterr().out)
+    found = raw("runs/study")
+    assert list(found["variants"]) == ["standard", "2-DCA"] and not found["failed"]
+    assert list(found["diverged"]) == ["bad, seed 3"] and 1 <= found["diverged"]["bad, seed 3"]["step"] <= 4
     page = (room / "runs" / "study" / "README.md").read_text()
-    assert re.search(r"## Runs that failed\n\n- bad, seed 3: The \w+ became NaN", page)
+    assert [row.split() for row in page[page.index("## Stability") :].splitlines() if row.startswith("| bad")] == [
+        ["|", "bad", "|", "1", "|", "1", "|", "0", "|", "0", "|"]
+    ]
+    monkeypatch.setattr(compare, "start", no_start)
+    call(compare.main, "study.yaml")
+    # A run that goes on is no longer one that ended.
+    folder = room / "runs" / "study" / "bad" / "seed-3"
+    assert (folder / "diverged.json").exists()
+    call(causal_lm.main, TEXT_RUN, f"--output_dir={folder}", "--resume_from_checkpoint", "--max_steps=1")
+    assert not (folder / "diverged.json").exists()
 
 
 def test_last_error_of_a_log_is_of_this_sitting(room):
