@@ -55,6 +55,21 @@ $(XLA_VENV)/.test: pyproject.toml constraints.txt
 test-xla: $(XLA_VENV)/.test
 	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/test_xla.py
 
+# The second text of the studies in configuration/evidence: the English documentation of Linux, as Debian ships it (or any
+# folder that holds it as text). Every 60th document is held out.
+data/linux-doc:
+	rm -rf $@.unfinished && mkdir -p $@.unfinished/package
+	cd $@.unfinished && apt-get download linux-doc-6.1 && dpkg-deb --extract linux-doc-6.1_*.deb package
+	cd $@.unfinished/package/usr/share/doc/linux-doc-6.1/html/_sources && \
+	find . -name '*.txt' ! -path './translations/*' | LC_ALL=C sort | \
+	awk '{ print > (NR % 60 ? "train.list" : "held-out.list") }' && \
+	for part in train held-out; do \
+		mkdir -p $(CURDIR)/$@.unfinished/$$part && \
+		tar --create --files-from $$part.list | tar --extract --directory $(CURDIR)/$@.unfinished/$$part || exit 1; \
+	done
+	rm -r $@.unfinished/package $@.unfinished/*.deb
+	mv $@.unfinished $@
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 from modeling_dca import ALL_GRN_FUNCTIONS, DCAConfig, DCAForCausalLM, GeneralizedResidual, generalized_residual
 from modeling_dca.configuration_dca import nearest_name
-from training.arguments import parse_run
+from training.arguments import Run, parse_run
 from training.causal_lm import CausalLMArguments, train_language_model
-from training.errors import command
+from training.errors import UserError, command
 from training.text import TextDataArguments
 
 
@@ -26,6 +26,7 @@ class AlteredForCausalLM(DCAForCausalLM):
     """A model that is DCA but for one part, and whose code is not saved with it."""
 
     _auto_class = None
+    _auto_map = {}
 
 
 def literal_generalized_residual(
@@ -73,6 +74,7 @@ class ChosenResidual(GeneralizedResidual):
     def __init__(self, whole: GeneralizedResidual, first: int, last: int):
         outputs, entries, _ = whole.delta.shape
         self.chosen = [i for i in range(entries) if i < first or i >= entries - last]
+        self.chosen_spans = [whole.spans()[i] for i in self.chosen]
         super().__init__(whole.config, num_blocks=len(self.chosen) - 1, outputs=outputs)
 
     def forward(self, *stack: torch.Tensor) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
@@ -80,7 +82,7 @@ class ChosenResidual(GeneralizedResidual):
         return *outputs, stack
 
     def spans(self) -> list[tuple[int, int]]:
-        return [(i, i) for i in self.chosen]
+        return self.chosen_spans
 
 
 class ChosenOutputsForCausalLM(AlteredForCausalLM):
@@ -150,6 +152,25 @@ class AlteredArguments(CausalLMArguments):
         super().__post_init__()
 
 
+def check_alteration(run: Run) -> None:
+    """
+    Raises:
+        [`UserError`]: there is nothing to alter, more would be altered, or less, than the run's own model, or it would be
+            published as what it is not.
+    """
+    altered = f"`alteration` is {run.training.alteration!r}"
+    if run.config.residual_scheme == "standard":
+        raise UserError(
+            f"{altered}, but the 'standard' scheme has nothing to alter: choose another `residual_scheme`."
+        )
+    if run.training.baseline not in (None, "none"):
+        raise UserError(f"{altered}, which the `baseline` would have, too: leave `baseline` out, and train it alone.")
+    if run.initial_checkpoint is not None:
+        raise UserError(f"{altered}, which is for models that start anew: leave `initial_checkpoint` out.")
+    if run.training.push_to_hub:
+        raise UserError(f"{altered}, which makes a model that is not for use: leave `push_to_hub` out.")
+
+
 @command
 def main():
     run = parse_run(
@@ -160,6 +181,8 @@ def main():
         TextDataArguments,
         AlteredArguments,
     )
+    if run.training.alteration is not None:
+        check_alteration(run)
     model_class, callbacks = ALTERATIONS.get(run.training.alteration, (DCAForCausalLM, ()))
     train_language_model(run, model_class, callbacks=list(callbacks))
 

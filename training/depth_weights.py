@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from modeling_dca import DCAPreTrainedModel, GeneralizedResidual
+from training.card import read_json
+from training.checkpoints import write_whole
 from training.errors import UserError, command, told
 from training.figures import draw_learned_b
 
@@ -46,8 +48,9 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
     gates = {residual: [] for residual in residuals}
 
     def record_gates(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
+        entries = [stack[i] for i in getattr(residual, "chosen", range(len(stack)))]  # (see `training.altered`)
         # (tokens, outputs, entries) of this batch
-        opened = [(entry.float() @ residual.gate.float().T).clamp(min=0).flatten(0, -2) for entry in stack]
+        opened = [(entry.float() @ residual.gate.float().T).clamp(min=0).flatten(0, -2) for entry in entries]
         opened = torch.stack(opened, dim=-1)
         gates[residual].append((opened.sum(dim=0), len(opened)))
 
@@ -115,8 +118,24 @@ def load(checkpoint: str) -> DCAPreTrainedModel:
     return model
 
 
-def shapes_of(model: DCAPreTrainedModel) -> list[torch.Size]:
-    return [layer.residual.delta.shape for layer in model.layers]
+def kind_of(model: DCAPreTrainedModel) -> tuple[str, list[torch.Size]]:
+    return model.config.residual_scheme, [layer.residual.delta.shape for layer in model.layers]
+
+
+def check_output(folder: Path) -> None:
+    """
+    Raises:
+        [`UserError`]: the folder holds a file of one of the names that are written, but not of this command.
+    """
+    numbers, figure = (folder / f"{LEARNED_B}.{suffix}" for suffix in ("json", "png"))
+    try:
+        own = LEARNED_B in read_json(numbers) if numbers.exists() else not figure.exists()
+    except (OSError, TypeError, ValueError):
+        own = False
+    if not own:
+        raise UserError(
+            f"`output_dir` is {str(folder)!r}, where a {LEARNED_B} is that is not of this command: name another."
+        )
 
 
 @command
@@ -132,15 +151,21 @@ def main():
     arguments = parser.parse_args()
     models = [load(checkpoint) for checkpoint in arguments.checkpoints]
     for checkpoint, model in zip(arguments.checkpoints, models):
-        if shapes_of(model) != shapes_of(models[0]):
+        if kind_of(model) != kind_of(models[0]):
             raise UserError(
-                f"{checkpoint!r} has other generalized residuals than {arguments.checkpoints[0]!r}: name models of one shape."
+                f"{checkpoint!r} has other generalized residuals than {arguments.checkpoints[0]!r}: name models of one "
+                "scheme and shape."
             )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = arguments.output_dir
+    check_output(folder)
     content = {"checkpoints": arguments.checkpoints, "percentiles": BAND, "learned_b": learned_b(models)}
-    (arguments.output_dir / f"{LEARNED_B}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    draw_learned_b(content["learned_b"], arguments.output_dir / f"{LEARNED_B}.png")
-    print(f"The learned b are in {arguments.output_dir}: {LEARNED_B}.json and {LEARNED_B}.png.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{LEARNED_B}.json", json.dumps(content, indent=1))
+        draw_learned_b(content["learned_b"], folder / f"{LEARNED_B}.png")
+    except OSError as error:
+        raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error
+    print(f"The learned b are in {folder}: {LEARNED_B}.json and {LEARNED_B}.png.")
 
 
 if __name__ == "__main__":

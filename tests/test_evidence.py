@@ -1,0 +1,103 @@
+"""The studies in configuration/evidence: every file is a study that can start, and compares like with like."""
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import training_args
+
+from training.altered import ALTERATIONS
+from training.run import check_model
+from training.study import COMMANDS, Comparison, read_study
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "configuration" / "evidence"
+BASES = {"text", "digits"}
+STUDIES = sorted(
+    file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml") if file.stem not in BASES
+)
+#: Fields in which the variants of a study may differ: they are what it is about.
+APART = {
+    **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration"}),
+    "learning_rate": {"learning_rate"},
+}
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """The studies at the paper's shape name a precision that is refused where the device lacks it."""
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.chdir(ROOT)
+
+
+def study(name: str) -> Comparison:
+    return read_study(Path("configuration", "evidence", f"{name}.yaml"))
+
+
+def named(member, apart: set[str]) -> dict:
+    """What a run names, but for what it is told apart by."""
+    fields = {**member.run.named["model"], **member.run.named["data"], **member.run.named["training"]}
+    return {name: value for name, value in fields.items() if name not in apart | {"seed", "output_dir"}}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_variants_differ_in_nothing_but_what_is_compared(name):
+    comparison = study(name)
+    groups = {}
+    for member in comparison.members:
+        groups.setdefault(member.group, []).append(member)
+        others = {other.variant for other in comparison.members if other.seed == member.seed}
+        assert others == {other.variant for other in comparison.members}
+    for members in groups.values():
+        assert len({member.variant for member in members}) > 1
+        assert all(named(member, APART[name]) == named(members[0], APART[name]) for member in members)
+    seeds = {member.seed for member in comparison.members}
+    assert len(seeds) >= 3 or name == "learning_rate"
+    assert comparison.folder == Path("runs", "evidence", name)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_models_can_be_built(name):
+    members = study(name).members
+    for member in members:
+        if member.seed == members[0].seed:
+            alteration = getattr(member.run.training, "alteration", None)
+            model_class, _ = ALTERATIONS.get(alteration, (COMMANDS[member.command][0], ()))
+            check_model(model_class, member.run.config)
+
+
+def test_every_study_has_its_like_at_the_papers_shape():
+    small = {name for name in STUDIES if "/" not in name}
+    small -= {"learning_rate", "k_at_the_papers_rate", "second_text"}
+    assert {name.removeprefix("paper_scale/") for name in STUDIES if "/" in name} == small
+    for name in small:
+        variants, of_paper = (
+            {member.variant for member in study(each).members} for each in (name, f"paper_scale/{name}")
+        )
+        assert variants <= of_paper
+
+
+@pytest.mark.parametrize("name", ["open_questions", "outputs"])
+@pytest.mark.parametrize("folder", ["", "paper_scale/"])
+def test_shared_runs_are_the_same(folder, name):
+    ablation = {member.folder: member for member in study(f"{folder}ablation").members}
+    shared = [member for member in study(folder + name).members if member.folder in ablation]
+    assert {member.variant for member in shared} >= {"standard"} and len(shared) >= 6
+    for member in shared:
+        assert member.run.named == ablation[member.folder].run.named
+
+
+def test_learning_rate_is_the_best_of_the_grid():
+    # (`learning_rate.yaml`'s result says which.)
+    rates = {member.run.training.learning_rate for member in study("k").members}
+    grid = {member.run.training.learning_rate for member in study("learning_rate").members}
+    assert rates < grid and len(rates) == 1
+    (rate,) = rates
+    assert min(grid) < rate < max(grid)
+
+
+def test_index_has_every_study():
+    index = (ROOT / "configuration" / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"\]\(evidence/([\w/]+)\.yaml\)", index)
+    assert sorted(found) == STUDIES
