@@ -19,7 +19,7 @@ STUDIES = sorted(
 )
 #: Fields in which the variants of a study may differ: they are what it is about.
 APART = {
-    **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration"}),
+    **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration", "gate_learning_rate_scale"}),
     "learning_rate": {"learning_rate"},
 }
 

@@ -48,6 +48,7 @@ SMALLEST = {
     "global_batch_size": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
+    "gate_learning_rate_scale": 0,
     "warmup_steps": 0,
     "weight_decay": 0,
     "seed": 0,
@@ -70,6 +71,10 @@ class RunArguments(TrainingArguments):
             "help": "The examples of a training step over all devices; `gradient_accumulation_steps` follows from it, "
             "whatever the number of devices. An epoch is filled up to whole steps, with examples drawn again."
         },
+    )
+    gate_learning_rate_scale: float = dataclasses.field(
+        default=1.0,
+        metadata={"help": "What the learning rate is multiplied by for the gates `w` of the generalized residuals."},
     )
     overwrite: bool = dataclasses.field(
         default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}
