@@ -246,7 +246,8 @@ def read_runs(folders: list[Path], baseline: str | None) -> Comparison:
             raise UserError(f"{folder} is not the folder of a run, nor a YAML file: name one of them.")
         config = read_json(folder / "config.json")
         classifier = any("ForImageClassification" in name for name in config.get("architectures") or [])
-        member = parse_member(None, "", "image_classification" if classifier else "causal_lm", folder, [str(record)])
+        # ("altered" knows the fields of all language models.)
+        member = parse_member(None, "", "image_classification" if classifier else "altered", folder, [str(record)])
         if not member.is_whole():
             raise UserError(f"{folder} holds a run that is not finished: resume it, or leave it out.")
         named = {**member.run.named["model"], **member.run.named["training"]}

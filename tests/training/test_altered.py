@@ -450,6 +450,13 @@ def test_study_of_altered_models(room, monkeypatch):
         gates = [value for key, value in weights(folder / name / "seed-0").items() if key.endswith("residual.gate")]
         assert len(gates) == 3 and any(gate.any() for gate in gates) != dead
 
+    # The runs alone tell as much.
+    call(compare.main, "runs/study/DCA/seed-0", "runs/study/dead gate/seed-0", "--output_dir=again")
+    again = json.loads((room / "again" / "comparison.json").read_text())
+    assert [(run["variant"], run["eval_loss"]) for run in again["runs"]] == [
+        (run["variant"], run["eval_loss"]) for run in found["runs"]
+    ]
+
 
 def test_study_refuses_an_unknown_alteration(room, capsys):
     write_study(variants={"DCA": {}, "dead": {"alteration": "literal_gates"}})
