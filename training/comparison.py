@@ -251,13 +251,12 @@ def make_stability_table(runs: list[dict], diverged: list[Member]) -> str:
         row["diverged"] += is_diverged
         row["spikes"] += [] if spikes is None else [spikes]
     header = ["", "runs", "diverged", "with spikes", "spikes in all"]
-    return align(
-        header,
-        [
-            [name, *map(str, (row["runs"], row["diverged"], sum(map(bool, row["spikes"])), sum(row["spikes"])))]
-            for name, row in rows.items()
-        ],
-    )
+    cells = []
+    for name, row in rows.items():
+        # Left empty where none could be seen, which is not to say that there were none.
+        spikes = [sum(map(bool, row["spikes"])), sum(row["spikes"])] if row["spikes"] else ["", ""]
+        cells.append([name, *map(str, (row["runs"], row["diverged"], *spikes))])
+    return align(header, cells)
 
 
 def describe_training(runs: list[dict]) -> list[str]:
@@ -292,7 +291,7 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         CURVES: "Training and held-out loss over the steps; the bands reach from the lowest to the highest seed."
     }
     draw_compared_curves(groups, folder / CURVES)
-    label = "perplexity" if task == "text-generation" else "loss"
+    label = "perplexity" if task == "text-generation" else "loss (nats)"
     draw_loss_over_time(groups, f"held-out {label}", comparison.baseline, folder / OVER_TIME)
     figures[OVER_TIME] = (
         f"Held-out {label} over the training time. The dashed line is where {comparison.baseline} ended."
