@@ -22,6 +22,7 @@ HYPER_PARAMETERS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "gate_learning_rate_scale",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
@@ -111,6 +112,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         steps=read_json(folder / "trainer_state.json")["global_step"],
         hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
         config=run.config,
+        alteration=arguments.get("alteration"),  # which only `training.altered` has
         loss_curve=LOSS_CURVE,
         depth_weights=DEPTH_WEIGHTS if weights else None,
         prompt=repr(note.get("prompt")),  # as Python writes it: JSON's escapes of an emoji are another text to Python
