@@ -26,6 +26,7 @@ from training.metrics import Perplexity
 from training.run import (
     check_hub,
     check_model,
+    check_optimizer,
     check_output_folder,
     config_of_baseline,
     make_output_folder,
@@ -107,6 +108,7 @@ def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_
         check_lanes(data.stream_lanes, run.training.world_size)
     baseline = config_of_baseline(run)
     check_model(model_class, config)
+    check_optimizer(run.training)
     check_output_folder(run.training)
     check_hub(run.training)
 

@@ -31,6 +31,7 @@ from training.metrics import Accuracy
 from training.run import (
     check_hub,
     check_model,
+    check_optimizer,
     check_output_folder,
     config_of_baseline,
     make_output_folder,
@@ -96,6 +97,7 @@ def main():
     data, config = run.data, run.config
     baseline = config_of_baseline(run)
     check_model(DCAForImageClassification, config)
+    check_optimizer(run.training)
     check_output_folder(run.training)
     check_hub(run.training)
 

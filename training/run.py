@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import create_repo
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.utils import is_torch_xla_available
 
 from modeling_dca import DCAConfig
@@ -97,6 +97,34 @@ def check_model(model_class: type[PreTrainedModel], config: DCAConfig) -> None:
             model_class(config)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"The model cannot be built: {type(error).__name__}: {innermost_message(error)}") from error
+
+
+def check_optimizer(arguments: RunArguments) -> None:
+    """
+    See that the optimizer and the learning rate schedule can be had, with a model of one weight.
+
+    Raises:
+        [`UserError`]: a package is missing, or one of them does not take what `optim_args` or `lr_scheduler_kwargs` says.
+    """
+    model = torch.nn.Linear(1, 1, bias=False)
+    named = ("optim", "optim_args")
+    try:
+        RunTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+        named = ("lr_scheduler_type", "lr_scheduler_kwargs")
+        num_steps = max(arguments.max_steps, 1)  # without `max_steps` they are not known before the data is
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD(model.parameters(), lr=arguments.learning_rate),
+            arguments.get_warmup_steps(num_steps),
+            num_steps,
+            arguments.lr_scheduler_kwargs,
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        kind, options = (getattr(arguments, name) for name in named)
+        raise UserError(
+            f"`{named[0]}` is {str(kind.value)!r}, with {options!r} as `{named[1]}`, which cannot be had: "
+            f"{innermost_message(error)}"
+        ) from error
 
 
 def check_hub(arguments: RunArguments) -> None:

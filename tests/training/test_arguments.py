@@ -15,6 +15,7 @@ from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal
 from training import arguments, causal_lm, image_classification
 from training.errors import innermost_message
 from training.images import ImageDataArguments
+from training.run import check_optimizer
 from training.text import TextDataArguments
 
 
@@ -393,6 +394,50 @@ def test_error_of_a_configuration_names_its_field():
     with pytest.raises(StrictDataclassError) as error:
         DCAConfig(hidden_size="big")
     assert innermost_message(error.value).count("hidden_size") == 1
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--optim=lomo"], ["`optim` is 'lomo'", "install `lomo_optim`"]),
+        (
+            ["--optim=adagrad", "--optim_args=lr_decay=low"],
+            ["`optim` is 'adagrad'", "'lr_decay=low' as `optim_args`", "'low'"],
+        ),
+        (
+            ["--lr_scheduler_type=cosine", '--lr_scheduler_kwargs={"cycles": 2}'],
+            ["`lr_scheduler_type` is 'cosine'", "{'cycles': 2} as `lr_scheduler_kwargs`", "'cycles'"],
+        ),
+        (["--lr_scheduler_type=cosine_with_min_lr"], ["'cosine_with_min_lr'", "min_lr or min_lr_rate should be set"]),
+        (["--lr_scheduler_type=warmup_stable_decay"], ["'warmup_stable_decay'", "'num_decay_steps'"]),
+        (
+            ["--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"lr_end": 0.5}', "--learning_rate=0.1"],
+            ["'polynomial'", "lr_end (0.5) must be smaller than initial lr (0.1)"],
+        ),
+    ],
+)
+def test_optimizer_or_schedule_that_cannot_be_had_is_refused(room, capsys, name, given, words):
+    main, file, _ = COMMANDS[name]
+    assert_names(refusal(capsys, main, file, "--output_dir=run", *given), *words)
+    assert not (room / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("constant", None),
+        ("cosine_with_min_lr", {"min_lr": 1e-5}),
+        ("warmup_stable_decay", {"num_decay_steps": 10}),
+        ("reduce_lr_on_plateau", {"patience": 2}),
+    ],
+)
+def test_optimizer_and_schedule_that_can_be_had(optimizer, schedule, options):
+    rest = {"warmup_steps": 0.1, "num_train_epochs": 2, "eval_strategy": "epoch", "output_dir": "run"}
+    check_optimizer(
+        causal_lm.CausalLMArguments(optim=optimizer, lr_scheduler_type=schedule, lr_scheduler_kwargs=options, **rest)
+    )
 
 
 def test_integration_that_is_not_installed_is_refused(room, capsys, monkeypatch):
