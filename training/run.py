@@ -122,7 +122,7 @@ def check_optimizer(arguments: RunArguments) -> None:
     except (ImportError, TypeError, ValueError) as error:
         kind, options = (getattr(arguments, name) for name in named)
         raise UserError(
-            f"`{named[0]}` is {str(kind.value)!r}, with {options!r} as `{named[1]}`, which cannot be had: "
+            f"`{named[0]}` is {kind.value!r}, with {options!r} as `{named[1]}`, which cannot be had: "
             f"{innermost_message(error)}"
         ) from error
 
