@@ -296,7 +296,8 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
     figures[OVER_TIME] = (
         f"Held-out {label} over the training time. The dashed line is where {comparison.baseline} ended."
     )
-    if len({run["parameters"] for run in runs}) > 1:
+    # Groups that are of one size, of learning rates say, have nothing to tell about sizes.
+    if len({run["parameters"] for run in runs if run["group"] is None or run["variant"] == comparison.baseline}) > 1:
         draw_loss_over_parameters(groups, folder / OVER_PARAMETERS)
         figures[OVER_PARAMETERS] = "Final held-out loss over the number of parameters."
     else:

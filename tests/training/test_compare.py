@@ -335,6 +335,7 @@ def test_groups_are_compared_each_with_its_own_baseline(room, started, monkeypat
     assert re.search(r"- Data of thin: .*`block_size` 16", page) and re.search(
         r"- Data of wide: .*`block_size` 8", page
     )
+    assert "loss_over_parameters.png" in page
 
     # Another study has those of the same name, and trains what is new alone.
     monkeypatch.setattr(compare, "start", no_start)
@@ -344,6 +345,8 @@ def test_groups_are_compared_each_with_its_own_baseline(room, started, monkeypat
     )
     call(compare.main, "configuration/evidence/other.yaml")
     assert raw("runs/evidence/other")["groups"] == {"thin": found["groups"]["thin"]}
+    # (All groups have one size.)
+    assert "loss_over_parameters.png" not in (room / "runs" / "evidence" / "other" / "README.md").read_text()
 
 
 def test_study_is_trained_and_then_kept(room, started, monkeypatch, capsys):
