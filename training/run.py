@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from huggingface_hub import create_repo
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler, set_seed
+from transformers.trainer_utils import speed_metrics
 from transformers.utils import is_torch_xla_available
 
 from modeling_dca import DCAConfig
@@ -228,6 +230,18 @@ def mean_logged_loss(log_history: list[dict]) -> float:
     return sum((step - before) * loss for before, step, loss in zip((0, *steps), steps, losses)) / steps[-1]
 
 
+def figures_of_the_past(trainer: RunTrainer) -> dict[str, float]:
+    """What the training of a run had come to that was over before this sitting, by what was logged and counted in it."""
+    steps = trainer.state.global_step
+    figures = {"train_loss": mean_logged_loss(trainer.state.log_history)}
+    measured = trainer.throughput.measured(trainer.args.world_size, since_last_log=False)
+    if measured:
+        examples = steps * trainer.get_total_train_batch_size(trainer.args)
+        figures |= speed_metrics("train", time.time() - trainer.throughput.seconds, examples, steps)
+        figures |= {f"train_{name}": value for name, value in measured.items()}
+    return figures
+
+
 def train(
     model_class: type[PreTrainedModel],
     config: DCAConfig,
@@ -253,7 +267,7 @@ def train(
             trainer.save_metrics("train", result.metrics)
         elif not (folder / "train_results.json").exists():
             # It ended between its last checkpoint and its figures. (Those that there are stay as they are.)
-            trainer.save_metrics("train", {"train_loss": mean_logged_loss(trainer.state.log_history)})
+            trainer.save_metrics("train", figures_of_the_past(trainer))
         trainer.save_model()
         trainer.save_state()
         metrics = trainer.evaluate()

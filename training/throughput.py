@@ -85,7 +85,8 @@ class Throughput(TrainerCallback, ExportableState):
     def state(self) -> dict:
         return {"args": {}, "attributes": {name: getattr(self, name) for name in ("examples", "seconds", "waited")}}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.unit = "tokens" if model.main_input_name == "input_ids" else "images"
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
@@ -95,15 +96,10 @@ class Throughput(TrainerCallback, ExportableState):
 
     def count(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], world_size: int) -> None:
         """A batch that each of `world_size` processes trains on."""
-        if "input_ids" in inputs:
-            self.unit, number, (_, length) = "tokens", inputs["input_ids"].numel(), inputs["input_ids"].shape
-            tokens = 1
+        if self.unit == "tokens":
+            number, (_, length), tokens = inputs["input_ids"].numel(), inputs["input_ids"].shape, 1
         else:
-            self.unit, number, (*_, height, width) = (
-                "images",
-                len(inputs["pixel_values"]),
-                inputs["pixel_values"].shape,
-            )
+            number, (*_, height, width) = len(inputs["pixel_values"]), inputs["pixel_values"].shape
             patch_height, patch_width = model.config.patch_height_width
             tokens = length = (height // patch_height) * (width // patch_width)
         if self.clock is not None:

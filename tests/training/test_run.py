@@ -31,6 +31,8 @@ from tests.training.tiny import (
     write_room,
 )
 from training import causal_lm
+from training.comparison import read_member
+from training.study import read_runs
 from training.trainer import NonFiniteGuard
 
 
@@ -163,6 +165,29 @@ def test_finished_run_that_is_resumed_keeps_its_figures(room):
     assert before["train_loss"] > 0
     for name in ("train_loss", "train_runtime", "eval_loss", "eval_perplexity", "eval_bits_per_byte"):
         assert after[name] == before[name], name
+
+
+@pytest.mark.parametrize("batch", ["--per_device_train_batch_size=4", "--global_batch_size=8"])
+def test_run_that_was_killed_before_its_figures_has_those_of_its_training(room, batch):
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", batch)
+    before, run = results(room / "run"), room / "run"
+    read_before = read_member(read_runs([Path("run")], None).members[0])
+    for name in ("train_results.json", "all_results.json"):
+        (run / name).unlink()
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", batch, "--resume_from_checkpoint")
+    after, logged = results(run), json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert after["train_loss"] == pytest.approx(before["train_loss"])
+    assert after["train_tokens_per_second"] == before["train_tokens_per_second"]
+    assert after["train_steps_per_second"] * after["train_runtime"] == pytest.approx(6, rel=0.02)
+    size = 8 if batch.startswith("--global") else 4
+    assert after["train_samples_per_second"] == pytest.approx(size * after["train_steps_per_second"], rel=0.01)
+    assert {name for entry in logged for name in entry if name.endswith("_per_second")} <= {
+        "tokens_per_second",
+        *(f"{kind}_{unit}_per_second" for kind in ("train", "eval") for unit in ("tokens", "samples", "steps")),
+    }
+    read_after = read_member(read_runs([Path("run")], None).members[0])
+    for name in ("steps", "examples", "seconds", "speed"):
+        assert read_after[name] == read_before[name], name
 
 
 def test_run_is_resumed_for_more_steps(room):

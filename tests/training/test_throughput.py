@@ -40,7 +40,7 @@ class Meter:
         self.model = DCAForCausalLM(DCAConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
 
     def begin(self):
-        self.throughput.on_train_begin(self.arguments, self.state, self.control)
+        self.throughput.on_train_begin(self.arguments, self.state, self.control, model=self.model)
 
     def batches(self, wait):
         while True:
@@ -126,8 +126,10 @@ def test_flops_of_images(clock):
         num_hidden_layers=1,
         num_attention_heads=2,
     )
-    meter = Meter(clock, peak=1e6)
+    meter = Meter(clock)
     meter.model = DCAForImageClassification(config)
+    meter.begin()
+    meter.throughput.peak = 1e6
     meter.throughput.count(meter.model, {"pixel_values": torch.zeros(3, 1, 8, 12)}, 1)
     assert meter.throughput.flops == 12 * training_flops(meter.model, 12)
 
