@@ -141,13 +141,14 @@ def _plot_band(axes, x, values: np.ndarray, label: str, index: int, **style) -> 
 
 def _limit(axes, values: list[np.ndarray]) -> None:
     """Leave out the first values of the curves, far above all that follow: they would flatten them."""
-    finite = [each[np.isfinite(each)] for each in values if np.isfinite(each).any()]
+    scale = axes.yaxis.get_transform()
+    finite = [scale.transform(each[np.isfinite(each)]) for each in values if np.isfinite(each).any()]
     if not finite:
         return
     low, high = min(each.min() for each in finite), max(np.quantile(each, 0.9) for each in finite)
     high = max(high, *(each[-1] for each in finite))
     if high > low:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.set_ylim(scale.inverted().transform([low - 0.05 * (high - low), high + 0.05 * (high - low)]))
 
 
 def draw_compared_curves(groups: dict[str | None, dict[str, list[dict]]], file: Path) -> None:
@@ -208,6 +209,9 @@ def draw_loss_over_time(
     )
     for axes, (group, runs) in zip(panels.flat, groups.items()):
         drawn = []
+        axes.set_yscale("log")  # most of the time goes into the last few per cent
+        for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            each("{x:g}")
         for index, (variant, of_seeds) in enumerate(runs.items()):
             steps, values = _over_seeds([run["held_out"] for run in of_seeds], 2)
             if steps:
@@ -247,6 +251,8 @@ def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], f
             deviation = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
             line, name = (of_seeds[0]["scheme"], variant) if group is None else (variant, group)
             lines.setdefault(line, []).append((of_seeds[0]["parameters"], np.mean(losses), deviation, name))
+    sizes = [size for points in lines.values() for size, *_ in points]
+    middle = (min(sizes) + max(sizes)) / 2  # on the other side of it names stand left of their points
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for index, (line, points) in enumerate(lines.items()):
         parameters, losses, deviations, names = zip(*sorted(points))
@@ -255,8 +261,9 @@ def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], f
         axes.errorbar(parameters, losses, deviations, label=label, marker=marker, capsize=3, **_style(index))
         if len(points) > 1:
             for x, y, name in zip(parameters, losses, names):
-                axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color=COLORS[0])
-    axes.margins(x=0.12)  # for the names beside the points
+                offset, side = ((4, 5), "left") if x < middle else ((-4, 5), "right")
+                axes.annotate(name, (x, y), offset, ha=side, textcoords="offset points", fontsize=7, color=COLORS[0])
+    axes.margins(x=0.05)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
     axes.tick_params(axis="x", labelrotation=20)
     axes.set_xlabel("parameters")
