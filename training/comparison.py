@@ -296,8 +296,9 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
     figures[OVER_TIME] = (
         f"Held-out {label} over the training time. The dashed line is where {comparison.baseline} ended."
     )
-    # Groups that are of one size, of learning rates say, have nothing to tell about sizes.
-    if len({run["parameters"] for run in runs if run["group"] is None or run["variant"] == comparison.baseline}) > 1:
+    # Groups of one size or nearly so, of learning rates say, have nothing to tell about sizes.
+    sizes = [run["parameters"] for run in runs if run["group"] is None or run["variant"] == comparison.baseline]
+    if sizes and max(sizes) > 1.01 * min(sizes):
         draw_loss_over_parameters(groups, folder / OVER_PARAMETERS)
         figures[OVER_PARAMETERS] = "Final held-out loss over the number of parameters."
     else:
