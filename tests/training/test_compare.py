@@ -134,6 +134,15 @@ def made_up_runs(*variants):
     return [f"runs/{variant}/seed-{seed}" for variant in variants for seed in range(3)]
 
 
+@pytest.mark.parametrize("values, apart", [(201, False), (210, True)])
+def test_sizes_are_drawn_where_they_are_apart(room, values, apart):
+    write_run(room / "runs" / "plain", 0, STANDARD[0], "standard", 100.0, values=200)
+    write_run(room / "runs" / "deep", 0, DCA[0], "dca", 80.0, values=values)
+    call(compare.main, "runs/plain", "runs/deep", "--output_dir=result")
+    picture = "loss_over_parameters.png"
+    assert (room / "result" / picture).exists() == (picture in (room / "result" / "README.md").read_text()) == apart
+
+
 def test_figures_are_those_computed_by_hand(made_up):
     call(compare.main, *made_up_runs("plain", "deep"), "--baseline=plain", "--output_dir=result")
     plain, deep = (raw("result")["variants"][name] for name in ("plain", "deep"))
