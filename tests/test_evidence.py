@@ -23,7 +23,10 @@ APART = {
     **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration", "gate_learning_rate_scale"}),
     "learning_rate": {"learning_rate"},
     "paper_scale/learning_rate": {"learning_rate"},
-    "k_at_the_best_rate": {"residual_scheme", "last_k", "gate_learning_rate_scale", "learning_rate"},
+    **dict.fromkeys(
+        ("k_at_the_best_rate", "rates_128"),
+        {"residual_scheme", "last_k", "gate_learning_rate_scale", "learning_rate"},
+    ),
 }
 
 
@@ -73,7 +76,7 @@ def test_models_can_be_built(name):
 def test_every_study_has_its_like_at_the_papers_shape():
     small = {name for name in STUDIES if "/" not in name}
     # (The best rate of the paper's shape is not known, and `ablation` has its like.)
-    small -= {"k_at_the_best_rate", "ablation_128"}
+    small -= {"k_at_the_best_rate", "ablation_128", "rates_128"}
     assert {name.removeprefix("paper_scale/") for name in STUDIES if "/" in name} == small
     for name in small - {"learning_rate"}:
         variants, of_paper = (
