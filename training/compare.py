@@ -19,7 +19,8 @@ and, if it likes, a `title`; the `command` that trains them (`causal_lm`, if not
 baseline of their own group; and `runs_of`, the file of another study, whose runs are its own where they are the same.
 The runs are then in `runs/<path of the file below configuration>/[<group>/]<variant>/seed-<seed>`, with their logs in `logs`
 beside them. Those that are whole are kept, also those that ended because they diverged, and those that were cut off are
-resumed, so that the same command can always be given again.
+resumed, so that the same command can always be given again. `--recorded` takes runs with the same fields from the
+`comparison.json` of another comparison instead of training them again: to add to one whose runs are no longer at hand.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from training.benchmarks.run import describe_machine
 from training.card import read_json
 from training.comparison import CURVES, OVER_PARAMETERS, OVER_TIME, RAW, TABLE, read_member, write_comparison
 from training.errors import UserError, command
-from training.study import Member, check_folder, read_runs, read_study
+from training.study import Member, check_folder, read_recorded, read_runs, read_study
 
 
 def start(member: Member, resume: bool, log: IO, environment: dict[str, str]) -> subprocess.Popen:
@@ -172,6 +173,9 @@ def main():
     parser.add_argument(
         "--baseline", help="the variant to compare with, of finished runs (default: standard, if there)"
     )
+    parser.add_argument(
+        "--recorded", type=Path, help="the comparison.json of an earlier comparison; runs that it has are not trained"
+    )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         raise UserError(f"`jobs` is {arguments.jobs}; it must be at least 1.")
@@ -181,15 +185,23 @@ def main():
             raise UserError("A study is compared alone, with its own `baseline`: leave the rest out.")
         comparison = read_study(arguments.runs[0])
     else:
+        if arguments.recorded is not None:
+            raise UserError("`--recorded` goes with a study: name its YAML file instead of runs.")
         comparison = read_runs(arguments.runs, arguments.baseline)
     folder = arguments.output_dir or comparison.folder
-    for member in comparison.members if study else ():
+    recorded = read_recorded(arguments.recorded, comparison.members, folder / RAW) if arguments.recorded else {}
+    own = [member for member in comparison.members if member.name not in recorded]
+    for member in own if study else ():
         check_folder(member)
     check_output(folder)
     failed = {}
     if study:
-        failed = train_missing(comparison.members, arguments.jobs)
-    runs = [read_member(member) for member in comparison.members if member.is_whole()]
+        failed = train_missing(own, arguments.jobs)
+    runs = [
+        recorded.get(member.name) or read_member(member)
+        for member in comparison.members
+        if member.name in recorded or member.is_whole()
+    ]
     if not runs and not failed:
         raise UserError("All of the runs diverged, which leaves nothing to compare: lower the learning rate.")
     if runs:

@@ -298,3 +298,44 @@ def check_folder(member: Member) -> None:
                     f"The run in {folder} was started with another `{name}` (it was {was}, and now is {now}): put that back, or "
                     "move the folder."
                 )
+
+
+def read_recorded(file: Path, members: list[Member], written: Path) -> dict[str, dict[str, Any]]:
+    """
+    The figures of those runs that an earlier comparison has, by the names that they have now. A run is the same where all
+    of its fields are, wherever its folder was and whatever its variant and group were called.
+
+    Args:
+        file: the `comparison.json` of the earlier comparison.
+        written: that of the new one.
+
+    Raises:
+        [`UserError`]: the file is none, has none of the runs, or has others and would be written over.
+    """
+
+    def fields(named):
+        training = {name: value for name, value in named["training"].items() if name != "output_dir"}
+        return {**named, "training": training}
+
+    try:
+        runs = [(fields(run["named"]), run) for run in read_json(file)["runs"]]
+    except OSError as error:
+        raise UserError(f"The comparison {file} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"`recorded` is {str(file)!r}, which is no `comparison.json` of `training.compare`."
+        ) from error
+    recorded = {}
+    for member in members:
+        for named, run in runs:
+            if named == fields(member.run.named):
+                recorded[member.name] = {**run, "group": member.group, "variant": member.variant}
+    if not recorded:
+        raise UserError(
+            f"{file} has none of the runs of this study: name the `comparison.json` of one that shares some."
+        )
+    if len(recorded) < len(runs) and file.resolve() == written.resolve():
+        raise UserError(
+            f"{file} has runs that this study has not, and would be written over: name another `output_dir`."
+        )
+    return recorded

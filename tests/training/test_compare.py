@@ -24,6 +24,7 @@ from tests.training.tiny import IMAGE_RUN, TEXT_RUN, assert_same_weights, call, 
 from training import causal_lm, compare, comparison, image_classification
 from training.comparison import describe_training, difference, spread, steps_to_reach
 from training.figures import draw_loss_over_time
+from training.study import read_study
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -440,6 +441,62 @@ def test_run_that_is_another_now_is_refused(room, started, monkeypatch, capsys, 
     assert snapshot(room) == before
 
 
+def test_runs_on_record_are_not_trained_again(room, started):
+    write_study()
+    call(compare.main, "study.yaml")
+    before = raw("runs/study")
+    shutil.move("runs/study", "published")
+    # Other names, and one of the variants is another now.
+    variants = {
+        "plain": STUDY["variants"]["standard"],
+        "deep": {"residual_scheme": "dca"},
+        "k = 2": STUDY["variants"]["2-DCA"],
+    }
+    write_study("more.yaml", seeds=[0, 1], variants=variants, baseline="plain", groups={"16 wide": {}})
+    started.clear()
+    call(compare.main, "more.yaml", "--recorded=published/comparison.json")
+    assert started == [("16 wide, deep, seed 0", False), ("16 wide, deep, seed 1", False)]
+    after = raw("runs/more")
+    names = {"standard": "plain", "2-DCA": "k = 2"}
+    taken = [{**run, "group": "16 wide", "variant": names[run["variant"]]} for run in before["runs"]]
+    assert [run for run in after["runs"] if run["variant"] != "deep"] == taken
+    figures, old = after["groups"]["16 wide"]["k = 2"], before["variants"]["2-DCA"]
+    assert figures["eval_loss"] == old["eval_loss"] and figures["eval_loss_difference"] == old["eval_loss_difference"]
+    assert "--recorded" in (room / "runs" / "more" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "words"),
+    [
+        ({"fields": {**STUDY["fields"], "hidden_size": 32}}, [], ["none of the runs of this study"]),
+        ({"seeds": [7]}, [], ["none of the runs of this study"]),
+        ({"seeds": [0]}, ["--output_dir=published"], ["has runs that this study has not", "`output_dir`"]),
+        ({}, ["--recorded=gone.json"], ["gone.json cannot be read: No such file"]),
+        ({}, ["--recorded=published/README.md"], ["'published/README.md'", "no `comparison.json`"]),
+        ({}, ["--recorded=published/list.json"], ["'published/list.json'", "no `comparison.json`"]),
+    ],
+)
+def test_record_that_does_not_fit_is_refused(room, monkeypatch, capsys, changes, arguments, words):
+    write_study(seeds=[0, 1])
+    runs = [
+        {"group": member.group, "variant": member.variant, "seed": member.seed, "named": member.run.named}
+        for member in read_study(Path("study.yaml")).members
+    ]
+    Path("published").mkdir()
+    for name, text in {
+        "comparison.json": json.dumps({"runs": runs}),
+        "list.json": "[]",
+        "README.md": "# A study",
+    }.items():
+        Path("published", name).write_text(text)
+    monkeypatch.setattr(compare, "start", no_start)
+    write_study(**changes)
+    before = snapshot(room)
+    line = failure(capsys, compare.main, "study.yaml", "--recorded=published/comparison.json", *arguments)
+    assert not [word for word in words if word not in line], line
+    assert snapshot(room) == before
+
+
 def test_failing_run_is_named_and_the_others_go_on(room, started, capsys):
     write_study(groups={"a": {}, "b": {"dataset": "gone.jsonl"}}, seeds=[3])
     line = failure(capsys, compare.main, "study.yaml")
@@ -668,6 +725,7 @@ def test_what_is_in_the_way_is_left_alone(room, monkeypatch, capsys, spoil, word
         (["study.yaml", "runs/plain/seed-0"], ["A study is compared alone"]),
         (["study.yaml", "--jobs=0"], ["`jobs` is 0"]),
         (["runs/plain/seed-0", "runs/plain/seed-0"], ["are both plain, seed 0"]),
+        (["runs/plain/seed-0", "--recorded=comparison.json"], ["`--recorded` goes with a study"]),
         (["runs/plain/seed-0", "--baseline=x"], ["`baseline` is 'x'"]),
         (["runs/plain/seed-0", "unfinished"], ["unfinished holds a run that is not finished"]),
         (["runs/plain/seed-0", "other-data"], ["`dataset` is 'text.jsonl' for one and 'other.jsonl'"]),
