@@ -227,7 +227,7 @@ def backward_kernel(
         totals = ()
         for k in tl.static_range(GROUP):
             i = first_of_group + k
-            entry_mask = mask & (i < entries)
+            entry_mask = tl.where(i < entries, mask, False)  # Triton 3.9's interpreter makes an integer of `&`
             entry = tl.load(select(stack, i) + tile, mask=entry_mask, other=0.0).to(COMPUTE)
             entry_tiles = entry_tiles + (entry,)
             if len(entry_grads) > 0:
@@ -265,7 +265,7 @@ def backward_kernel(
         gate_grads = gate_sums
         for k in tl.static_range(GROUP):
             i = first_of_group + k
-            tl.store(select(stack_grads, i) + tile, totals[k], mask=mask & (i < entries))
+            tl.store(select(stack_grads, i) + tile, totals[k], mask=tl.where(i < entries, mask, False))
 
     for k in tl.static_range(GROUP):
         i = first_of_group + k
@@ -273,7 +273,9 @@ def backward_kernel(
             part = (token_range * OUTPUTS + output) * entries + i
             b_grad = b_grads[output * GROUP + k]
             if ELEMENTWISE:
-                tl.store(b_grad_parts + part * WIDTH + columns, b_grad, mask=(columns < WIDTH) & (i < entries))
+                tl.store(
+                    b_grad_parts + part * WIDTH + columns, b_grad, mask=tl.where(i < entries, columns < WIDTH, False)
+                )
             else:
                 tl.store(b_grad_parts + part, tl.sum(b_grad), mask=i < entries)
     for output in tl.static_range(len(gates)):

@@ -82,10 +82,15 @@ def finish_checkpoint(unfinished: Path, folder: Path) -> None:
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the oldest checkpoints, so that `limit` are left, but none of those whose names are in `keep`."""
+    """
+    Delete the oldest checkpoints, so that `limit` are left, but none of those whose names are in `keep`. As for
+    transformers, a limit below 1 is none.
+    """
+    if limit is None or limit <= 0:
+        return
     found = checkpoints(folder)
     old = [checkpoint for checkpoint in found if checkpoint.name not in keep]
-    for checkpoint in old[: len(found) - max(limit, len(keep))] if limit else []:
+    for checkpoint in old[: max(len(found) - max(limit, len(keep)), 0)]:
         # What is no longer whole must not have the name.
         (folder / UNFINISHED).mkdir(exist_ok=True)
         checkpoint.rename(folder / UNFINISHED / checkpoint.name)

@@ -20,6 +20,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import trainer_utils
 
 from tests.training.tiny import TEXT_RUN, call, refusal, snapshot, write_room
 from training import causal_lm
@@ -30,6 +31,7 @@ from training.checkpoints import (
     checksum,
     damage,
     finish_checkpoint,
+    rotate_checkpoints,
     told_if_not_written,
 )
 from training.errors import UserError, command
@@ -710,6 +712,31 @@ def test_old_checkpoints_are_deleted_in_their_order(room):
     # (In the order of names, 10 comes before 8.)
     call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=12", "--save_total_limit=2")
     assert [path.name for path in checkpoints(room / "run")] == ["checkpoint-10", "checkpoint-12"]
+
+
+@pytest.mark.parametrize("limit", range(7))
+@pytest.mark.parametrize("best", [None, 2, 5])
+def test_as_many_checkpoints_are_kept_as_transformers_keeps(tmp_path, limit, best):
+    folders = [tmp_path / name for name in ("run", "expected")]
+    for number in range(1, 11):
+        for folder in folders:
+            (folder / f"checkpoint-{number}").mkdir(parents=True)
+        if best is None or number < best:
+            kept, best_folder = set(), None
+        else:
+            kept, best_folder = {f"checkpoint-{best}"}, str(folders[1] / f"checkpoint-{best}")
+        rotate_checkpoints(folders[0], limit, keep={f"checkpoint-{number}", *kept})
+        trainer_utils.rotate_checkpoints(str(folders[1]), limit, best_folder)
+        found, expected = ([path.name for path in checkpoints(folder)] for folder in folders)
+        assert found == expected, number
+        assert len(found) == (min(number, max(limit, len(kept | {found[-1]}))) if limit else number)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(4, 4), (5, 5), (8, 8), (None, 9)])
+def test_run_keeps_the_number_of_checkpoints_that_was_asked_for(room, limit, kept):
+    options = [] if limit is None else [f"--save_total_limit={limit}"]
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=9", "--save_steps=1", *options)
+    assert [step(checkpoint) for checkpoint in checkpoints(room / "run")] == list(range(10 - kept, 10))
 
 
 # Two processes
