@@ -10,7 +10,7 @@ from reference_dca import generalized_residuals, to_array, visible_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_dca import ALL_GRN_FUNCTIONS, ResidualStack, generalized_residual, grn_cpu
-from modeling_dca.grn import find_implementation
+from modeling_dca.grn import GATE_NORM_EPS, find_implementation
 
 
 #: Of each scheme: outputs, whether `delta` has an element per feature, whether there is a gate.
@@ -126,9 +126,10 @@ def test_gradient_of_a_zero_gate_is_the_one_sided_derivative(scheme):
     results = generalized_residual(stack, delta, gate)
     upstream = [torch.randn(result.shape, generator=torch.Generator().manual_seed(7)).double() for result in results]
     torch.autograd.backward(results, upstream)
-    # d/dw of sum_i (w . f_i) * f_i, as on the side where the gate is open; torch.relu would give zeros.
+    # d/dw of sum_i (w . n(f_i)) * f_i, as on the side where the gate is open; torch.relu would give zeros.
+    seen = [entry / (entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS).sqrt() for entry in stack]
     for output, grad in enumerate(upstream):
-        expected = sum(((grad * entry).sum(-1, keepdim=True) * entry).sum((0, 1)) for entry in stack)
+        expected = sum(((grad * f).sum(-1, keepdim=True) * n).sum((0, 1)) for f, n in zip(stack, seen))
         torch.testing.assert_close(gate.grad[output], expected, rtol=1e-13, atol=1e-13)
 
 
