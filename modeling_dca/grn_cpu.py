@@ -53,8 +53,10 @@ def backward(
     stack: Sequence[Tensor],
     delta: Tensor,
     gate: Tensor | None,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
     shape = stack[0].shape
+    *of_entries, of_delta, of_gate = needed if gate is not None else (*needed, False)
     compute_dtype = torch.promote_types(output_dtype(stack), torch.float32)
     tokens, width = math.prod(shape[:-1]), shape[-1]
     output_grads = [grad.reshape(tokens, width).to(compute_dtype) for grad in output_grads]
@@ -67,23 +69,28 @@ def backward(
         gate_dtype, gate = gate.dtype, gate.to(compute_dtype)
         gate_grad = torch.zeros_like(gate)
 
-    stack_grads = []
-    for i, entry in enumerate(stack):
+    grads = []
+    for i, (entry, of_entry) in enumerate(zip(stack, of_entries)):
+        gated = gate is not None and (of_entry or of_gate)
         dtype, entry = entry.dtype, entry.reshape(tokens, width).to(compute_dtype)
         total = entry_grads[i].reshape(tokens, width).to(compute_dtype) if entry_grads else None
-        if gate is not None:
+        if gated:
             pre_activation = entry @ gate.mT
             open_gates = pre_activation.clamp(min=0).unsqueeze(-1).unbind(1)
             pre_activation_grad = torch.empty_like(pre_activation)
             pre_activation_grads = pre_activation_grad.unbind(1)
         for o, (factor, factor_grad, grad) in enumerate(zip(b[:, i], b_grad[:, i], output_grads)):
-            torch.mul(grad, entry, out=product)
-            if elementwise:
+            if of_delta or gated:
+                torch.mul(grad, entry, out=product)
+            if of_delta and elementwise:
                 torch.sum(product, 0, out=factor_grad)
-            else:
+            elif of_delta:
                 factor_grad.fill_(product.sum())
-            if gate is not None:
+            if gated:
                 torch.sum(product, 1, out=pre_activation_grads[o])
+            if not of_entry:
+                continue
+            if gated:
                 factor = torch.add(factor, open_gates[o], out=weight)
             if total is None:
                 total = factor * grad
@@ -91,16 +98,21 @@ def backward(
                 total = torch.addcmul(total, factor, grad)  # what came in is not ours to write to
             else:
                 total.addcmul_(factor, grad)
-        if gate is not None:
+        if gated:
             # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
             pre_activation_grad.masked_fill_(pre_activation < 0, 0)
+        if gated and of_gate:
+            gate_grad.addmm_(pre_activation_grad.mT, entry)
+        if gated and of_entry:
             for column, row in zip(pre_activation_grad.unsqueeze(-1).unbind(1), gate):
                 total.addcmul_(column, row)
-            gate_grad.addmm_(pre_activation_grad.mT, entry)
-        stack_grads.append(total.view(shape).to(dtype))
-    if gate is None:
-        return [*stack_grads, b_grad.to(delta.dtype)]
-    return [*stack_grads, b_grad.to(delta.dtype), gate_grad.to(gate_dtype)]
+        if of_entry:
+            grads.append(total.view(shape).to(dtype))
+    if of_delta:
+        grads.append(b_grad.to(delta.dtype))
+    if of_gate:
+        grads.append(gate_grad.to(gate_dtype))
+    return grads
 
 
 def obstacle(device: torch.device) -> str | None:

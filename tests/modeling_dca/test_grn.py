@@ -373,9 +373,10 @@ def test_operators_are_right_for_the_compiler(scheme):
     stack, delta, gate = random_inputs(scheme, 3, (2, 4), torch.float32)
     output_grads = random_like([torch.empty_like(stack[0])] * len(delta))
     forward, backward = ALL_GRN_FUNCTIONS["cpu"].operators
+    needed = [True] * (4 if gate is None else 5)
     torch.library.opcheck(forward, (stack, delta, gate))
-    torch.library.opcheck(backward, (output_grads, [], stack, delta, gate))
-    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate))
+    torch.library.opcheck(backward, (output_grads, [], stack, delta, gate, needed))
+    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate, needed))
 
 
 def test_cpu_refuses_tensors_elsewhere():

@@ -10,6 +10,7 @@ from test_grn import SCHEMES, random_inputs
 from test_modeling_dca import assert_close, random_ids, tiny_model
 
 from modeling_dca import generalized_residual, grn_triton
+from modeling_dca.grn import find_implementation
 from modeling_dca.grn_triton import generalized_residual_triton
 
 
@@ -264,8 +265,9 @@ def test_operators_are_right_for_the_compiler(device, scheme):
     delta, gate = delta.bfloat16(), None if gate is None else gate.half()
     output_grads = random_like([torch.empty_like(stack[0])] * len(delta))
     forward, backward = generalized_residual_triton.operators
+    needed = [True] * (4 if gate is None else 5)
     torch.library.opcheck(forward, (stack, delta, gate))
-    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate))
+    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate, needed))
 
 
 def logits_and_gradients(device, model, autocast):
@@ -395,7 +397,11 @@ for dtypes, outputs, elementwise, gated, width in [
     gate = torch.zeros(outputs, width) if gated else None
     grn_triton.forward(stack, delta, gate)
     output_grads = [torch.zeros(70, width, dtype=grn_triton.output_dtype(stack))] * outputs
-    grn_triton.backward(output_grads, stack if width > 64 else [], stack, delta, gate)
+    for frozen in [(), (-1,), (-2,), (-1, -2)] if width == 24 else [()]:
+        needed = [True] * (len(stack) + (2 if gated else 1))
+        for i in frozen:
+            needed[i] = False
+        grn_triton.backward(output_grads, stack if width > 64 else [], stack, delta, gate, needed)
 """
 
 
@@ -407,17 +413,25 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     command = [sys.executable, "-c", COMPILE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split().count("forward_kernel") == 7 and result.stdout.split().count("backward_kernel") == 10
+    assert result.stdout.split().count("forward_kernel") == 7 and result.stdout.split().count("backward_kernel") == 22
 
 
-def test_obstacles(monkeypatch):
+def test_obstacles(monkeypatch, caplog):
     inputs = random_inputs("dca", 2, dtype=torch.float32)
     monkeypatch.setattr(grn_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     message = "'triton' cannot run: the tensors are on cpu, and Triton needs a GPU; \"auto\" takes the best that can."
     if grn_triton.triton is not None:
         assert grn_triton.obstacle(torch.device("cuda")) is None
         with pytest.raises(ValueError, match=message):
             generalized_residual_triton(*inputs)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        too_old = "the GPU has compute capability 7.5, and Triton needs 8.0"
+        assert grn_triton.obstacle(torch.device("cuda")) == too_old
+        assert find_implementation("auto", torch.device("cuda")) is generalized_residual
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            f"The generalized residuals are computed by the slower reference: {too_old}."
+        ]
     monkeypatch.setattr(grn_triton, "triton", None)
     for device in ("cpu", "cuda"):
         assert grn_triton.obstacle(torch.device(device)) == "Triton is not installed"
