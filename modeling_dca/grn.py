@@ -133,10 +133,13 @@ BEST_GRN_FUNCTIONS = {"cpu": "cpu", "cuda": "triton"}
 def find_implementation(name: str, device: torch.device) -> Callable:
     """
     The implementation of [`generalized_residual`] that `config.grn_implementation` names; for `"auto"` the best one for
-    tensors on `device`, or the reference where that cannot run.
+    tensors on `device`, or the reference where that cannot run and in `torch.export`, whose programs run where torch
+    alone is installed.
     """
     if name != "auto":
         return ALL_GRN_FUNCTIONS[name]
+    if torch.compiler.is_exporting():
+        return generalized_residual
     implementation = ALL_GRN_FUNCTIONS[BEST_GRN_FUNCTIONS.get(device.type, "eager")]
     obstacle = implementation.obstacle(device) if hasattr(implementation, "obstacle") else None
     if obstacle is None:

@@ -57,48 +57,58 @@ def backward(
     stack: Sequence[Tensor],
     delta: Tensor,
     gate: Tensor | None,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
     shape = stack[0].shape
+    *of_entries, of_delta, of_gate = needed if gate is not None else (*needed, False)
     compute_dtype = torch.promote_types(output_dtype(stack), torch.float32)
     tokens, width = math.prod(shape[:-1]), shape[-1]
     output_grads = torch.stack([grad.reshape(tokens, width) for grad in output_grads]).to(compute_dtype)
     b = 1 + delta.to(compute_dtype)
     b_grad = torch.empty_like(b)
-    elementwise = b.shape[-1] == width
+    summed = 1 if b.shape[-1] == width else (1, 2)
     product = torch.empty_like(output_grads)
     if gate is not None:
         gate_dtype, gate = gate.dtype, gate.to(compute_dtype)
         gate_grad = torch.zeros_like(gate)
 
-    stack_grads = []
-    for i, entry in enumerate(stack):
+    grads = []
+    for i, (entry, of_entry) in enumerate(zip(stack, of_entries)):
+        gated = gate is not None and (of_entry or of_gate)
         dtype, entry = entry.dtype, entry.reshape(tokens, width).to(compute_dtype)
-        torch.mul(output_grads, entry, out=product)
-        torch.sum(product, 1 if elementwise else (1, 2), keepdim=True, out=b_grad[:, i : i + 1])
-        if entry_grads:  # what came in is not ours to write to
-            total = entry_grads[i].reshape(tokens, width).to(compute_dtype)
-            total = torch.addcmul(total, b[0, i], output_grads[0])
-        else:
-            total = b[0, i] * output_grads[0]
-        for factor, grad in zip(b[1:, i], output_grads[1:]):
-            total.addcmul_(factor, grad)
-        if gate is not None:
+        if of_delta or gated:
+            torch.mul(output_grads, entry, out=product)
+        if of_delta:
+            torch.sum(product, summed, keepdim=True, out=b_grad[:, i : i + 1])
+        if of_entry:
+            if entry_grads:  # what came in is not ours to write to
+                total = entry_grads[i].reshape(tokens, width).to(compute_dtype)
+                total = torch.addcmul(total, b[0, i], output_grads[0])
+            else:
+                total = b[0, i] * output_grads[0]
+            for factor, grad in zip(b[1:, i], output_grads[1:]):
+                total.addcmul_(factor, grad)
+        if gated:
             scale = inverse_rms(entry)
             pre_activations = (gate @ entry.mT).mul_(scale)
             # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
-            pre_activation_grads = product.sum(2).masked_fill_(pre_activations < 0, 0)
+            pre_activation_grads = product.sum(2).masked_fill_(pre_activations < 0, 0).mul_(scale)
+        if gated and of_gate:
+            gate_grad.addmm_(pre_activation_grads, entry)
+        if gated and of_entry:
             for factor, grad in zip(pre_activations.clamp(min=0).unsqueeze(2), output_grads):
                 total.addcmul_(factor, grad)
-            # n(f) = f * scale(f): the part of the gradient along f goes with the scale.
-            along = (pre_activation_grads * pre_activations).sum(0).mul_(scale.square()).div_(-width)
-            total.addcmul_(along.unsqueeze(1), entry)
-            pre_activation_grads.mul_(scale)
             total.addmm_(pre_activation_grads.mT, gate)
-            gate_grad.addmm_(pre_activation_grads, entry)
-        stack_grads.append(total.view(shape).to(dtype))
-    if gate is None:
-        return [*stack_grads, b_grad.to(delta.dtype)]
-    return [*stack_grads, b_grad.to(delta.dtype), gate_grad.to(gate_dtype)]
+            # n(f) = f * scale(f): the part of the gradient along f goes with the scale.
+            along = pre_activations.mul_(pre_activation_grads).sum(0).mul_(scale).div_(-width)
+            total.addcmul_(along.unsqueeze(1), entry)
+        if of_entry:
+            grads.append(total.view(shape).to(dtype))
+    if of_delta:
+        grads.append(b_grad.to(delta.dtype))
+    if of_gate:
+        grads.append(gate_grad.to(gate_dtype))
+    return grads
 
 
 def obstacle(device: torch.device) -> str | None:

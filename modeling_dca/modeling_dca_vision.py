@@ -11,7 +11,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dca import DCAVisionConfig
 from .grn import GeneralizedResidual, ResidualStack
-from .modeling_dca import DCALayer, DCAPreTrainedModel, ResidualConversionMixin, build_norm, sincos_embedding
+from .modeling_dca import DCALayer, DCAPreTrainedModel, ResidualConversionMixin, sincos_embedding
+from .norm import build_norm
 
 
 class DCAVisionPatchEmbeddings(nn.Module):

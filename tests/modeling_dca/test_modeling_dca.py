@@ -28,7 +28,6 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_dca import (
     ALL_GRN_FUNCTIONS,
@@ -45,7 +44,6 @@ from modeling_dca import (
     generalized_residual,
 )
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
-from modeling_dca.modeling_dca import DCARMSNorm, RMSNormFunction, rms_norm
 
 
 #: Every scheme with every kind of stack, as fields of the configuration.
@@ -725,43 +723,6 @@ def test_compiled_graph_grows_with_the_blocks_and_not_with_their_pairs():
     few, more, most = (count_nodes(num_layers) for num_layers in (2, 4, 6))
     for direction in range(2):
         assert most[direction] - more[direction] == more[direction] - few[direction]
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rms_norm_is_that_of_llama(dtype, weight_dtype):
-    generator = torch.Generator().manual_seed(0)
-    norm, llama = DCARMSNorm(64, eps=1e-5), LlamaRMSNorm(64, eps=1e-5)
-    for module in (norm, llama):
-        module.weight = nn.Parameter(torch.linspace(-1, 2, 64).to(weight_dtype))
-    inputs, grad = (torch.randn(2, 5, 64, generator=generator).to(dtype) for _ in range(2))
-    inputs.requires_grad_()
-    results = []
-    for module in (norm, llama):
-        output = module(inputs)
-        results.append([output, *torch.autograd.grad(output, (inputs, module.weight), grad.to(output.dtype))])
-    with torch.no_grad():
-        assert torch.equal(norm(inputs), results[0][0])
-    for ours, theirs in zip(*results):
-        # Llama's gradients round what is between to the type of the input, too: a few steps of the largest value.
-        assert ours.dtype == theirs.dtype
-        assert_close(ours, theirs, 4 * max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps))
-
-
-def test_rms_norm_keeps_its_input_alone_and_has_second_derivatives():
-    norm = DCARMSNorm(6).double()
-    inputs = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda x: x):
-        norm(inputs)
-    assert sorted(kept) == sorted([inputs.data_ptr(), norm.weight.data_ptr()])
-
-    def second_derivatives(function):
-        (grad,) = torch.autograd.grad(function(inputs, norm.weight, 1e-6).sin().sum(), inputs, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), (inputs, norm.weight))
-
-    for ours, autograds in zip(second_derivatives(RMSNormFunction.apply), second_derivatives(rms_norm)):
-        assert_close(ours, autograds, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
