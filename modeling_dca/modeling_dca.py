@@ -6,7 +6,7 @@ Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connectio
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 
@@ -39,7 +39,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_dca import DCAConfig
+from .configuration_dca import DCAConfig, nearest_name
 from .grn import GeneralizedResidual, GRNInterface, ResidualStack
 from .grn_cpu import generalized_residual_cpu
 from .grn_fused import differentiable_gradients
@@ -54,30 +54,79 @@ GRNInterface.register("triton", generalized_residual_triton)
 CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 
 
-def takes_cache(forward: Callable) -> Callable:
+#: What any forward hands on to the parts of the model: what transformers has for all models, and what it adds itself.
+HANDED_ON = {
+    *TransformersKwargs.__annotations__,
+    "return_dict",
+    "use_cache",
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+}
+#: Those of them that images do not have.
+OF_TEXT = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
+def named_arguments(forward: Callable) -> Callable:
     """
-    Lets a `forward` take the key-value cache as `cache` and as `past_key_values`, with every version of transformers:
-    it gets it under the name that it has for it.
+    Lets a `forward` with `**kwargs` take the key-value cache as `cache` and as `past_key_values`, with every version of
+    transformers: it gets it under the name that it has for it. What nothing takes is refused rather than swallowed.
 
     Raises:
-        `ValueError`: the call has both.
+        `TypeError`: an argument other than `None` is no parameter of `forward`, of the attention function or of the loss;
+        or a cache is none.
+        `ValueError`: the call has two caches.
     """
+    parameters = [name for name in inspect.signature(forward).parameters if name not in ("self", "kwargs")]
     names = ("cache", "past_key_values")
-    name, other = names if "cache" in inspect.signature(forward).parameters else reversed(names)
+    name, other = names if "past_key_values" not in parameters else reversed(names)
+    known = {*parameters, *HANDED_ON} - (OF_TEXT if "pixel_values" in parameters else set())
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
-        if CACHE_NAME != "cache" and not isinstance(kwargs.get("cache"), Cache | None):
-            # Before 5.24 the cache of continuous batching has a name of its own, and is the attention function's matter.
+        for key in names:
+            if isinstance(kwargs.get(key), (tuple, list, dict, torch.Tensor)):
+                raise TypeError(
+                    f"`{key}` is a {type(kwargs[key]).__name__}; give a `Cache`, such as `DynamicCache()`."
+                )
+        # That of continuous batching is of no such class, and comes with arguments that only it and the attention know.
+        paged = name in parameters and ("paged_cache" in kwargs or not isinstance(kwargs.get("cache"), Cache | None))
+        if paged and CACHE_NAME != "cache" and "cache" in kwargs:
+            # Before 5.24 it is the attention function's alone.
             kwargs["paged_cache"] = kwargs.pop("cache")
-        cache = kwargs.pop(other, None)
-        if cache is not None:
+        if name in parameters and (cache := kwargs.pop(other, None)) is not None:
             if kwargs.get(name) is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
             kwargs[name] = cache
+        unknown = () if paged else [key for key in kwargs if key not in known]
+        for key in unknown:
+            if kwargs[key] is None:
+                kwargs.pop(key)
+            else:
+                check_unknown(self, key, parameters)
         return forward(self, *args, **kwargs)
 
     return wrapper
+
+
+def check_unknown(module: nn.Module, name: str, parameters: Iterable[str]) -> None:
+    """Raises `TypeError` where neither the attention function nor, for models with `labels`, the loss knows `name`."""
+    functions = [ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)]
+    if "labels" in parameters:
+        functions.append(module.loss_function)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    if name not in known - {"kwargs", "cache", "past_key_values"}:
+        message = f"{type(module).__name__} takes no `{name}`; "
+        if name == "token_type_ids":
+            raise TypeError(message + "call the tokenizer with `return_token_type_ids=False`.")
+        raise TypeError(message + nearest_name(name, parameters))
+
+
+def take_loss_arguments(model: PreTrainedModel, kwargs: dict) -> dict:
+    """Takes out of `kwargs`, and returns, what only the loss of `model` knows, e.g. `shift_labels`."""
+    names = [name for name in kwargs if name not in HANDED_ON]
+    known = inspect.signature(model.loss_function).parameters if names else ()
+    return {name: kwargs.pop(name) for name in names if name in known}
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -218,7 +267,7 @@ class DCAAttention(nn.Module):
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
-    @takes_cache
+    @named_arguments
     def forward(
         self,
         query_input: torch.Tensor,
@@ -272,6 +321,7 @@ class DCALayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
+        self.config = config
         self.residual = GeneralizedResidual(config, num_blocks=layer_idx)
         self.input_layernorm = build_norm(config, config.hidden_size)
         # The norm above is that of the queries; keys and values have their own where their inputs differ.
@@ -282,7 +332,7 @@ class DCALayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.mlp = DCAGatedMLP(config) if config.gated_mlp else DCAMLP(config)
 
-    @takes_cache
+    @named_arguments
     def forward(
         self,
         *stack: torch.Tensor,
@@ -473,7 +523,7 @@ class DCAModel(DCAPreTrainedModel):
 
         self.post_init()
 
-    @takes_cache
+    @named_arguments
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -500,6 +550,7 @@ class DCAModel(DCAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        given_cache = cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
@@ -521,7 +572,8 @@ class DCAModel(DCAPreTrainedModel):
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "position_ids": given_position_ids,
-                CACHE_NAME: cache,
+                # Beside a cache, even an empty one, the mask does not look for packed sequences.
+                CACHE_NAME: given_cache,
             }
             mask_mapping = {}
             if "full_attention" in self.config.layer_types:
@@ -582,7 +634,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
         self.post_init()
 
-    @takes_cache
+    @named_arguments
     @can_return_tuple
     def forward(
         self,
@@ -611,6 +663,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0])
         ```
         """
+        loss_kwargs = take_loss_arguments(self, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -627,7 +680,9 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs, **loss_kwargs
+            )
 
         return CausalLMOutputWithPast(
             loss=loss,
@@ -651,21 +706,21 @@ class DCAForSequenceClassification(GenericForSequenceClassification, DCAGenericH
     """The DCA decoder with a linear classifier on the last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    forward = takes_cache(GenericForSequenceClassification.forward)
+    forward = named_arguments(GenericForSequenceClassification.forward)
 
 
 class DCAForTokenClassification(GenericForTokenClassification, DCAGenericHead):
     """The DCA decoder with a linear classifier on each token."""
 
     _auto_class = "AutoModelForTokenClassification"
-    forward = takes_cache(GenericForTokenClassification.forward)
+    forward = named_arguments(GenericForTokenClassification.forward)
 
 
 class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAGenericHead):
     """The DCA decoder with a linear head for the start and the end of an answer in the text."""
 
     _auto_class = "AutoModelForQuestionAnswering"
-    forward = takes_cache(GenericForQuestionAnswering.forward)
+    forward = named_arguments(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

@@ -11,7 +11,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dca import DCAVisionConfig
 from .grn import GeneralizedResidual, ResidualStack
-from .modeling_dca import DCALayer, DCAPreTrainedModel, ResidualConversionMixin, build_norm, sincos_embedding
+from .modeling_dca import (
+    DCALayer,
+    DCAPreTrainedModel,
+    ResidualConversionMixin,
+    build_norm,
+    named_arguments,
+    sincos_embedding,
+    take_loss_arguments,
+)
 
 
 class DCAVisionPatchEmbeddings(nn.Module):
@@ -133,6 +141,7 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
 
         self.post_init()
 
+    @named_arguments
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -189,6 +198,7 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
 
         self.post_init()
 
+    @named_arguments
     @can_return_tuple
     def forward(
         self,
@@ -207,6 +217,7 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
         Returns:
             `logits` `(batch, num_labels)` and, with `labels`, `loss`.
         """
+        loss_kwargs = take_loss_arguments(self, kwargs)
         outputs: BaseModelOutputWithPooling = self.model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
@@ -214,7 +225,7 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self.loss_function(labels, logits, self.config, **kwargs, **loss_kwargs)
 
         return ImageClassifierOutput(
             loss=loss,

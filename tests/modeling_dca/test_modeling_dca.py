@@ -17,6 +17,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -30,6 +32,8 @@ from transformers import (
     LlamaForCausalLM,
     StaticCache,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_dca import (
@@ -64,6 +68,15 @@ LLAMA = {"gated_mlp": True, "hidden_act": "silu"}
 LAYER_NORM = {"norm_type": "layer_norm", "norm_eps": 1e-3}
 
 VOCABULARY = 50
+
+HEADS = {
+    DCAModel: AutoModel,
+    DCAForCausalLM: AutoModelForCausalLM,
+    DCAForSequenceClassification: AutoModelForSequenceClassification,
+    DCAForTokenClassification: AutoModelForTokenClassification,
+    DCAForQuestionAnswering: AutoModelForQuestionAnswering,
+}
+VISION_HEADS = {DCAVisionModel: AutoModel, DCAForImageClassification: AutoModelForImageClassification}
 
 
 def name_of(value):
@@ -372,11 +385,12 @@ def test_padding_changes_nothing(side, position_embedding, attn_implementation):
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("fields", [{}, {"position_embedding": "learned"}, {"sliding_window": 2}], ids=name_of)
-def test_packed_sequences_do_not_see_each_other(fields, attn_implementation):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_sequences_do_not_see_each_other(fields, attn_implementation, use_cache):
     model = tiny_model(last_k=1, attn_implementation=attn_implementation, **fields)
     parts = [random_ids(1, 3), random_ids(1, 5, seed=1), random_ids(1, 1, seed=2)]
     position_ids = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
-    logits = model(torch.cat(parts, 1), position_ids=position_ids, use_cache=False).logits
+    logits = model(torch.cat(parts, 1), position_ids=position_ids, use_cache=use_cache).logits
     assert_close(logits, torch.cat([model(part).logits for part in parts], 1), 1e-5)
     segment = np.repeat([0, 1, 2], [3, 5, 1])
     visible = (segment[:, None] == segment[None])[None]
@@ -453,9 +467,6 @@ def test_cached_decoding_equals_uncached(fields, cache, steps):
     assert cache.get_seq_length() == 11
 
 
-HEADS = [DCAModel, DCAForCausalLM, DCAForSequenceClassification, DCAForTokenClassification, DCAForQuestionAnswering]
-
-
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize("model_class", HEADS)
 def test_models_take_the_cache_by_either_name(model_class, name, recwarn):
@@ -496,6 +507,121 @@ def test_evaluation_leaves_the_cache_where_it_is():
     # The Trainer collects all outputs but those that the configuration names.
     outputs = tiny_model()(random_ids(1, 3), use_cache=True)
     assert set(outputs) - set(DCAConfig.keys_to_ignore_at_inference) == {"logits"}
+
+
+def inputs_of(model_class):
+    """A model, and what it takes."""
+    if model_class in VISION_HEADS:
+        fields = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 3}
+        sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+        model = randomize(model_class(DCAVisionConfig(**sizes, **fields)))
+        return model, {"pixel_values": torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))}
+    return tiny_model(model_class, pad_token_id=0), {"input_ids": random_ids(2, 5, low=1)}
+
+
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_what_no_parameter_takes_is_refused(model_class):
+    model, inputs = inputs_of(model_class)
+    tensor = torch.ones(2, 5, dtype=torch.long)
+    state = {
+        "past_key_value": DynamicCache(),
+        "cache_params": DynamicCache(),
+        "layer_past": [tensor],
+        "mems": {"a": 1},
+    }
+    tensors = (
+        "token_type_ids",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "head_mask",
+        "inputs_embed",
+        "label",
+    )
+    options = {"output_hidden_state": True, "softcap": 3.0, "kwargs": {"cache": DynamicCache()}, "dropout_p": 0.5}
+    for name, value in [*state.items(), *((name, tensor) for name in tensors), *options.items()]:
+        with pytest.raises(TypeError, match=rf"takes no `{name}`; .*[a-z]"):
+            model(**inputs, **{name: value})
+        # What is not there cannot be lost.
+        model(**inputs, **{name: None})
+    if model_class is not DCAForCausalLM:
+        for name in ("shift_labels", "logits_to_keep"):
+            with pytest.raises(TypeError, match=f"takes no `{name}`"):
+                model(**inputs, **{name: tensor})
+    if model_class in VISION_HEADS:
+        for name, value in {
+            "cache": DynamicCache(),
+            "past_key_values": DynamicCache(),
+            "position_ids": tensor,
+        }.items():
+            with pytest.raises(TypeError, match=f"takes no `{name}`"):
+                model(**inputs, **{name: value})
+        return
+    for name in ("cache", "past_key_values"):
+        for value in ((), [(tensor, tensor)], {}, tensor):
+            with pytest.raises(TypeError, match=f"`{name}` is a .*DynamicCache"):
+                model(**inputs, **{name: value})
+
+
+def test_refusals_say_what_would_be_right():
+    model, input_ids = tiny_model(), random_ids(1, 4)
+    with pytest.raises(TypeError, match="did you mean 'labels'?"):
+        model(input_ids, label=input_ids)
+    with pytest.raises(TypeError, match="`return_token_type_ids=False`"):
+        model(input_ids, token_type_ids=torch.zeros_like(input_ids))
+
+
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_blocks_and_attention_refuse_what_they_do_not_take(part):
+    layer, hidden_states = tiny_model(DCAModel).layers[0], torch.randn(1, 3, 16)
+    call = layer if part == "layer" else lambda hidden, **kwargs: layer.self_attn(hidden, hidden, hidden, **kwargs)
+    call(hidden_states, use_cache=False, position_ids=torch.arange(3)[None])
+    with pytest.raises(TypeError, match="takes no `past_key_value`; Known: .*cache"):
+        call(hidden_states, past_key_value=DynamicCache())
+
+
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_what_transformers_passes_to_any_model_is_taken(model_class):
+    model, inputs = inputs_of(model_class)
+    common = {"num_items_in_batch": 3, "output_attentions": False, "output_hidden_states": True, "return_dict": False}
+    outputs = model(**inputs, **common, is_causal=model_class in HEADS)
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(outputs[0], model(**inputs)[0])
+    if model_class in HEADS:
+        lengths = torch.tensor([0, 5], dtype=torch.int32)
+        packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
+        torch.testing.assert_close(model(**inputs, **packed)[0], model(**inputs)[0])
+
+
+def test_the_loss_gets_what_it_takes():
+    model, input_ids = tiny_model(), random_ids(2, 6)
+    shifted = torch.cat((input_ids[:, 1:], input_ids[:, :1]), 1)
+    logits = model(input_ids).logits.flatten(0, 1)
+    for kwargs in ({"shift_labels": shifted}, {"shift_labels": shifted, "ignore_index": int(shifted[0, 0])}):
+        loss = model(input_ids, labels=input_ids, **kwargs).loss
+        expected = nn.functional.cross_entropy(
+            logits, shifted.flatten(), ignore_index=kwargs.get("ignore_index", -100)
+        )
+        torch.testing.assert_close(loss, expected)
+    model.loss_function = lambda logits, labels, vocab_size, factor=1.0, **kwargs: factor * logits.sum()
+    assert model(input_ids, labels=input_ids, factor=2.0).loss == 2 * model(input_ids, labels=input_ids).loss
+    with pytest.raises(TypeError, match="takes no `factors`"):
+        model(input_ids, labels=input_ids, factors=2.0)
+
+
+def test_the_attention_function_gets_what_it_takes():
+    given = []
+
+    def attention(module, query, key, value, attention_mask, some_option=None, **kwargs):
+        given.append(some_option)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("some_attention", attention)
+    AttentionMaskInterface.register("some_attention", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model, expected = tiny_model(attn_implementation="some_attention"), tiny_model(attn_implementation="sdpa")
+    assert_close(model(random_ids(1, 5), some_option=3).logits, expected(random_ids(1, 5)).logits, 1e-6)
+    assert given == [3] * 5
+    with pytest.raises(TypeError, match="takes no `another_option`"):
+        model(random_ids(1, 5), another_option=3)
 
 
 def test_continuous_batching_equals_greedy():
@@ -928,14 +1054,6 @@ def test_parts_in_the_order_of_the_pipeline_plan_are_the_model(scheme):
 
 # Saving, loading and the Hub
 
-HEADS = {
-    DCAModel: AutoModel,
-    DCAForCausalLM: AutoModelForCausalLM,
-    DCAForSequenceClassification: AutoModelForSequenceClassification,
-    DCAForTokenClassification: AutoModelForTokenClassification,
-    DCAForQuestionAnswering: AutoModelForQuestionAnswering,
-}
-
 
 @pytest.mark.parametrize("model_class", HEADS)
 def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class):
@@ -946,9 +1064,6 @@ def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class):
     expected, result = model(random_ids(1, 5)).to_tuple(), loaded.eval()(random_ids(1, 5)).to_tuple()
     assert_close(result[0], expected[0], 1e-6)
     assert type(HEADS[model_class].from_config(model.config)) is model_class
-
-
-VISION_HEADS = {DCAVisionModel: AutoModel, DCAForImageClassification: AutoModelForImageClassification}
 
 
 @pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
