@@ -25,7 +25,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.auto import AutoModel
+from transformers.models.auto import AutoModel, modeling_auto
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -413,6 +413,20 @@ class DCAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DCAZeroCenteredRMSNorm):
             init.zeros_(module.weight)
 
+    def _check_recording(self, kwargs: dict) -> None:
+        """Raises `ValueError` where outputs are asked for that come from inside of blocks, and so without gradients."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return
+        checkpoint = self.layers[0]._gradient_checkpointing_func
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = kwargs.get(name, getattr(self.config, name, False))
+            # 0 asks for the first of the hidden states.
+            if asked not in (None, False) and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
+                raise ValueError(
+                    f"With reentrant gradient checkpointing, what `{name}` returns has no gradients: enable the "
+                    'checkpointing with `{"use_reentrant": False}`.'
+                )
+
     def freeze_backbone(self, norms: bool = False) -> None:
         """
         Leaves only the parameters of the generalized residuals (`delta` and `gate`) to be trained, heads not included.
@@ -584,6 +598,7 @@ class DCAModel(DCAPreTrainedModel):
         hidden_states = self._add_positions(inputs_embeds, position_ids)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
+        self._check_recording(kwargs)
         stack = ResidualStack(hidden_states, self.config.max_stack_entries)
         for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
             output, *stack.entries = decoder_layer(
@@ -693,6 +708,15 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         )
 
 
+def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
+    """
+    Puts a model's classes into transformers' tables of names, which no `register` reaches: by them the Trainer knows whose
+    labels to shift (label smoothing), pipelines whom they support, and model cards the task.
+    """
+    for table, class_name in class_names.items():
+        getattr(modeling_auto, table, {}).setdefault(model_type, class_name)
+
+
 class DCAGenericHead(DCAPreTrainedModel):
     """What lets the generic heads of transformers, which build their backbone through AutoModel, find DCA's."""
 
@@ -721,6 +745,18 @@ class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAGenericHead):
 
     _auto_class = "AutoModelForQuestionAnswering"
     forward = named_arguments(GenericForQuestionAnswering.forward)
+
+
+name_in_tables(
+    DCAConfig.model_type,
+    {
+        "MODEL_MAPPING_NAMES": "DCAModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "DCAForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "DCAForSequenceClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "DCAForTokenClassification",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "DCAForQuestionAnswering",
+    },
+)
 
 
 __all__ = [

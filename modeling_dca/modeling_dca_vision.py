@@ -16,6 +16,7 @@ from .modeling_dca import (
     DCAPreTrainedModel,
     ResidualConversionMixin,
     build_norm,
+    name_in_tables,
     named_arguments,
     sincos_embedding,
     take_loss_arguments,
@@ -169,6 +170,7 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
             pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype), interpolate_pos_encoding
         )
 
+        self._check_recording(kwargs)
         stack = ResidualStack(embeddings, self.config.max_stack_entries)
         for layer in self.layers:
             output, *stack.entries = layer(*stack.entries, **kwargs)
@@ -233,6 +235,16 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+name_in_tables(
+    DCAVisionConfig.model_type,
+    {
+        "MODEL_MAPPING_NAMES": "DCAVisionModel",
+        "MODEL_FOR_IMAGE_MAPPING_NAMES": "DCAVisionModel",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "DCAForImageClassification",
+    },
+)
 
 
 __all__ = ["DCAForImageClassification", "DCAVisionModel", "DCAVisionPreTrainedModel"]

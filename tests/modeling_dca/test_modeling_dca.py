@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import pytest
 import torch
 import transformers.utils.output_capturing
 from functorch.compile import make_boxed_func
+from peft import LoraConfig, get_peft_model
 from reference_dca import causal_lm_logits
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,10 +34,15 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     StaticCache,
+    Trainer,
+    TrainingArguments,
+    pipeline,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_dca import (
@@ -707,6 +716,39 @@ def test_generation_of_a_left_padded_batch(position_embedding):
 # Losses, heads and outputs
 
 
+@pytest.mark.parametrize("model_class", ["DCAForCausalLM", "PeftModel"])
+def test_label_smoothing_of_the_trainer_is_that_of_the_next_token(tmp_path, model_class):
+    # The Trainer shifts the labels only of classes whose names it knows.
+    model, input_ids = tiny_model(), random_ids(2, 8)
+    logits = model(input_ids).logits[:, :-1].flatten(0, 1)
+    if model_class == "PeftModel":
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    trainer = Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True))
+    loss = trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
+    expected = nn.functional.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1)
+    # (The Trainer smooths with the mean over the vocabulary, as torch does.)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_every_table_of_names_that_has_llama_or_vit_has_these_models():
+    tables = {name: table for name, table in vars(modeling_auto).items() if re.match("MODEL_.*_NAMES", name)}
+    found = {DCAConfig: set(), DCAVisionConfig: set()}
+    for config, like, heads in ((DCAConfig, "llama", HEADS), (DCAVisionConfig, "vit", VISION_HEADS)):
+        for name, table in tables.items():
+            # (There is no head of ours for masked images.)
+            if like in table and name != "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES":
+                assert table[config.model_type] in {head.__name__ for head in heads}, name
+                found[config].add(table[config.model_type])
+        assert found[config] == {head.__name__ for head in heads}
+
+
+def test_pipelines_know_the_models(caplog):
+    model = tiny_model(eos_token_id=3, pad_token_id=0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 1, "b": 2, "<eos>": 3}, "a")))
+    assert pipeline("text-generation", model=model, tokenizer=tokenizer)("a b", max_new_tokens=2, do_sample=False)
+    assert [record.message for record in caplog.records if "not supported" in record.message] == []
+
+
 def test_labels_give_the_cross_entropy_of_the_next_token():
     model = tiny_model()
     input_ids = random_ids(2, 6)
@@ -853,6 +895,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(scheme, use_reentrant):
     assert len(calls) == 10
     for name, gradient in expected.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attn_implementation": "eager"}], ids=str)
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_gradients_through_what_is_recorded_under_gradient_checkpointing(scheme, fields):
+    model, input_ids = tiny_model(dtype=torch.float64, **scheme, **fields).train(), random_ids(2, 6)
+    asked = {"output_hidden_states": True, "output_attentions": bool(fields), "use_cache": False}
+
+    def gradients():
+        model.zero_grad()
+        outputs = model(input_ids, labels=input_ids, **asked)
+        extra = outputs.hidden_states[2].square().mean() + sum(each[..., 0].sum() for each in outputs.attentions or ())
+        (outputs.loss + extra).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=rf"`{name}` returns has no gradients.*\"use_reentrant\": False"):
+            model(input_ids, **{name: True})
+        with torch.no_grad():
+            model(input_ids, **{name: True})
 
 
 def test_compiles_without_graph_breaks():
@@ -1103,6 +1170,7 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification, AutoModelForTokenClassification,
 )
+from transformers.models.auto import modeling_auto
 
 inputs = torch.load("inputs.pt")
 outputs = {}
@@ -1119,6 +1187,7 @@ def run(source):
     assert type(AutoConfig.from_pretrained(vision, trust_remote_code=True)).__name__ == "DCAVisionConfig"
     results = {}
     causal_lm, name = load(AutoModelForCausalLM, text)
+    assert name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     results[name] = causal_lm(inputs["input_ids"]).logits
     results["generated"] = causal_lm.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
     image, name = load(AutoModelForImageClassification, vision)
