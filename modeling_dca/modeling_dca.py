@@ -393,15 +393,15 @@ class DCAPreTrainedModel(PreTrainedModel):
         "hidden_states": BlockInputRecorder(GeneralizedResidual),
         "attentions": DCAAttention,
     }
-    #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
-    _auto_map = {
-        "AutoConfig": "configuration_dca.DCAConfig",
-        "AutoModel": "modeling_dca.DCAModel",
-        "AutoModelForCausalLM": "modeling_dca.DCAForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_dca.DCAForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_dca.DCAForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
-    }
+
+    @property
+    def _auto_map(self) -> dict[str, str]:
+        return self.config._auto_map
+
+    def __init__(self, config: DCAConfig, *args, **kwargs):
+        # It may have been changed since it was made.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -446,6 +446,39 @@ class DCAPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, trained):
                 module.requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            `ValueError`: the weights do not fit a field of the configuration that is among the arguments.
+        """
+        overrides = {name: kwargs[name] for name in cls.config_class.own_fields() & kwargs.keys()}
+        # (The Auto classes make the configuration first.)
+        overrides |= getattr(kwargs.get("config"), "_overrides", {})
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except RuntimeError as error:
+            if not overrides or "ignore_mismatched_sizes" not in str(error):
+                raise
+            fields = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+            raise ValueError(
+                f"The weights of {str(pretrained_model_name_or_path)!r} do not fit {fields}: leave it out, or pass "
+                "`ignore_mismatched_sizes=True` to start those anew that the report above names."
+            ) from error
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        """As in transformers; `ValueError` for a pipeline, whose stages hand on one tensor and not a stack."""
+        config = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
+        if (config.get("pp_size") or 1) > 1:
+            raise ValueError(
+                f"`pp_size` is {config['pp_size']}, but DCA models cannot be split into a pipeline, as every block takes the "
+                "outputs of those before it: use `tp_size`, `fsdp_size` or `device_map`."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
@@ -638,7 +671,6 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DCAConfig):

@@ -110,11 +110,6 @@ class DCAVisionPreTrainedModel(DCAPreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["DCAVisionEmbeddings", "DCALayer"]
     _input_embed_layer = "patch_embeddings"
-    _auto_map = {
-        "AutoConfig": "configuration_dca.DCAVisionConfig",
-        "AutoModel": "modeling_dca_vision.DCAVisionModel",
-        "AutoModelForImageClassification": "modeling_dca_vision.DCAForImageClassification",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers.utils.output_capturing
 from functorch.compile import make_boxed_func
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from reference_dca import causal_lm_logits
 from tokenizers import Tokenizer
@@ -23,6 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -56,7 +58,6 @@ from modeling_dca import (
     DCAModel,
     DCAVisionConfig,
     DCAVisionModel,
-    ResidualStack,
     generalized_residual,
 )
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
@@ -1083,40 +1084,20 @@ def test_tensor_parallel_plan_names_every_linear_layer(fields):
 
 def test_other_plans_name_existing_modules():
     model = DCAForCausalLM(tiny_config())
-    for plan in (model.config.base_model_fsdp_plan, model.config.base_model_pp_plan):
-        assert [pattern for pattern in plan if not matching_modules(model.model, pattern)] == []
-    for plan in (DCAForCausalLM._tp_plan, DCAForCausalLM._pp_plan, DCAForCausalLM._fsdp_plan):
+    plan = model.config.base_model_fsdp_plan
+    assert [pattern for pattern in plan if not matching_modules(model.model, pattern)] == []
+    for plan in (DCAForCausalLM._tp_plan, DCAForCausalLM._fsdp_plan):
         assert [pattern for pattern in plan if not matching_modules(model, pattern)] == []
 
 
-@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
-def test_parts_in_the_order_of_the_pipeline_plan_are_the_model(scheme):
-    model = tiny_model(**scheme)
-    base = model.model
-    values = {"input_ids": random_ids(2, 6), "attention_mask": None}
-    position_embeddings = base.rotary_emb(torch.zeros(1), torch.arange(6)[None])
-    for name, (takes, gives) in {**base.config.base_model_pp_plan, **DCAForCausalLM._pp_plan}.items():
-        part = getattr(base, name, None) or getattr(model, name)
-        if name == "layers":
-            # The first stage begins the stack; those after it take it over.
-            stack = ResidualStack(values.pop("inputs_embeds"), base.config.max_stack_entries)
-            assert takes == ["stack", "attention_mask"]
-            for layer in part:
-                output, *stack.entries = layer(
-                    *stack.entries,
-                    attention_mask=values["attention_mask"],
-                    position_embeddings=position_embeddings,
-                )
-                stack.append(output)
-            result = stack.entries
-        elif takes == ["stack"]:
-            result, _ = part(*values.pop("stack"))
-        else:
-            (taken,) = takes
-            result = part(values.pop(taken))
-        (given,) = gives
-        values[given] = result
-    assert_close(values["logits"], model(random_ids(2, 6)).logits, 1e-6)
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_no_pipeline_is_promised_and_one_is_refused_where_it_is_asked_for(tmp_path, model_class):
+    model, _ = inputs_of(model_class)
+    assert not model.supports_pp_plan and model.pp_plan == {}
+    model.save_pretrained(tmp_path)
+    for load in (model_class, {**HEADS, **VISION_HEADS}[model_class]):
+        with pytest.raises(ValueError, match="`pp_size` is 2, but DCA models cannot be split into a pipeline"):
+            load.from_pretrained(tmp_path, distributed_config={"pp_size": 2})
 
 
 # Saving, loading and the Hub
@@ -1149,11 +1130,120 @@ def test_saved_model_tells_where_the_code_of_every_head_is(tmp_path, model_class
     assert saved["auto_map"] == {}
 
 
+# (What is there, what is asked for, and the fields that then are the configuration's.)
+OVERRIDES = [
+    ({}, {"sliding_window": 2}, {"sliding_window": 2, "layer_types": ["sliding_attention"] * 5}),
+    ({"sliding_window": 4}, {"sliding_window": None}, {"layer_types": ["full_attention"] * 5}),
+    ({"last_k": 1}, {"last_k": 1}, {"last_k": 1}),
+    ({"last_k": 4}, {"last_k": None}, {"last_k": None}),
+    ({"hidden_act": "gelu"}, {"hidden_act": "relu", "attention_dropout": 0.5}, {"hidden_act": "relu"}),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ),
+    ({}, {"position_embedding": "none"}, {"rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize("fields, overrides, expected", OVERRIDES, ids=str)
+def test_fields_given_to_from_pretrained_are_as_those_given_at_the_start(tmp_path, fields, overrides, expected):
+    model = tiny_model(**fields)
+    model.save_pretrained(tmp_path)
+    start = DCAForCausalLM(tiny_config(**fields | overrides | expected)).eval()
+    start.load_state_dict(model.state_dict())
+    for auto_class in (DCAForCausalLM, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path, **overrides).eval()
+        assert {name: getattr(loaded.config, name) for name in expected} == expected
+        assert_close(loaded(random_ids(1, 9)).logits, start(random_ids(1, 9)).logits, 1e-6)
+    assert AutoConfig.from_pretrained(tmp_path, **overrides).to_dict() == loaded.config.to_dict() | {
+        "dtype": "float32"
+    }
+
+
+def test_what_followed_from_a_field_follows_from_the_one_given(tmp_path):
+    tiny_config(hidden_size=16, intermediate_size=None, num_key_value_heads=None).save_pretrained(
+        tmp_path / "followed"
+    )
+    tiny_config(hidden_size=16, intermediate_size=20, num_key_value_heads=1).save_pretrained(tmp_path / "given")
+    overrides = {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 7}
+    for config_class in (DCAConfig, AutoConfig):
+        config = config_class.from_pretrained(tmp_path / "followed", **overrides)
+        assert (config.intermediate_size, config.num_key_value_heads, config.head_dim) == (128, 8, 4)
+        assert config.layer_types == ["full_attention"] * 7
+        config = config_class.from_pretrained(tmp_path / "given", **overrides)
+        assert (config.intermediate_size, config.num_key_value_heads, config.head_dim) == (20, 1, 4)
+
+
+WRONG_OVERRIDES = [
+    ({"residual_scheme": "grn_2"}, "did you mean 'grn_v2'"),
+    ({"last_k": 0}, "`last_k` is 0; it must be at least 1"),
+    ({"last_k": "2"}, "last_k"),
+    ({"residual_scheme": "standard", "last_k": 1}, "`last_k` is 1, but the 'standard' scheme"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 3}, "not a multiple"),
+    ({"layer_types": ["full_attention"]}, "`layer_types`"),
+    ({"layer_types": ["sliding_attention"] * 5}, "needs `sliding_window`"),
+    ({"sliding_window": 2, "layer_types": ["full_attention"] * 5}, "holds no 'sliding_attention'"),
+    ({"rope_parameters": {"rope_type": "linar"}}, "did you mean 'linear'"),
+]
+MISFITS = [{"num_hidden_layers": 6}, {"num_hidden_layers": 4}, {"last_k": 1}, {"residual_scheme": "grn_v3"}]
+MISFITS += [{"hidden_size": 32}, {"vocab_size": 60}, {"last_k": 1, "residual_scheme": "grn_v1"}]
+
+
+def test_fields_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for overrides, message in WRONG_OVERRIDES:
+        for some_class in (DCAForCausalLM, AutoModelForCausalLM, AutoConfig):
+            with pytest.raises(StrictDataclassError, match=message):
+                some_class.from_pretrained(tmp_path, **overrides)
+    for overrides in MISFITS:
+        (name, value), *_ = overrides.items()
+        for some_class in (DCAForCausalLM, AutoModelForCausalLM):
+            with pytest.raises(ValueError, match=f"The weights of .* do not fit .*{name}={value!r}"):
+                some_class.from_pretrained(tmp_path, **overrides)
+        DCAForCausalLM.from_pretrained(tmp_path, **overrides, ignore_mismatched_sizes=True)
+    with pytest.raises(TypeError, match="slidng_window"):
+        DCAForCausalLM.from_pretrained(tmp_path, slidng_window=2)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_a_configuration_that_was_changed_is_validated_where_a_model_is_made(model_class):
+    for name, value, message in [
+        ("last_k", 0, "`last_k` is 0"),
+        ("num_hidden_layers", 6, "`layer_types` has 5 entries"),
+        ("sliding_window", 2, "holds no 'sliding_attention'"),
+        ("residual_scheme", "grn_2", "did you mean 'grn_v2'"),
+    ]:
+        config = tiny_config()
+        setattr(config, name, value)
+        with pytest.raises(StrictDataclassError, match=message):
+            model_class(config)
+        with pytest.raises(StrictDataclassError, match=message):
+            HEADS[model_class].from_config(config)
+
+
+@pytest.mark.parametrize("model_class", [DCAForCausalLM, DCAForImageClassification])
+def test_the_code_goes_with_the_configuration(tmp_path, model_class):
+    # As merging tools do it: the configuration from one place, the weights from another.
+    model, _ = inputs_of(model_class)
+    model.save_pretrained(tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "configuration")
+    type(model.config)().save_pretrained(tmp_path / "fresh")
+    code = sorted(path.name for path in (tmp_path / "model").glob("*.py"))
+    assert "modeling_dca.py" in code
+    for folder in ("configuration", "fresh"):
+        assert sorted(path.name for path in (tmp_path / folder).glob("*.py")) == code
+        saved = json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
+        assert saved == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+
+
 def test_all_schemes_are_tested():
     assert {scheme["residual_scheme"] for scheme in ALL_SCHEMES} == set(RESIDUAL_SCHEMES)
 
 
 REMOTE_SCRIPT = """
+import os
 import sys
 
 
@@ -1199,6 +1289,13 @@ def run(source):
     image.save_pretrained(f"{source}-again/vision")
     again, name = load(AutoModelForImageClassification, f"{source}-again/vision")
     results[name + "-again"] = again(inputs["pixel_values"]).logits
+    # The configuration and its code from one who never loaded the model, and the weights from another.
+    config = AutoConfig.from_pretrained(f"{source}/merged", trust_remote_code=True)
+    config.save_pretrained(f"{source}-merged")
+    causal_lm.save_pretrained(f"{source}-weights")
+    os.replace(f"{source}-weights/model.safetensors", f"{source}-merged/model.safetensors")
+    merged, name = load(AutoModelForCausalLM, f"{source}-merged")
+    results[name + "-merged"] = merged(inputs["input_ids"]).logits
     # Each from a copy: the heads must find their backbone without AutoModel having been used with its code before.
     for auto_class, copy in (
         (AutoModelForSequenceClassification, "sequence"),
@@ -1245,7 +1342,10 @@ def loaded_elsewhere(tmp_path_factory):
     vision_sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2}
     vision_config = DCAVisionConfig(num_hidden_layers=3, num_labels=3, **vision_sizes)
     vision = randomize(DCAForImageClassification(vision_config))
-    for name, model in {"vision": vision, **dict.fromkeys(("text", "sequence", "token", "question"), text)}.items():
+    for name, model in {
+        "vision": vision,
+        **dict.fromkeys(("text", "merged", "sequence", "token", "question"), text),
+    }.items():
         model.save_pretrained(path / "folder" / name)
         put_into_hub_cache(path / "folder" / name, f"someone/{name}", path / "home")
     input_ids, pixel_values = random_ids(2, 6), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -1265,6 +1365,7 @@ def loaded_elsewhere(tmp_path_factory):
         expected = {
             "DCAForCausalLM": logits,
             "DCAForCausalLM-again": logits,
+            "DCAForCausalLM-merged": logits,
             "DCAForImageClassification": vision(pixel_values).logits,
             "DCAForImageClassification-again": vision(pixel_values).logits,
             "DCAForSequenceClassification": hidden_states,
