@@ -4,9 +4,11 @@ DeepCrossAttention (DCA) language models: Llama's parts, in Llama's places, arou
 Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connections", ICML 2025, arXiv 2502.06785.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -46,6 +48,36 @@ from .grn_triton import generalized_residual_triton
 
 GRNInterface.register("cpu", generalized_residual_cpu)
 GRNInterface.register("triton", generalized_residual_triton)
+
+
+#: What the installed transformers calls the key-value cache: `past_key_values` until 5.23, and `cache` since.
+CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """
+    Lets a `forward` take the key-value cache as `cache` and as `past_key_values`, with every version of transformers:
+    it gets it under the name that it has for it.
+
+    Raises:
+        `ValueError`: the call has both.
+    """
+    names = ("cache", "past_key_values")
+    name, other = names if "cache" in inspect.signature(forward).parameters else reversed(names)
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if CACHE_NAME != "cache" and not isinstance(kwargs.get("cache"), Cache | None):
+            # Before 5.24 the cache of continuous batching has a name of its own, and is the attention function's matter.
+            kwargs["paged_cache"] = kwargs.pop("cache")
+        cache = kwargs.pop(other, None)
+        if cache is not None:
+            if kwargs.get(name) is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+            kwargs[name] = cache
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -186,6 +218,7 @@ class DCAAttention(nn.Module):
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
+    @takes_cache
     def forward(
         self,
         query_input: torch.Tensor,
@@ -193,7 +226,7 @@ class DCAAttention(nn.Module):
         value_input: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = query_input.shape[:-1]
@@ -206,8 +239,11 @@ class DCAAttention(nn.Module):
         if position_embeddings is not None and self.use_rope:
             query_states, key_states = apply_partial_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            # (That of continuous batching tells the attention function what it needs.)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
+        elif "paged_cache" in kwargs:
+            kwargs["cache"] = kwargs.pop("paged_cache")
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -246,13 +282,14 @@ class DCALayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.mlp = DCAGatedMLP(config) if config.gated_mlp else DCAMLP(config)
 
+    @takes_cache
     def forward(
         self,
         *stack: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, ...]:
@@ -270,8 +307,8 @@ class DCALayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         output = attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
@@ -296,7 +333,7 @@ class DCAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DCALayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -436,6 +473,7 @@ class DCAModel(DCAPreTrainedModel):
 
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -443,7 +481,7 @@ class DCAModel(DCAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -462,11 +500,12 @@ class DCAModel(DCAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if self.embed_positions is not None and (position_ids is None or past_key_values is not None):
+        # (The cache of continuous batching holds many sequences, all of which come with their positions.)
+        past_seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if self.embed_positions is not None and (position_ids is None or isinstance(cache, Cache)):
             # (Sequences that are packed into one have positions of their own, and may be longer together.)
             self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
         # The mask looks in them for packed sequences, and waits for the device to do so.
@@ -481,8 +520,8 @@ class DCAModel(DCAPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
                 "position_ids": given_position_ids,
+                CACHE_NAME: cache,
             }
             mask_mapping = {}
             if "full_attention" in self.config.layer_types:
@@ -500,17 +539,14 @@ class DCAModel(DCAPreTrainedModel):
                 attention_mask=mask_mapping[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
             stack.append(output)
 
         hidden_states, _ = self.residual(*stack.entries)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
         # A static cache counts its tokens on the device: looking at them would mean waiting for it.
@@ -546,13 +582,14 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -578,9 +615,9 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -595,9 +632,9 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
@@ -614,18 +651,21 @@ class DCAForSequenceClassification(GenericForSequenceClassification, DCAGenericH
     """The DCA decoder with a linear classifier on the last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    forward = takes_cache(GenericForSequenceClassification.forward)
 
 
 class DCAForTokenClassification(GenericForTokenClassification, DCAGenericHead):
     """The DCA decoder with a linear classifier on each token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    forward = takes_cache(GenericForTokenClassification.forward)
 
 
 class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAGenericHead):
     """The DCA decoder with a linear head for the start and the end of an answer in the text."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    forward = takes_cache(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

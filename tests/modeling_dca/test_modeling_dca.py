@@ -23,7 +23,9 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     StaticCache,
@@ -45,7 +47,7 @@ from modeling_dca import (
     generalized_residual,
 )
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
-from modeling_dca.modeling_dca import DCARMSNorm, RMSNormFunction, rms_norm
+from modeling_dca.modeling_dca import CACHE_NAME, DCARMSNorm, RMSNormFunction, rms_norm
 
 
 #: Every scheme with every kind of stack, as fields of the configuration.
@@ -413,9 +415,9 @@ def test_learned_positions_end():
 def test_learned_positions_end_while_decoding_too():
     # Each step is short, but its positions are not: an index out of range would be read from elsewhere on a GPU.
     model = tiny_model(position_embedding="learned", max_position_embeddings=8)
-    cache = model(random_ids(1, 8)).past_key_values
+    cache = getattr(model(random_ids(1, 8)), CACHE_NAME)
     with pytest.raises((ValueError, IndexError)):
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 1), cache=cache)
 
 
 def test_inputs_embeds_are_what_input_ids_become():
@@ -444,11 +446,68 @@ def test_cached_decoding_equals_uncached(fields, cache, steps):
     model = tiny_model(**fields)
     input_ids = random_ids(2, 11)
     expected = model(input_ids, use_cache=False)
-    assert expected.past_key_values is None
-    past_key_values = CACHES[cache](model)
-    logits = [model(part, past_key_values=past_key_values).logits for part in input_ids.split(steps, dim=1)]
+    assert getattr(expected, CACHE_NAME) is None
+    cache = CACHES[cache](model)
+    logits = [model(part, cache=cache).logits for part in input_ids.split(steps, dim=1)]
     assert_close(torch.cat(logits, 1), expected.logits, 1e-5)
-    assert past_key_values.get_seq_length() == 11
+    assert cache.get_seq_length() == 11
+
+
+HEADS = [DCAModel, DCAForCausalLM, DCAForSequenceClassification, DCAForTokenClassification, DCAForQuestionAnswering]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("model_class", HEADS)
+def test_models_take_the_cache_by_either_name(model_class, name, recwarn):
+    model = tiny_model(model_class, pad_token_id=0)
+    input_ids = random_ids(2, 7, low=1)
+    whole, cache = model(input_ids, use_cache=False), DynamicCache(config=model.config)
+    model(input_ids[:, :4], **{name: cache})
+    assert cache.get_seq_length() == 4
+    outputs = model(input_ids[:, 4:], **{name: cache})
+    assert cache.get_seq_length() == 7
+    if "past_key_values" in outputs:  # (all but the heads of tokens and answers)
+        assert getattr(outputs, CACHE_NAME) is cache
+    per_token = model_class is not DCAForSequenceClassification
+    assert_close(outputs[0], whole[0][:, 4:] if per_token else whole[0], 1e-5)
+    # The other name may come along, but say nothing: some callers hand on all that they may have been given.
+    other = {"cache": "past_key_values", "past_key_values": "cache"}[name]
+    model(input_ids[:, :1], **{name: cache, other: None})
+    assert cache.get_seq_length() == 8
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names"):
+        model(input_ids[:, :1], **{name: cache, other: DynamicCache(config=model.config)})
+    assert cache.get_seq_length() == 8
+    assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_blocks_and_attention_take_the_cache_by_either_name(name):
+    model, hidden_states = tiny_model(DCAModel), torch.randn(1, 3, 16)
+    cache = DynamicCache(config=model.config)
+    layer, positions = model.layers[0], torch.arange(3)[None]
+    rotations = model.rotary_emb(hidden_states, positions)
+    layer(hidden_states, position_embeddings=rotations, **{name: cache})
+    assert cache.get_seq_length() == 3
+    layer.self_attn(*[hidden_states] * 3, position_embeddings=rotations, **{name: cache})
+    assert cache.get_seq_length() == 6
+
+
+def test_evaluation_leaves_the_cache_where_it_is():
+    # The Trainer collects all outputs but those that the configuration names.
+    outputs = tiny_model()(random_ids(1, 3), use_cache=True)
+    assert set(outputs) - set(DCAConfig.keys_to_ignore_at_inference) == {"logits"}
+
+
+def test_continuous_batching_equals_greedy():
+    model = tiny_model(attn_implementation="sdpa", eos_token_id=VOCABULARY, max_position_embeddings=64)
+    prompts = [random_ids(1, 5), random_ids(1, 3, seed=1)]
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=VOCABULARY)
+    batching = ContinuousBatchingConfig(max_batch_tokens=16, max_memory_percent=0.001)
+    outputs = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts], config, batching, progress_bar=False, warmup=False
+    )
+    tokens = sorted((output.prompt_ids + output.generated_tokens for output in outputs.values()), key=len)
+    assert tokens == [*greedy(model, prompts[1]), *greedy(model, prompts[0])]
 
 
 def generate(model, input_ids, **kwargs):
