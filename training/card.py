@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 
-from training.arguments import RUNS_FOLDER, Run
+from training.arguments import Run
 from training.figures import draw_depth_weights, draw_loss_curves
-from training.publish import public_name
+from training.publish import model_name, public_name
 
 
 TEMPLATES = Path(__file__).parent.parent / "model_cards"
@@ -194,12 +194,6 @@ def write_conversion_card(
         **note,
     )
     card.save(folder / "README.md")
-
-
-def model_name(folder: Path) -> str:
-    """What a card calls the model in a folder, of which it does not tell where it is."""
-    parts = folder.parts
-    return "-".join(parts[1:]) if parts[:1] == (RUNS_FOLDER,) and len(parts) > 1 else folder.resolve().name
 
 
 def _length(arguments: dict) -> str:

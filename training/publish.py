@@ -22,7 +22,7 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, logging, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from training.arguments import DIVERGED, RECORD
+from training.arguments import DIVERGED, RECORD, RUNS_FOLDER
 from training.errors import NO_TOKEN, UserError, command, hub_error
 
 
@@ -164,6 +164,12 @@ def is_local_path(value: str, run: Path | None = None) -> bool:
     return any((place / value).exists() for place in places)
 
 
+def model_name(folder: Path) -> str:
+    """What a card calls the model in a folder, of which it does not tell where it is."""
+    parts = folder.parts
+    return "-".join(parts[1:]) if parts[:1] == (RUNS_FOLDER,) and len(parts) > 1 else folder.resolve().name
+
+
 def public_name(value, run: Path | None = None):
     """The value of a field, or the values in it, but of a local path its last name alone."""
     if isinstance(value, dict):
@@ -176,10 +182,16 @@ def public_name(value, run: Path | None = None):
 def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
     """The model card, whose code loads the model from the Hub where that of the run loads it from its folder."""
     card = (run / "README.md").read_text(encoding="utf-8")
+    record = read_record(run)
+    folder = Path(record.get("training", {}).get("output_dir", run))
+    # The title is the folder's, and in cards of earlier versions its path.
+    for name in (model_name(folder), model_name(run), folder.as_posix().strip("/").replace("/", "-")):
+        for start in ("# ", "- name: "):
+            card = card.replace(f"\n{start}{name}\n", f"\n{start}{repo_id.split('/')[-1]}\n", 1)
     for folder in set(re.findall(r'from_pretrained\("([^"\n]*)", trust_remote_code=True\)', card)):
         card = card.replace(f'from_pretrained("{folder}"', f"from_pretrained({_source(repo_id, revision)}")
     # Cards of earlier versions tell the paths of the data.
-    values = [value for fields in read_record(run).values() for value in (fields or {}).values()]
+    values = [value for fields in record.values() for value in (fields or {}).values()]
     paths = {value for value in values if isinstance(value, str) and is_local_path(value, run)}
     for path in sorted(paths, key=len, reverse=True):
         card = card.replace(path, Path(path).name)
