@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -440,7 +441,7 @@ class ResidualConversionMixin:
     """For models with a head: from a trained residual model to DCA, and back."""
 
     @classmethod
-    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides):
+    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides: Any) -> Self:
         """
         Makes a trained residual model into DCA without changing what it computes: the generalized residuals start as
         the residual sum (paper, table 4).

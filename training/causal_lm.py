@@ -23,6 +23,7 @@ from training.arguments import Run, RunArguments, parse_run
 from training.data import is_on_the_hub
 from training.errors import UserError, command
 from training.metrics import Perplexity
+from training.publish import public_name
 from training.run import (
     check_hub,
     check_model,
@@ -84,7 +85,7 @@ def evaluation_options(held_out: PackedBlocks, blocks: Dataset) -> dict[str, Any
 
 def describe(data: TextDataArguments, train_documents, held_out_documents, held_out_blocks) -> str:
     """What a model card says of the text."""
-    source = data.dataset if data.dataset_config is None else f"{data.dataset} ({data.dataset_config})"
+    source = public_name(data.dataset) + (f" ({data.dataset_config})" if data.dataset_config is not None else "")
     if data.dataset == "stdlib":
         source = f"the source text of the standard library of Python {platform.python_version()}, split by file"
     documents = "a stream of documents" if data.streaming else f"{len(train_documents):,} documents"

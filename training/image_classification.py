@@ -28,6 +28,7 @@ from training.images import (
     load_images,
 )
 from training.metrics import Accuracy
+from training.publish import public_name
 from training.run import (
     check_hub,
     check_model,
@@ -122,7 +123,9 @@ def main():
     # (The model's own loss would take probabilities of classes for several labels of one image.)
     smoothing = run.training.label_smoothing_factor
     loss = functools.partial(mixed_cross_entropy, label_smoothing=smoothing) if data.mixup_alpha else None
-    source = "scikit-learn's handwritten digits (8 x 8 pixels)" if data.dataset == "digits" else data.dataset
+    source = (
+        "scikit-learn's handwritten digits (8 x 8 pixels)" if data.dataset == "digits" else public_name(data.dataset)
+    )
     note = {
         "task": "image-classification",
         "dataset": data.dataset if is_on_the_hub(data.dataset) else None,

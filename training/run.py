@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import create_repo
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.trainer_utils import speed_metrics
@@ -28,8 +27,9 @@ from training.checkpoints import (
     write_whole,
 )
 from training.depth_weights import measure_depth_weights
-from training.errors import UserError, hub_error, innermost_message
+from training.errors import UserError, innermost_message
 from training.initial import check_scheme, initial_model
+from training.publish import check_target
 from training.trainer import RunTrainer, uses_fsdp
 
 
@@ -131,17 +131,15 @@ def check_optimizer(arguments: RunArguments) -> None:
 
 def check_hub(arguments: RunArguments) -> None:
     """
-    Create the repository that a run is to be published in, before anything else is done for the run.
+    See that a run can be published, and create the repository, before anything else is done for the run.
 
     Raises:
-        [`UserError`]: the Hub cannot be reached, or refuses it.
+        [`UserError`]: the Hub cannot be reached, or the run could not be published there as it is to be.
     """
     if arguments.push_to_hub and arguments.should_save:
         repo_id = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
-        try:
-            create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True)
-        except Exception as error:
-            raise hub_error(error) from error
+        # (With its whole name, which the trainer would ask for once more.)
+        arguments.hub_model_id = check_target(repo_id, arguments.hub_private_repo, arguments.hub_revision)
 
 
 def make_output_folder(run: Run) -> None:
@@ -160,6 +158,7 @@ def make_output_folder(run: Run) -> None:
         if run.training.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").unlink(missing_ok=True)  # A card says that the run is finished, and with what figures.
         write_whole(record, yaml.safe_dump(run.named, sort_keys=False))
     except OSError as error:
         raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error

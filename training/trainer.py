@@ -283,7 +283,21 @@ class RunTrainer(Trainer):
             for file, values in ((together, {**before, **metrics}), (self.folder / f"{split}_results.json", metrics)):
                 write_whole(file, json.dumps(values, indent=4, sort_keys=True))
 
+    def init_hf_repo(self, *args, **kwargs):
+        """The repository is there: the commands have seen to it before anything else."""
+
     def push_to_hub(self, *args, **kwargs):
         """Publish the folder of the run, model card and all, rather than what transformers would make of it."""
         if self.is_world_process_zero():
-            publish(Path(self.args.output_dir), self.hub_model_id, bool(self.args.hub_private_repo))
+            repo_id, revision = self.args.hub_model_id, self.args.hub_revision
+            try:
+                publish(self.folder, repo_id, self.args.hub_private_repo, revision)
+            except UserError as error:
+                options = "".join(
+                    [f" --revision {revision}" if revision else "", " --private" if self.args.hub_private_repo else ""]
+                )
+                raise UserError(
+                    f"The run in {self.folder} is complete, but not published; when this is mended, `python -m "
+                    f"training.publish {self.folder} {repo_id}{options}` does it: "
+                    + str(error).replace("the same command", "that command")
+                ) from error
