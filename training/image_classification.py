@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import EvalPrediction, ViTImageProcessor
 
@@ -30,10 +31,12 @@ from training.images import (
 from training.metrics import Accuracy
 from training.publish import public_name
 from training.run import (
+    check_batches,
     check_hub,
     check_model,
     check_optimizer,
     check_output_folder,
+    check_trainer,
     config_of_baseline,
     make_output_folder,
     run_models,
@@ -43,6 +46,8 @@ from training.run import (
 @dataclasses.dataclass
 class ImageClassificationArguments(RunArguments):
     """The paper's recipe for ImageNet (table 8; Beyer et al., 2022), where a run does not say otherwise."""
+
+    held_out_metrics: ClassVar = {"loss": False, "accuracy": True}
 
     learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "The learning rate schedule."})
@@ -99,6 +104,7 @@ def main():
     baseline = config_of_baseline(run)
     check_model(DCAForImageClassification, config)
     check_optimizer(run.training)
+    check_trainer(run.training)
     check_output_folder(run.training)
     check_hub(run.training)
 
@@ -113,6 +119,7 @@ def main():
     for each in filter(None, (config, baseline)):
         each.id2label, each.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     options = (processor, config.image_height_width)
+    check_batches(run.training, len(train_images))
     train_files = ImageFiles(train_images, config.num_channels, data.dataset)
     train_examples = ImageExamples(train_files, *options, augmentation=data, seed=run.training.seed)
     held_out_files = ImageFiles(held_out_images, config.num_channels, data.eval_dataset or data.dataset)

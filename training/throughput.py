@@ -142,6 +142,11 @@ class Throughput(TrainerCallback, ExportableState):
 class SpeedProgress(ProgressCallback):
     """The Trainer's progress bar, with the speed of the run."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.training_bar is not None:  # of a batch that did not fit into memory
+            self.training_bar.close()
+        super().on_train_begin(args, state, control, **kwargs)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs, **kwargs)
         unit = next((name for name in logs if name in ("tokens_per_second", "images_per_second")), None)
