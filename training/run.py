@@ -150,6 +150,8 @@ def make_output_folder(run: Run) -> None:
     record = folder / RECORD
     if run.training.resume_from_checkpoint is not None:
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        if "split_seed" in run.named["data"]:  # which was the run's seed before it had one of its own
+            before["data"].setdefault("split_seed", before["training"].get("seed", 42))
         for section in ("model", "data"):
             if before[section] != run.named[section]:
                 raise UserError(

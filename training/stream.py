@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec.asyn
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HTTPError
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 # each time. (`datasets` has tried again by then, too, where the server could not be reached.)
 RETRIES = 6
 FIRST_WAIT = 2.0
-# What a connection that breaks, a server in trouble, or half a file ends in.
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, HTTPError, asyncio.TimeoutError)
+# What a connection that breaks, a server in trouble, or half a download ends in.
+PASSING_ERRORS = (OSError, EOFError, zlib.error, HTTPError, asyncio.TimeoutError)
+# That, or what is in the file itself.
+READ_ERRORS = (*PASSING_ERRORS, ValueError, NotImplementedError, pa.ArrowException)
 
 READ_BATCH = 256
 STATE_FILE = "stream_state_{}.json"
@@ -59,7 +62,7 @@ def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> 
     A file that cannot be read is opened again, after a wait that doubles each time, and read on from where it broke off.
 
     Raises:
-        [`UserError`]: it still could not be read after `RETRIES` times.
+        [`UserError`]: it still could not be read after `RETRIES` times, or what is in it cannot be.
     """
     failures = 0
     while True:
@@ -73,6 +76,8 @@ def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> 
         except READ_ERRORS as error:
             reason = f"{type(error).__name__}: {innermost_message(error)}"
             failure = f"The data file {shard_name(data, shard)} cannot be read from row {row} on ({reason})"
+            if not isinstance(error, PASSING_ERRORS):
+                raise UserError(f"{failure}: mend it.") from error
             failures += 1
             if failures > RETRIES:
                 raise UserError(

@@ -33,8 +33,8 @@ def tokenizer():
     return train_tokenizer(iter(TEXTS), 300, 64)
 
 
-def load(dataset, seed=0, **options):
-    return load_text(TextDataArguments(dataset=str(dataset), **options), seed)
+def load(dataset, **options):
+    return load_text(TextDataArguments(dataset=str(dataset), **options))
 
 
 def blocks_of(data, tokenizer, column="text", block_size=16):
@@ -187,7 +187,7 @@ def test_share_of_the_examples_is_held_out(tmp_path):
     assert len(held_out) == 40
     assert sorted([*train["text"], *held_out["text"]]) == sorted(texts)
     assert load(tmp_path / "text.jsonl", eval_fraction=0.1)[1]["text"][:] == held_out["text"][:]
-    assert load(tmp_path / "text.jsonl", eval_fraction=0.1, seed=1)[1]["text"][:] != held_out["text"][:]
+    assert load(tmp_path / "text.jsonl", eval_fraction=0.1, split_seed=1)[1]["text"][:] != held_out["text"][:]
     assert load(tmp_path / "text.jsonl", eval_fraction=0.1, max_eval_documents=3)[1]["text"][:] == held_out["text"][:3]
 
 
@@ -231,13 +231,13 @@ def test_standard_library_is_split_by_file(library):
 
 
 def test_standard_library_is_split_the_same_way_always(library):
-    train, held_out = load("stdlib", seed=0)
-    assert load("stdlib", seed=1)[1].to_list() == held_out.to_list()
+    train, held_out = load("stdlib", split_seed=0)
+    assert load("stdlib", split_seed=1)[1].to_list() == held_out.to_list()
     # Not by the place of a file among the others, which is another in each release of Python.
     for path in ("package/module_0.py", "latin.py", "package/module_31.py"):
         (library / path).unlink()
     (library / "aaa.py").write_text("NEW = True\n")
-    train_after, held_out_after = load("stdlib", seed=2)
+    train_after, held_out_after = load("stdlib", split_seed=2)
     assert not set(train["path"]) & set(held_out_after["path"])
     assert not set(held_out["path"]) & set(train_after["path"])
     # A larger share holds out the same files, and more.

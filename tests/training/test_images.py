@@ -37,8 +37,8 @@ from training.images import (
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def images(dataset, num_channels=1, seed=0, **options):
-    return load_images(ImageDataArguments(dataset=str(dataset), **options), num_channels, seed)
+def images(dataset, num_channels=1, **options):
+    return load_images(ImageDataArguments(dataset=str(dataset), **options), num_channels)
 
 
 def write_parquet(file, labels, pictures=None):
@@ -56,7 +56,7 @@ def test_digits():
     counts = torch.bincount(torch.tensor(train["label"])), torch.bincount(torch.tensor(held_out["label"]))
     # The same share of each class, but for the one image that cannot be cut.
     assert ((counts[1] - 0.2 * (counts[0] + counts[1])).abs() <= 1).all()
-    assert images("digits", seed=1)[1]["label"][:] == held_out["label"][:]
+    assert images("digits", split_seed=1)[1]["label"][:] == held_out["label"][:]
     pixels = [{each["image"].tobytes() for each in part} for part in (train, held_out)]
     assert len(pixels[0] | pixels[1]) == 1797 and not pixels[0] & pixels[1]
     example = train[0]["image"]
@@ -413,18 +413,34 @@ def test_crops_are_what_the_processor_would_make_of_them():
         assert example["pixel_values"].is_contiguous()
 
 
-def test_batch_is_mixed_with_the_weight_of_its_first_example():
+def test_pairs_of_a_batch_are_mixed_with_the_weight_of_the_first():
     examples = examples_of(pictures(4), mixup_alpha=0.2)
     examples.set_epoch(3)
-    rows = examples.__getitems__([2, 0, 1])
-    batch, weight = collate(rows, 3), rows[0]["mixing_weight"]
-    assert 0.5 <= weight < 1
-    for row, before, values, labels in zip(rows, [rows[-1], *rows], batch["pixel_values"], batch["labels"]):
-        torch.testing.assert_close(values, weight * row["pixel_values"] + (1 - weight) * before["pixel_values"])
-        expected = torch.zeros(3)
-        expected[row["label"]] += weight
-        expected[before["label"]] += 1 - weight
-        torch.testing.assert_close(labels, expected)
+    rows = examples.__getitems__([2, 0, 1, 3])
+    batch = collate(rows, 3)
+    for number, (row, other) in enumerate(((0, 1), (1, 0), (2, 3), (3, 2))):
+        weight = rows[number // 2 * 2]["mixing_weight"]
+        assert 0.5 <= weight < 1
+        expected = weight * rows[row]["pixel_values"] + (1 - weight) * rows[other]["pixel_values"]
+        torch.testing.assert_close(batch["pixel_values"][number], expected)
+        labels = torch.zeros(3)
+        labels[rows[row]["label"]] += weight
+        labels[rows[other]["label"]] += 1 - weight
+        torch.testing.assert_close(batch["labels"][number], labels)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, {"mixup_alpha": 0.5}])
+def test_batches_are_the_same_for_any_number_of_processes(recipe):
+    contents = pictures(12)
+    order = [7, 2, 11, 4, 9, 0, 1, 8, 3, 10, 5, 6]
+    whole = collate(examples_of(contents, **recipe).__getitems__(order), 3)
+    for size in (2, 4, 6):
+        parts = [
+            collate(examples_of(contents, **recipe).__getitems__(order[first : first + size]), 3)
+            for first in range(0, 12, size)
+        ]
+        for name, values in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), values), (size, name)
 
 
 @pytest.mark.parametrize(("size", "eval_resize"), [(224, 256), (8, 10), ([8, 16], 20)])
@@ -490,6 +506,7 @@ WRONG_IMAGES = [
     (write_broken, "images", [], ["2 of ", "of 'images'", "odd/", ".png", "cannot be read", "mend or remove"]),
     (lambda path: write_images(path), "images", ["--eval_resize=7"], ["`eval_resize` is 7", "at least `image_size`, 8"]),
     (lambda path: write_images(path), "images", ["--mixup_alpha=-1"], ["`mixup_alpha` is -1.0", "at least 0"]),
+    (lambda path: write_images(path), "images", ["--mixup_alpha=0.2", "--per_device_train_batch_size=3"], ["`mixup_alpha` is 0.2", "`per_device_train_batch_size` is 3", "even"]),
     (lambda path: write_images(path), "images", ["--rand_augment_operations=-1"], ["`rand_augment_operations` is -1", "at least 0"]),
     (lambda path: write_images(path), "images", ["--rand_augment_magnitude=11"], ["`rand_augment_magnitude` is 11.0", "between 0 and 10"]),
     (lambda path: write_images(path, channels=4), "images", ["--num_channels=4", "--rand_augment_operations=2"], ["`rand_augment_operations` is 2", "`num_channels` is 4"]),

@@ -136,7 +136,7 @@ def test_layouts_of_the_hub(tmp_path, offline, name):
     for file in range(3):
         LAYOUTS[name](tmp_path / name.format(file), texts[file * 200 : (file + 1) * 200 + 100 * (file == 2)])
     train, held_out = load_text(
-        TextDataArguments(dataset=str(tmp_path), eval_dataset=str(tmp_path), streaming=True, max_eval_documents=250), 0
+        TextDataArguments(dataset=str(tmp_path), eval_dataset=str(tmp_path), streaming=True, max_eval_documents=250)
     )
     assert isinstance(train, datasets.IterableDataset) and train.num_shards == 3
     assert list(values_of(train, "text")) == texts
@@ -147,9 +147,9 @@ def test_held_out_documents_are_read_no_further_than_needed(tmp_path, offline):
     write_c4(tmp_path / "a.json.gz", documents(20))
     (tmp_path / "b.json.gz").write_bytes(b"no gzip")
     options = {"dataset": str(tmp_path / "a.json.gz"), "eval_dataset": str(tmp_path), "max_eval_documents": 15}
-    assert load_text(TextDataArguments(**options, streaming=True), 0)[1]["text"][:] == documents(20)[:15]
+    assert load_text(TextDataArguments(**options, streaming=True))[1]["text"][:] == documents(20)[:15]
     with pytest.raises(UserError):
-        load_text(TextDataArguments(**options), 0)
+        load_text(TextDataArguments(**options))
 
 
 # Lanes
@@ -492,8 +492,8 @@ def test_run_whose_data_cannot_be_read_on_says_so(room, capsys, waits, monkeypat
     (room / "b.json.gz").write_bytes((room / "b.json.gz").read_bytes()[:-3000])
     options = ("--streaming", "--stream_lanes=2", f"--dataloader_num_workers={workers}", "--tokenizer_documents=9")
     line = failure(capsys, causal_lm.main, TEXT_RUN, "--dataset=[ab].json.gz", "--output_dir=run", *options)
-    assert "b.json.gz' cannot be read from row 0 on (EOFError" in line and "worker" not in line
-    assert waits == ([2, 4, 8, 16, 32, 64] if workers == 0 else [])
+    assert "'b.json.gz' cannot be read as json after line" in line and "EOFError" in line and "worker" not in line
+    assert waits == []  # half a file on the disk does not become whole
 
 
 # Runs
