@@ -363,7 +363,8 @@ def _documents(
 
 def _rows(files: list[str], column: str) -> Iterator[dict[str, Any]]:
     for file in files:
-        for _, document in read_file(file, column):
+        for place, document in read_file(file, column):
+            check_document(document, column, place)
             yield {column: document}
 
 

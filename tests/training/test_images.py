@@ -3,24 +3,27 @@
 import io
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
+import training.data
 from modeling_dca import DCAVisionConfig
 from tests.training.tiny import IMAGE_RUN, call, image, refusal, write_images
 from training import image_classification
 from training import images as images_module
 from training.augmentation import random_crop_box
 from training.benchmarks import images as benchmark
+from training.errors import UserError
 from training.image_classification import image_processor
 from training.images import (
     ImageDataArguments,
@@ -78,6 +81,104 @@ def test_image_folder_with_folders_for_the_splits(tmp_path):
     write_images(tmp_path / "images" / "test", count=4)
     train, held_out, names = images(tmp_path / "images", eval_split="test")
     assert (len(train), len(held_out), names) == (10, 4, ["even", "odd"])
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("bus", "car", "freight_train", "passenger_train"),
+        ("eval", "test", "train", "val"),  # with images in them, these are classes, too
+        ("0train", "dev-kit", "evaluation board", "test.a"),
+        ("__a__", "c[1]", "d*", "x?y"),
+    ],
+)
+def test_classes_are_folders_whatever_words_are_in_their_names(tmp_path, classes):
+    root = tmp_path / "some_test [2]" / "train"
+    write_images(root, count=48, classes=classes)
+    for number, file in enumerate(sorted(root.rglob("*.png"))):
+        file.rename(file.with_stem(("train_{}", "test-{}", "val {}", "{}.dev", "[{}]")[number % 5].format(file.stem)))
+    train, held_out, names = images(root, eval_fraction=0.25)
+    assert names == sorted(classes)
+    assert sorted(train["label"][:] + held_out["label"][:]) == sorted(list(range(4)) * 12)
+    for part in (train, held_out):
+        assert {Path(file["path"]).parent.name for file in files_of(part)} == set(classes)
+        assert all(
+            Path(file["path"]).parent.name == names[label] for file, label in zip(files_of(part), part["label"])
+        )
+
+
+def files_of(part):
+    return part.cast_column("image", ImageFeature(decode=False))["image"]
+
+
+def test_splits_are_all_folders_at_the_top_or_none(tmp_path):
+    for split, count in (("Training", 10), ("dev", 6), ("test", 4)):
+        write_images(tmp_path / "images" / split, count=count, classes=("test", "train"))
+    for split, count in (("validation", 6), ("test", 4)):
+        train, held_out, names = images(tmp_path / "images", eval_split=split)
+        assert (len(train), len(held_out), names) == (10, count, ["test", "train"])
+    with pytest.raises(UserError, match="has the splits .*: name the folder of one of them"):
+        images(tmp_path / "images" / "test", eval_dataset=str(tmp_path / "images"))
+    # With another folder next to them, there would be two folders of each class.
+    write_images(tmp_path / "images" / "more", count=4, classes=("test", "train"))
+    with pytest.raises(
+        UserError, match="Training/test' and in .*/dev/test' cannot be told apart as classes: .*train, "
+    ):
+        images(tmp_path / "images")
+
+
+def test_folders_that_cannot_be_told_apart_as_classes(tmp_path):
+    write_images(tmp_path / "images", count=10, classes=("cat", "dog"))
+    write_images(tmp_path / "images" / "cat", count=10, classes=("black", "white"))
+    with pytest.raises(UserError, match="images/cat' and in .*images/cat/black' cannot be told apart"):
+        images(tmp_path / "images")
+    image(1).save(tmp_path / "images" / "dog.png")
+    with pytest.raises(UserError, match="images' and in .*images/cat' cannot be told apart"):
+        images(tmp_path / "images")
+
+
+def test_classes_that_are_not_among_those_held_out_keep_their_numbers(tmp_path):
+    write_images(tmp_path / "images" / "train", count=12, classes=("a", "b", "c"))
+    for classes in (("b", "c"), ("c",)):
+        write_images(tmp_path / "-".join(classes), count=4, classes=classes)
+        train, held_out, names = images(tmp_path / "images", eval_dataset=str(tmp_path / "-".join(classes)))
+        assert len(train) == 12 and names == held_out.features["label"].names == ["a", "b", "c"]
+        assert {names[label] for label in held_out["label"]} == set(classes)
+    write_images(tmp_path / "images" / "val", count=4, classes=("c", "d"))
+    with pytest.raises(UserError, match="held out has the classes c, d, but those to train on are a, b, c"):
+        images(tmp_path / "images", eval_split="validation")
+
+
+@pytest.mark.parametrize("column", ["picture", "class"])
+def test_only_images_and_classes_are_read_of_parquet(tmp_path, column):
+    (tmp_path / "data").mkdir()
+    for number, other in enumerate(([1] * 10, ["x"] * 10)):
+        rows = {"picture": [image(value) for value in range(10)], "class": [0, 1] * 5, "other": other}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"train[{number}].parquet")
+    train, held_out, _ = images(tmp_path / "data", **COLUMNS)
+    assert len(train) + len(held_out) == 20
+    rows.pop(column)
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "z.parquet")
+    with pytest.raises(UserError, match=rf"z.parquet' has no column '{column}'; it has .*other"):
+        images(tmp_path / "data", **COLUMNS)
+
+
+def test_images_held_out_are_loaded_alone(tmp_path, monkeypatch):
+    asked = []
+    rows = [{"bytes": encoded(noise(number), "JPEG"), "path": f"{number}.jpg"} for number in range(4)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"]), "other": Value("string")})
+    data = Dataset.from_dict({"image": rows, "label": [0, 1] * 2, "other": ["x"] * 4}, features=features)
+
+    def load_dataset(*args, split, streaming, **kwargs):
+        asked.append((split, streaming))
+        return data.to_iterable_dataset()
+
+    monkeypatch.setattr(training.data, "load_dataset", load_dataset)
+    train, held_out, names = load_images(ImageDataArguments("user/images", eval_split="test"), 3, held_out_only=True)
+    assert train is None and asked == [("test", True)] and names == ["a", "b"]
+    assert held_out["label"][:] == [0, 1] * 2 and [file["bytes"] for file in files_of(held_out)] == [
+        row["bytes"] for row in rows
+    ]
 
 
 @pytest.mark.parametrize("num_labels", [None, 5])
