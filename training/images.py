@@ -275,7 +275,11 @@ class ImageFiles:
         for index, file, label, generator in zip(
             indices, rows["image"], rows["label"], generators or [None] * len(indices)
         ):
+            # (What is drawn for an image must not depend on whether another is already known to be broken.)
+            state = generator and generator.bit_generator.state
             while (image := self._read(index, file, size, generator)) is None:
+                if generator is not None:
+                    generator.bit_generator.state = state
                 index = (index + 1) % len(self.data)
                 file, label = self.data[index]["image"], self.data[index]["label"]
             images.append(image)

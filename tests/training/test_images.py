@@ -382,6 +382,15 @@ def test_next_image_takes_the_place_of_one_that_cannot_be_read(kind, recipe):
         assert examples.files.read([7])[0] == ["8.jpg"]
 
 
+def test_what_is_drawn_does_not_depend_on_which_images_are_known_to_be_broken():
+    contents = [encoded(noise(number, (300, 200)), "JPEG", quality=95) for number in range(30)]
+    contents[7] = contents[7][: len(contents[7]) * 9 // 10]  # its size can be read, and a part of it be drawn
+    examples = examples_of(contents, **RECIPE)
+    first = examples.__getitems__([7])
+    assert examples.files.unreadable(torch.device("cpu")) == [7]
+    assert same(first, examples.__getitems__([7]))
+
+
 def test_images_that_worker_processes_could_not_read_are_known():
     contents = pictures(60)
     contents[3] = contents[41] = BROKEN["no image"]
