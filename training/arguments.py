@@ -542,6 +542,8 @@ def parse_run(argv: list[str], command: str, description: str, model_class, data
             config = initial_config(model_class, checkpoint, fields)
     except (StrictDataclassError, ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
+    if data.is_split_drawn:
+        named.add("split_seed")  # so that no other default can ever hold out something else
     values = {"model": model, "data": vars(data), "training": training.to_dict()}
     values["training"]["report_to"] = training.report_to or ["none"]  # an empty list is none that could be given
     record = {

@@ -140,7 +140,7 @@ def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_
     check_hub(run.training)
 
     with run.training.main_process_first(desc="preparing the data"):
-        train_documents, held_out_documents = load_text(data, run.training.seed)
+        train_documents, held_out_documents = load_text(data)
         trained_tokenizer = data.tokenizer or run.initial_checkpoint
         if run.training.resume_from_checkpoint is not None and Path(folder, "tokenizer_config.json").exists():
             trained_tokenizer = folder  # the one that the run was begun with

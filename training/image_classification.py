@@ -25,6 +25,7 @@ from training.images import (
     ImageExamples,
     ImageFiles,
     ImagesCallback,
+    check_pairs,
     collate,
     load_images,
 )
@@ -108,6 +109,7 @@ def main():
     check_output_folder(run.training)
     check_hub(run.training)
 
+    check_pairs(data.mixup_alpha, run.training.train_batch_size)
     processor = image_processor(config, data.eval_resize)
     if data.rand_augment_operations and config.num_channels not in MODES:
         raise UserError(
@@ -115,7 +117,7 @@ def main():
             f"and `num_channels` is {config.num_channels}: set it to 0."
         )
     with run.training.main_process_first(desc="preparing the data"):
-        train_images, held_out_images, names = load_images(data, config.num_channels, run.training.seed)
+        train_images, held_out_images, names = load_images(data, config.num_channels)
     for each in filter(None, (config, baseline)):
         each.id2label, each.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     options = (processor, config.image_height_width)

@@ -251,6 +251,8 @@ def make_output_folder(run: Run) -> None:
         before = read_record(record)
         if before is None:
             raise UserError(f"{record} is damaged: name another `output_dir`, or pass --overwrite to start again.")
+        if "split_seed" in run.named["data"]:  # which was the run's seed before it had one of its own
+            before["data"].setdefault("split_seed", before["training"].get("seed", 42))
         for section in ("model", "data"):
             if before[section] != run.named[section]:
                 raise UserError(
