@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import nn
 from transformers.utils import logging
-from transformers.utils.generic import GeneralInterface
+from transformers.utils.generic import GeneralInterface, maybe_autocast
 
 from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
 
@@ -101,7 +101,7 @@ def generalized_residual(
             total = torch.addcmul(total, b[output, i], entries[i])
         outputs.append(total)
     if gate is not None:
-        with torch.autocast(entries[0].device.type, enabled=False):
+        with maybe_autocast(entries[0].device.type, enabled=False):
             for entry in entries:
                 # clamp, and not relu: its gradient at exactly 0 is 1, so that a gate that starts at zero can learn.
                 open_gates = nn.functional.linear(entry, gate.to(compute_dtype)).clamp(min=0)

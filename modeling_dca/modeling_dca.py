@@ -12,6 +12,7 @@ from functools import wraps
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -633,7 +634,11 @@ class DCAModel(DCAPreTrainedModel):
 
         self._check_recording(kwargs)
         stack = ResidualStack(hidden_states, self.config.max_stack_entries)
-        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
+        layers = self.layers[: self.config.num_hidden_layers]
+        if len(layers) < len(self.layers) and isinstance(cache, DynamicCache):
+            # Early exit: before 5.23 a cache cannot be cropped that has layers which nothing was written to.
+            del cache.layers[len(layers) :]
+        for layer_type, decoder_layer in zip(self.config.layer_types, layers):
             output, *stack.entries = decoder_layer(
                 *stack.entries,
                 attention_mask=mask_mapping[layer_type],
@@ -645,7 +650,11 @@ class DCAModel(DCAPreTrainedModel):
             )
             stack.append(output)
 
-        hidden_states, _ = self.residual(*stack.entries)
+        if len(layers) < len(self.layers) and self.residual.delta is not None:
+            delta = self.residual.delta[:, : len(stack.entries)]
+            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack.entries))
+        else:
+            hidden_states, _ = self.residual(*stack.entries)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
