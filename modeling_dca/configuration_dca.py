@@ -2,13 +2,20 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import fields
+from typing import TYPE_CHECKING, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils.type_validators import interval
+
+
+if TYPE_CHECKING:
+    # With a configuration, transformers saves and loads all modules that its own imports from, wherever it does: those of
+    # the models must go along, as the saved configuration names them.
+    from .modeling_dca_vision import DCAVisionModel  # noqa: F401
 
 
 class ResidualScheme(NamedTuple):
@@ -135,7 +142,16 @@ class DCAConfig(PreTrainedConfig):
 
     model_type = "dca"
     _auto_class = "AutoConfig"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
+    _auto_map = {
+        "AutoConfig": "configuration_dca.DCAConfig",
+        "AutoModel": "modeling_dca.DCAModel",
+        "AutoModelForCausalLM": "modeling_dca.DCAForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_dca.DCAForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_dca.DCAForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
+    }
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -143,13 +159,6 @@ class DCAConfig(PreTrainedConfig):
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
-    }
-    # What flows between stages is the whole stack, not one hidden state.
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["stack", "attention_mask"], ["stack"]),
-        "residual": (["stack"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 32000
@@ -187,15 +196,9 @@ class DCAConfig(PreTrainedConfig):
     residual_config: dict | None = None
 
     def __post_init__(self, **kwargs):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.layer_types is None:
-            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [layer_type] * self.num_hidden_layers
+        for name, value in self._following_fields().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         # Parts that only some models have are in the plan of those alone.
         self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
         if self.gated_mlp:
@@ -208,10 +211,58 @@ class DCAConfig(PreTrainedConfig):
         if self.position_embedding != "rope":
             self.rope_parameters = None
 
+    def _following_fields(self) -> dict:
+        """What the fields that follow from others are where they are not given."""
+        layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+        following = {
+            "intermediate_size": 4 * self.hidden_size,
+            "num_key_value_heads": self.num_attention_heads,
+            "layer_types": [layer_type] * self.num_hidden_layers,
+        }
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
+            following["head_dim"] = self.hidden_size // self.num_attention_heads
+        return following
+
+    @classmethod
+    def own_fields(cls) -> set[str]:
+        """The names of the fields that transformers does not have for every model."""
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        As in transformers; fields in `kwargs`, as `from_pretrained` takes them, are validated together with the others,
+        and what followed from the fields in `config_dict` follows from them.
+        """
+        overrides = {name: kwargs.pop(name) for name in cls.own_fields() & kwargs.keys()}
+        if not overrides:
+            return super().from_dict(config_dict, **kwargs)
+        saved = cls(**config_dict)
+        fields = dict(overrides)
+        if saved.rope_parameters and isinstance(fields.get("rope_parameters"), dict):
+            # Another type of rotary positions is another way to use the frequencies that the model has.
+            kept = {"rope_theta", "partial_rotary_factor"} & saved.rope_parameters.keys()
+            own = {name: saved.rope_parameters[name] for name in kept}
+            fields["rope_parameters"] = own | fields["rope_parameters"]
+        follows = {name for name, value in saved._following_fields().items() if getattr(saved, name) == value}
+        fields = {name: value for name, value in config_dict.items() if name not in follows} | fields
+        result = super().from_dict(fields, **kwargs)
+        # For the message where the weights do not fit them.
+        (result[0] if isinstance(result, tuple) else result)._overrides = overrides
+        return result
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
+        # (A model whose code is not to be saved has set it to nothing.)
+        if getattr(self, "auto_map", None) != {}:
+            self.auto_map = dict(self._auto_map)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def to_dict(self):
         # How to compute is the machine's matter, not the checkpoint's.
         output = super().to_dict()
         output.pop("grn_implementation", None)
+        output.pop("_overrides", None)
         return output
 
     @property
@@ -283,6 +334,11 @@ class DCAConfig(PreTrainedConfig):
                 )
             if layer_type == "sliding_attention" and self.sliding_window is None:
                 raise ValueError("`layer_types` holds 'sliding_attention', which needs `sliding_window` (an integer).")
+        if self.sliding_window is not None and "sliding_attention" not in self.layer_types:
+            raise ValueError(
+                f"`sliding_window` is {self.sliding_window}, but `layer_types` holds no 'sliding_attention': leave one of "
+                "them out."
+            )
 
     def _check_known(self, field: str, known: Iterable[str]):
         value = getattr(self, field)
@@ -332,11 +388,10 @@ class DCAVisionConfig(DCAConfig):
     """
 
     model_type = "dca_vision"
-    base_model_pp_plan = {
-        "embeddings": (["pixel_values"], ["inputs_embeds"]),
-        "layers": (["stack"], ["stack"]),
-        "residual": (["stack"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
+    _auto_map = {
+        "AutoConfig": "configuration_dca.DCAVisionConfig",
+        "AutoModel": "modeling_dca_vision.DCAVisionModel",
+        "AutoModelForImageClassification": "modeling_dca_vision.DCAForImageClassification",
     }
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",

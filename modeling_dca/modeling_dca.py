@@ -4,9 +4,12 @@ DeepCrossAttention (DCA) language models: Llama's parts, in Llama's places, arou
 Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connections", ICML 2025, arXiv 2502.06785.
 """
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -23,7 +26,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.auto import AutoModel
+from transformers.models.auto import AutoModel, modeling_auto
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     apply_rotary_pos_emb,
@@ -35,7 +38,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_dca import DCAConfig
+from .configuration_dca import DCAConfig, nearest_name
 from .grn import GeneralizedResidual, GRNInterface, ResidualStack
 from .grn_cpu import generalized_residual_cpu
 from .grn_triton import generalized_residual_triton
@@ -44,6 +47,85 @@ from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm
 
 GRNInterface.register("cpu", generalized_residual_cpu)
 GRNInterface.register("triton", generalized_residual_triton)
+
+
+#: What the installed transformers calls the key-value cache: `past_key_values` until 5.23, and `cache` since.
+CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
+
+
+#: What any forward hands on to the parts of the model: what transformers has for all models, and what it adds itself.
+HANDED_ON = {
+    *TransformersKwargs.__annotations__,
+    "return_dict",
+    "use_cache",
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+}
+#: Those of them that images do not have.
+OF_TEXT = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
+
+def named_arguments(forward: Callable) -> Callable:
+    """
+    Lets a `forward` with `**kwargs` take the key-value cache as `cache` and as `past_key_values`, with every version of
+    transformers: it gets it under the name that it has for it. What nothing takes is refused rather than swallowed.
+
+    Raises:
+        `TypeError`: an argument other than `None` is no parameter of `forward`, of the attention function or of the loss;
+        or a cache is none.
+        `ValueError`: the call has two caches.
+    """
+    parameters = [name for name in inspect.signature(forward).parameters if name not in ("self", "kwargs")]
+    names = ("cache", "past_key_values")
+    name, other = names if "past_key_values" not in parameters else reversed(names)
+    known = {*parameters, *HANDED_ON} - (OF_TEXT if "pixel_values" in parameters else set())
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        for key in names:
+            if isinstance(kwargs.get(key), (tuple, list, dict, torch.Tensor)):
+                raise TypeError(
+                    f"`{key}` is a {type(kwargs[key]).__name__}; give a `Cache`, such as `DynamicCache()`."
+                )
+        # That of continuous batching is of no such class, and comes with arguments that only it and the attention know.
+        paged = name in parameters and ("paged_cache" in kwargs or not isinstance(kwargs.get("cache"), Cache | None))
+        if paged and CACHE_NAME != "cache" and "cache" in kwargs:
+            # Before 5.24 it is the attention function's alone.
+            kwargs["paged_cache"] = kwargs.pop("cache")
+        if name in parameters and (cache := kwargs.pop(other, None)) is not None:
+            if kwargs.get(name) is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+            kwargs[name] = cache
+        unknown = () if paged else [key for key in kwargs if key not in known]
+        for key in unknown:
+            if kwargs[key] is None:
+                kwargs.pop(key)
+            else:
+                check_unknown(self, key, parameters)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def check_unknown(module: nn.Module, name: str, parameters: Iterable[str]) -> None:
+    """Raises `TypeError` where neither the attention function nor, for models with `labels`, the loss knows `name`."""
+    functions = [ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)]
+    if "labels" in parameters:
+        functions.append(module.loss_function)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    if name not in known - {"kwargs", "cache", "past_key_values"}:
+        message = f"{type(module).__name__} takes no `{name}`; "
+        if name == "token_type_ids":
+            raise TypeError(message + "call the tokenizer with `return_token_type_ids=False`.")
+        raise TypeError(message + nearest_name(name, parameters))
+
+
+def take_loss_arguments(model: PreTrainedModel, kwargs: dict) -> dict:
+    """Takes out of `kwargs`, and returns, what only the loss of `model` knows, e.g. `shift_labels`."""
+    names = [name for name in kwargs if name not in HANDED_ON]
+    known = inspect.signature(model.loss_function).parameters if names else ()
+    return {name: kwargs.pop(name) for name in names if name in known}
 
 
 class DCAScaledEmbedding(nn.Embedding):
@@ -130,6 +212,7 @@ class DCAAttention(nn.Module):
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
+    @named_arguments
     def forward(
         self,
         query_input: torch.Tensor,
@@ -137,7 +220,7 @@ class DCAAttention(nn.Module):
         value_input: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = query_input.shape[:-1]
@@ -150,8 +233,11 @@ class DCAAttention(nn.Module):
         if position_embeddings is not None and self.use_rope:
             query_states, key_states = apply_partial_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            # (That of continuous batching tells the attention function what it needs.)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
+        elif "paged_cache" in kwargs:
+            kwargs["cache"] = kwargs.pop("paged_cache")
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -180,6 +266,7 @@ class DCALayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
+        self.config = config
         self.residual = GeneralizedResidual(config, num_blocks=layer_idx)
         self.input_layernorm = build_norm(config, config.hidden_size)
         # The norm above is that of the queries; keys and values have their own where their inputs differ.
@@ -190,13 +277,14 @@ class DCALayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.mlp = DCAGatedMLP(config) if config.gated_mlp else DCAMLP(config)
 
+    @named_arguments
     def forward(
         self,
         *stack: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, ...]:
@@ -214,8 +302,8 @@ class DCALayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         output = attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
@@ -240,7 +328,7 @@ class DCAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DCALayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -250,15 +338,15 @@ class DCAPreTrainedModel(PreTrainedModel):
         "hidden_states": BlockInputRecorder(GeneralizedResidual),
         "attentions": DCAAttention,
     }
-    #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
-    _auto_map = {
-        "AutoConfig": "configuration_dca.DCAConfig",
-        "AutoModel": "modeling_dca.DCAModel",
-        "AutoModelForCausalLM": "modeling_dca.DCAForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_dca.DCAForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_dca.DCAForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
-    }
+
+    @property
+    def _auto_map(self) -> dict[str, str]:
+        return self.config._auto_map
+
+    def __init__(self, config: DCAConfig, *args, **kwargs):
+        # It may have been changed since it was made.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -269,6 +357,20 @@ class DCAPreTrainedModel(PreTrainedModel):
                 init.zeros_(parameter)
         elif isinstance(module, DCAZeroCenteredRMSNorm):
             init.zeros_(module.weight)
+
+    def _check_recording(self, kwargs: dict) -> None:
+        """Raises `ValueError` where outputs are asked for that come from inside of blocks, and so without gradients."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return
+        checkpoint = self.layers[0]._gradient_checkpointing_func
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = kwargs.get(name, getattr(self.config, name, False))
+            # 0 asks for the first of the hidden states.
+            if asked not in (None, False) and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
+                raise ValueError(
+                    f"With reentrant gradient checkpointing, what `{name}` returns has no gradients: enable the "
+                    'checkpointing with `{"use_reentrant": False}`.'
+                )
 
     def freeze_backbone(self, norms: bool = False) -> None:
         """
@@ -290,6 +392,39 @@ class DCAPreTrainedModel(PreTrainedModel):
             if isinstance(module, trained):
                 module.requires_grad_(True)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As in transformers.
+
+        Raises:
+            `ValueError`: the weights do not fit a field of the configuration that is among the arguments.
+        """
+        overrides = {name: kwargs[name] for name in cls.config_class.own_fields() & kwargs.keys()}
+        # (The Auto classes make the configuration first.)
+        overrides |= getattr(kwargs.get("config"), "_overrides", {})
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except RuntimeError as error:
+            if not overrides or "ignore_mismatched_sizes" not in str(error):
+                raise
+            fields = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+            raise ValueError(
+                f"The weights of {str(pretrained_model_name_or_path)!r} do not fit {fields}: leave it out, or pass "
+                "`ignore_mismatched_sizes=True` to start those anew that the report above names."
+            ) from error
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        """As in transformers; `ValueError` for a pipeline, whose stages hand on one tensor and not a stack."""
+        config = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
+        if (config.get("pp_size") or 1) > 1:
+            raise ValueError(
+                f"`pp_size` is {config['pp_size']}, but DCA models cannot be split into a pipeline, as every block takes the "
+                "outputs of those before it: use `tp_size`, `fsdp_size` or `device_map`."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
         self.config.auto_map = dict(self._auto_map)
@@ -306,7 +441,7 @@ class ResidualConversionMixin:
     """For models with a head: from a trained residual model to DCA, and back."""
 
     @classmethod
-    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides):
+    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides: Any) -> Self:
         """
         Makes a trained residual model into DCA without changing what it computes: the generalized residuals start as
         the residual sum (paper, table 4).
@@ -380,6 +515,7 @@ class DCAModel(DCAPreTrainedModel):
 
         self.post_init()
 
+    @named_arguments
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -387,7 +523,7 @@ class DCAModel(DCAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -406,11 +542,13 @@ class DCAModel(DCAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        given_cache = cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if self.embed_positions is not None and (position_ids is None or past_key_values is not None):
+        # (The cache of continuous batching holds many sequences, all of which come with their positions.)
+        past_seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if self.embed_positions is not None and (position_ids is None or isinstance(cache, Cache)):
             # (Sequences that are packed into one have positions of their own, and may be longer together.)
             self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
         # The mask looks in them for packed sequences, and waits for the device to do so.
@@ -425,8 +563,9 @@ class DCAModel(DCAPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
                 "position_ids": given_position_ids,
+                # Beside a cache, even an empty one, the mask does not look for packed sequences.
+                CACHE_NAME: given_cache,
             }
             mask_mapping = {}
             if "full_attention" in self.config.layer_types:
@@ -437,6 +576,7 @@ class DCAModel(DCAPreTrainedModel):
         hidden_states = self._add_positions(inputs_embeds, position_ids)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
+        self._check_recording(kwargs)
         stack = ResidualStack(hidden_states, self.config.max_stack_entries)
         for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
             output, *stack.entries = decoder_layer(
@@ -444,17 +584,14 @@ class DCAModel(DCAPreTrainedModel):
                 attention_mask=mask_mapping[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
             stack.append(output)
 
         hidden_states, _ = self.residual(*stack.entries)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
         # A static cache counts its tokens on the device: looking at them would mean waiting for it.
@@ -479,7 +616,6 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DCAConfig):
@@ -490,13 +626,14 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
         self.post_init()
 
+    @named_arguments
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -518,13 +655,14 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0])
         ```
         """
+        loss_kwargs = take_loss_arguments(self, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -534,15 +672,26 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs, **loss_kwargs
+            )
 
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+
+def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
+    """
+    Puts a model's classes into transformers' tables of names, which no `register` reaches: by them the Trainer knows whose
+    labels to shift (label smoothing), pipelines whom they support, and model cards the task.
+    """
+    for table, class_name in class_names.items():
+        getattr(modeling_auto, table, {}).setdefault(model_type, class_name)
 
 
 class DCAGenericHead(DCAPreTrainedModel):
@@ -558,18 +707,33 @@ class DCAForSequenceClassification(GenericForSequenceClassification, DCAGenericH
     """The DCA decoder with a linear classifier on the last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    forward = named_arguments(GenericForSequenceClassification.forward)
 
 
 class DCAForTokenClassification(GenericForTokenClassification, DCAGenericHead):
     """The DCA decoder with a linear classifier on each token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    forward = named_arguments(GenericForTokenClassification.forward)
 
 
 class DCAForQuestionAnswering(GenericForQuestionAnswering, DCAGenericHead):
     """The DCA decoder with a linear head for the start and the end of an answer in the text."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    forward = named_arguments(GenericForQuestionAnswering.forward)
+
+
+name_in_tables(
+    DCAConfig.model_type,
+    {
+        "MODEL_MAPPING_NAMES": "DCAModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "DCAForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "DCAForSequenceClassification",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "DCAForTokenClassification",
+        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "DCAForQuestionAnswering",
+    },
+)
 
 
 __all__ = [

@@ -11,7 +11,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dca import DCAVisionConfig
 from .grn import GeneralizedResidual, ResidualStack
-from .modeling_dca import DCALayer, DCAPreTrainedModel, ResidualConversionMixin, sincos_embedding
+from .modeling_dca import (
+    DCALayer,
+    DCAPreTrainedModel,
+    ResidualConversionMixin,
+    name_in_tables,
+    named_arguments,
+    sincos_embedding,
+    take_loss_arguments,
+)
 from .norm import build_norm
 
 
@@ -102,11 +110,6 @@ class DCAVisionPreTrainedModel(DCAPreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["DCAVisionEmbeddings", "DCALayer"]
     _input_embed_layer = "patch_embeddings"
-    _auto_map = {
-        "AutoConfig": "configuration_dca.DCAVisionConfig",
-        "AutoModel": "modeling_dca_vision.DCAVisionModel",
-        "AutoModelForImageClassification": "modeling_dca_vision.DCAForImageClassification",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -134,6 +137,7 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
 
         self.post_init()
 
+    @named_arguments
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -161,6 +165,7 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
             pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype), interpolate_pos_encoding
         )
 
+        self._check_recording(kwargs)
         stack = ResidualStack(embeddings, self.config.max_stack_entries)
         for layer in self.layers:
             output, *stack.entries = layer(*stack.entries, **kwargs)
@@ -190,6 +195,7 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
 
         self.post_init()
 
+    @named_arguments
     @can_return_tuple
     def forward(
         self,
@@ -208,6 +214,7 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
         Returns:
             `logits` `(batch, num_labels)` and, with `labels`, `loss`.
         """
+        loss_kwargs = take_loss_arguments(self, kwargs)
         outputs: BaseModelOutputWithPooling = self.model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
         )
@@ -215,7 +222,7 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self.loss_function(labels, logits, self.config, **kwargs, **loss_kwargs)
 
         return ImageClassifierOutput(
             loss=loss,
@@ -223,6 +230,16 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+name_in_tables(
+    DCAVisionConfig.model_type,
+    {
+        "MODEL_MAPPING_NAMES": "DCAVisionModel",
+        "MODEL_FOR_IMAGE_MAPPING_NAMES": "DCAVisionModel",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "DCAForImageClassification",
+    },
+)
 
 
 __all__ = ["DCAForImageClassification", "DCAVisionModel", "DCAVisionPreTrainedModel"]

@@ -1,16 +1,17 @@
 """The Triton kernels of generalized residuals against the reference: interpreted on the CPU, and on a GPU."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_grn import SCHEMES, random_inputs
+from test_grn import SCHEMES, magnitudes, random_inputs
 from test_modeling_dca import assert_close, random_ids, tiny_model
 
 from modeling_dca import generalized_residual, grn_triton
-from modeling_dca.grn import find_implementation
+from modeling_dca.grn import GATE_NORM_EPS, find_implementation
 from modeling_dca.grn_triton import generalized_residual_triton
 
 
@@ -67,12 +68,12 @@ def assert_equals_reference(inputs, with_entry_grads=True, output_grads=None):
     exact = changed(inputs, torch.Tensor.double)
     expected = results_of(generalized_residual, exact, *grads)
     positive = [[grad.abs() for grad in list_of_grads] for list_of_grads in grads]
-    magnitudes = results_of(generalized_residual, changed(exact, torch.abs), *positive)
+    errors = results_of(magnitudes, changed(exact, torch.abs), *positive)
     steps = stack[0][..., 0].numel() + 2 * stack[0].shape[-1] + 4 * len(stack) * len(outputs)
     compute_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
     like = [tensor for tensor in (*outputs, *stack, delta, gate) if tensor is not None]
-    assert len(results) == len(expected) == len(like)
-    for result, value, magnitude, tensor in zip(results, expected, magnitudes, like):
+    assert len(results) == len(expected) == len(errors) == len(like)
+    for result, value, magnitude, tensor in zip(results, expected, errors, like):
         assert result.dtype == tensor.dtype and result.shape == tensor.shape
         error = steps * torch.finfo(compute_dtype).eps * magnitude
         rounded = torch.finfo(tensor.dtype)
@@ -204,8 +205,10 @@ def test_gradient_of_a_zero_gate(device):
     inputs = stack, torch.zeros(1, 2, 2, device=device), torch.ones(1, 2, device=device)
     output_grads = [torch.tensor([[1.0, 0.0]] * 3, device=device)]
     *_, gate_grad = results_of(generalized_residual_triton, inputs, output_grads)
-    # Sum over the entries and tokens of (g . f) * f, the closed one left out.
-    assert gate_grad.tolist() == [[2 * (1 + 4), 2 * (-1 + 2)]]
+    # Sum over the entries and tokens of (g . f) * n(f), the closed one left out.
+    norm = math.sqrt(2.5 + GATE_NORM_EPS)
+    expected = [2 * (1 / math.sqrt(1 + GATE_NORM_EPS) + 4 / norm), 2 * (-1 / math.sqrt(1 + GATE_NORM_EPS) + 2 / norm)]
+    torch.testing.assert_close(gate_grad.cpu(), torch.tensor([expected]))
 
 
 @pytest.mark.parametrize("width", [5, 600])
@@ -327,9 +330,10 @@ def test_more_elements_than_32_bits_count():
         generalized_residual_triton, ([entry], delta, gate), [entry]
     )
     assert (output[-1] == 2).all() and output.count_nonzero() == 1024
-    # Here w = 0, and (g . f) * w with it; for the gate it is (g . f) * f.
+    # Here w = 0, and (g . f) * w with it; for the gate it is (g . f) * n(f).
     assert (entry_grad[-1] == 2).all() and entry_grad.count_nonzero() == 1024
-    assert (delta_grad == 1).all() and (gate_grad == 1024).all()
+    assert (delta_grad == 1).all()
+    torch.testing.assert_close(gate_grad, torch.full_like(gate_grad, 1024 / math.sqrt(1 + GATE_NORM_EPS)))
 
 
 @pytest.mark.gpu

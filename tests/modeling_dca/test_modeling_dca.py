@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,22 +13,38 @@ import pytest
 import torch
 import transformers.utils.output_capturing
 from functorch.compile import make_boxed_func
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from reference_dca import causal_lm_logits
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     StaticCache,
+    Trainer,
+    TrainingArguments,
+    pipeline,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 
 from modeling_dca import (
     ALL_GRN_FUNCTIONS,
@@ -40,10 +57,10 @@ from modeling_dca import (
     DCAModel,
     DCAVisionConfig,
     DCAVisionModel,
-    ResidualStack,
     generalized_residual,
 )
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
+from modeling_dca.modeling_dca import CACHE_NAME
 
 
 #: Every scheme with every kind of stack, as fields of the configuration.
@@ -60,6 +77,15 @@ LLAMA = {"gated_mlp": True, "hidden_act": "silu"}
 LAYER_NORM = {"norm_type": "layer_norm", "norm_eps": 1e-3}
 
 VOCABULARY = 50
+
+HEADS = {
+    DCAModel: AutoModel,
+    DCAForCausalLM: AutoModelForCausalLM,
+    DCAForSequenceClassification: AutoModelForSequenceClassification,
+    DCAForTokenClassification: AutoModelForTokenClassification,
+    DCAForQuestionAnswering: AutoModelForQuestionAnswering,
+}
+VISION_HEADS = {DCAVisionModel: AutoModel, DCAForImageClassification: AutoModelForImageClassification}
 
 
 def name_of(value):
@@ -368,11 +394,12 @@ def test_padding_changes_nothing(side, position_embedding, attn_implementation):
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("fields", [{}, {"position_embedding": "learned"}, {"sliding_window": 2}], ids=name_of)
-def test_packed_sequences_do_not_see_each_other(fields, attn_implementation):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_packed_sequences_do_not_see_each_other(fields, attn_implementation, use_cache):
     model = tiny_model(last_k=1, attn_implementation=attn_implementation, **fields)
     parts = [random_ids(1, 3), random_ids(1, 5, seed=1), random_ids(1, 1, seed=2)]
     position_ids = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
-    logits = model(torch.cat(parts, 1), position_ids=position_ids, use_cache=False).logits
+    logits = model(torch.cat(parts, 1), position_ids=position_ids, use_cache=use_cache).logits
     assert_close(logits, torch.cat([model(part).logits for part in parts], 1), 1e-5)
     segment = np.repeat([0, 1, 2], [3, 5, 1])
     visible = (segment[:, None] == segment[None])[None]
@@ -411,9 +438,9 @@ def test_learned_positions_end():
 def test_learned_positions_end_while_decoding_too():
     # Each step is short, but its positions are not: an index out of range would be read from elsewhere on a GPU.
     model = tiny_model(position_embedding="learned", max_position_embeddings=8)
-    cache = model(random_ids(1, 8)).past_key_values
+    cache = getattr(model(random_ids(1, 8)), CACHE_NAME)
     with pytest.raises((ValueError, IndexError)):
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 1), cache=cache)
 
 
 def test_inputs_embeds_are_what_input_ids_become():
@@ -442,11 +469,180 @@ def test_cached_decoding_equals_uncached(fields, cache, steps):
     model = tiny_model(**fields)
     input_ids = random_ids(2, 11)
     expected = model(input_ids, use_cache=False)
-    assert expected.past_key_values is None
-    past_key_values = CACHES[cache](model)
-    logits = [model(part, past_key_values=past_key_values).logits for part in input_ids.split(steps, dim=1)]
+    assert getattr(expected, CACHE_NAME) is None
+    cache = CACHES[cache](model)
+    logits = [model(part, cache=cache).logits for part in input_ids.split(steps, dim=1)]
     assert_close(torch.cat(logits, 1), expected.logits, 1e-5)
-    assert past_key_values.get_seq_length() == 11
+    assert cache.get_seq_length() == 11
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("model_class", HEADS)
+def test_models_take_the_cache_by_either_name(model_class, name, recwarn):
+    model = tiny_model(model_class, pad_token_id=0)
+    input_ids = random_ids(2, 7, low=1)
+    whole, cache = model(input_ids, use_cache=False), DynamicCache(config=model.config)
+    model(input_ids[:, :4], **{name: cache})
+    assert cache.get_seq_length() == 4
+    outputs = model(input_ids[:, 4:], **{name: cache})
+    assert cache.get_seq_length() == 7
+    if "past_key_values" in outputs:  # (all but the heads of tokens and answers)
+        assert getattr(outputs, CACHE_NAME) is cache
+    per_token = model_class is not DCAForSequenceClassification
+    assert_close(outputs[0], whole[0][:, 4:] if per_token else whole[0], 1e-5)
+    # The other name may come along, but say nothing: some callers hand on all that they may have been given.
+    other = {"cache": "past_key_values", "past_key_values": "cache"}[name]
+    model(input_ids[:, :1], **{name: cache, other: None})
+    assert cache.get_seq_length() == 8
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names"):
+        model(input_ids[:, :1], **{name: cache, other: DynamicCache(config=model.config)})
+    assert cache.get_seq_length() == 8
+    assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_blocks_and_attention_take_the_cache_by_either_name(name):
+    model, hidden_states = tiny_model(DCAModel), torch.randn(1, 3, 16)
+    cache = DynamicCache(config=model.config)
+    layer, positions = model.layers[0], torch.arange(3)[None]
+    rotations = model.rotary_emb(hidden_states, positions)
+    layer(hidden_states, position_embeddings=rotations, **{name: cache})
+    assert cache.get_seq_length() == 3
+    layer.self_attn(*[hidden_states] * 3, position_embeddings=rotations, **{name: cache})
+    assert cache.get_seq_length() == 6
+
+
+def test_evaluation_leaves_the_cache_where_it_is():
+    # The Trainer collects all outputs but those that the configuration names.
+    outputs = tiny_model()(random_ids(1, 3), use_cache=True)
+    assert set(outputs) - set(DCAConfig.keys_to_ignore_at_inference) == {"logits"}
+
+
+def inputs_of(model_class):
+    """A model, and what it takes."""
+    if model_class in VISION_HEADS:
+        fields = {"image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 3}
+        sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+        model = randomize(model_class(DCAVisionConfig(**sizes, **fields)))
+        return model, {"pixel_values": torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))}
+    return tiny_model(model_class, pad_token_id=0), {"input_ids": random_ids(2, 5, low=1)}
+
+
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_what_no_parameter_takes_is_refused(model_class):
+    model, inputs = inputs_of(model_class)
+    tensor = torch.ones(2, 5, dtype=torch.long)
+    state = {
+        "past_key_value": DynamicCache(),
+        "cache_params": DynamicCache(),
+        "layer_past": [tensor],
+        "mems": {"a": 1},
+    }
+    tensors = (
+        "token_type_ids",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "head_mask",
+        "inputs_embed",
+        "label",
+    )
+    options = {"output_hidden_state": True, "softcap": 3.0, "kwargs": {"cache": DynamicCache()}, "dropout_p": 0.5}
+    for name, value in [*state.items(), *((name, tensor) for name in tensors), *options.items()]:
+        with pytest.raises(TypeError, match=rf"takes no `{name}`; .*[a-z]"):
+            model(**inputs, **{name: value})
+        # What is not there cannot be lost.
+        model(**inputs, **{name: None})
+    if model_class is not DCAForCausalLM:
+        for name in ("shift_labels", "logits_to_keep"):
+            with pytest.raises(TypeError, match=f"takes no `{name}`"):
+                model(**inputs, **{name: tensor})
+    if model_class in VISION_HEADS:
+        for name, value in {
+            "cache": DynamicCache(),
+            "past_key_values": DynamicCache(),
+            "position_ids": tensor,
+        }.items():
+            with pytest.raises(TypeError, match=f"takes no `{name}`"):
+                model(**inputs, **{name: value})
+        return
+    for name in ("cache", "past_key_values"):
+        for value in ((), [(tensor, tensor)], {}, tensor):
+            with pytest.raises(TypeError, match=f"`{name}` is a .*DynamicCache"):
+                model(**inputs, **{name: value})
+
+
+def test_refusals_say_what_would_be_right():
+    model, input_ids = tiny_model(), random_ids(1, 4)
+    with pytest.raises(TypeError, match="did you mean 'labels'?"):
+        model(input_ids, label=input_ids)
+    with pytest.raises(TypeError, match="`return_token_type_ids=False`"):
+        model(input_ids, token_type_ids=torch.zeros_like(input_ids))
+
+
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_blocks_and_attention_refuse_what_they_do_not_take(part):
+    layer, hidden_states = tiny_model(DCAModel).layers[0], torch.randn(1, 3, 16)
+    call = layer if part == "layer" else lambda hidden, **kwargs: layer.self_attn(hidden, hidden, hidden, **kwargs)
+    call(hidden_states, use_cache=False, position_ids=torch.arange(3)[None])
+    with pytest.raises(TypeError, match="takes no `past_key_value`; Known: .*cache"):
+        call(hidden_states, past_key_value=DynamicCache())
+
+
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_what_transformers_passes_to_any_model_is_taken(model_class):
+    model, inputs = inputs_of(model_class)
+    common = {"num_items_in_batch": 3, "output_attentions": False, "output_hidden_states": True, "return_dict": False}
+    outputs = model(**inputs, **common, is_causal=model_class in HEADS)
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(outputs[0], model(**inputs)[0])
+    if model_class in HEADS:
+        lengths = torch.tensor([0, 5], dtype=torch.int32)
+        packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
+        torch.testing.assert_close(model(**inputs, **packed)[0], model(**inputs)[0])
+
+
+def test_the_loss_gets_what_it_takes():
+    model, input_ids = tiny_model(), random_ids(2, 6)
+    shifted = torch.cat((input_ids[:, 1:], input_ids[:, :1]), 1)
+    logits = model(input_ids).logits.flatten(0, 1)
+    for kwargs in ({"shift_labels": shifted}, {"shift_labels": shifted, "ignore_index": int(shifted[0, 0])}):
+        loss = model(input_ids, labels=input_ids, **kwargs).loss
+        expected = nn.functional.cross_entropy(
+            logits, shifted.flatten(), ignore_index=kwargs.get("ignore_index", -100)
+        )
+        torch.testing.assert_close(loss, expected)
+    model.loss_function = lambda logits, labels, vocab_size, factor=1.0, **kwargs: factor * logits.sum()
+    assert model(input_ids, labels=input_ids, factor=2.0).loss == 2 * model(input_ids, labels=input_ids).loss
+    with pytest.raises(TypeError, match="takes no `factors`"):
+        model(input_ids, labels=input_ids, factors=2.0)
+
+
+def test_the_attention_function_gets_what_it_takes():
+    given = []
+
+    def attention(module, query, key, value, attention_mask, some_option=None, **kwargs):
+        given.append(some_option)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("some_attention", attention)
+    AttentionMaskInterface.register("some_attention", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model, expected = tiny_model(attn_implementation="some_attention"), tiny_model(attn_implementation="sdpa")
+    assert_close(model(random_ids(1, 5), some_option=3).logits, expected(random_ids(1, 5)).logits, 1e-6)
+    assert given == [3] * 5
+    with pytest.raises(TypeError, match="takes no `another_option`"):
+        model(random_ids(1, 5), another_option=3)
+
+
+def test_continuous_batching_equals_greedy():
+    model = tiny_model(attn_implementation="sdpa", eos_token_id=VOCABULARY, max_position_embeddings=64)
+    prompts = [random_ids(1, 5), random_ids(1, 3, seed=1)]
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=VOCABULARY)
+    batching = ContinuousBatchingConfig(max_batch_tokens=16, max_memory_percent=0.001)
+    outputs = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts], config, batching, progress_bar=False, warmup=False
+    )
+    tokens = sorted((output.prompt_ids + output.generated_tokens for output in outputs.values()), key=len)
+    assert tokens == [*greedy(model, prompts[1]), *greedy(model, prompts[0])]
 
 
 def generate(model, input_ids, **kwargs):
@@ -518,6 +714,39 @@ def test_generation_of_a_left_padded_batch(position_embedding):
 
 
 # Losses, heads and outputs
+
+
+@pytest.mark.parametrize("model_class", ["DCAForCausalLM", "PeftModel"])
+def test_label_smoothing_of_the_trainer_is_that_of_the_next_token(tmp_path, model_class):
+    # The Trainer shifts the labels only of classes whose names it knows.
+    model, input_ids = tiny_model(), random_ids(2, 8)
+    logits = model(input_ids).logits[:, :-1].flatten(0, 1)
+    if model_class == "PeftModel":
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    trainer = Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True))
+    loss = trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
+    expected = nn.functional.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1)
+    # (The Trainer smooths with the mean over the vocabulary, as torch does.)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_every_table_of_names_that_has_llama_or_vit_has_these_models():
+    tables = {name: table for name, table in vars(modeling_auto).items() if re.match("MODEL_.*_NAMES", name)}
+    found = {DCAConfig: set(), DCAVisionConfig: set()}
+    for config, like, heads in ((DCAConfig, "llama", HEADS), (DCAVisionConfig, "vit", VISION_HEADS)):
+        for name, table in tables.items():
+            # (There is no head of ours for masked images.)
+            if like in table and name != "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES":
+                assert table[config.model_type] in {head.__name__ for head in heads}, name
+                found[config].add(table[config.model_type])
+        assert found[config] == {head.__name__ for head in heads}
+
+
+def test_pipelines_know_the_models(caplog):
+    model = tiny_model(eos_token_id=3, pad_token_id=0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 1, "b": 2, "<eos>": 3}, "a")))
+    assert pipeline("text-generation", model=model, tokenizer=tokenizer)("a b", max_new_tokens=2, do_sample=False)
+    assert [record.message for record in caplog.records if "not supported" in record.message] == []
 
 
 def test_labels_give_the_cross_entropy_of_the_next_token():
@@ -668,6 +897,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(scheme, use_reentrant):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("fields", [{}, {"attn_implementation": "eager"}], ids=str)
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_gradients_through_what_is_recorded_under_gradient_checkpointing(scheme, fields):
+    model, input_ids = tiny_model(dtype=torch.float64, **scheme, **fields).train(), random_ids(2, 6)
+    asked = {"output_hidden_states": True, "output_attentions": bool(fields), "use_cache": False}
+
+    def gradients():
+        model.zero_grad()
+        outputs = model(input_ids, labels=input_ids, **asked)
+        extra = outputs.hidden_states[2].square().mean() + sum(each[..., 0].sum() for each in outputs.attentions or ())
+        (outputs.loss + extra).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=rf"`{name}` returns has no gradients.*\"use_reentrant\": False"):
+            model(input_ids, **{name: True})
+        with torch.no_grad():
+            model(input_ids, **{name: True})
+
+
 def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     # Enough layers for `last_k=1` to merge entries; the full stack is compiled in the test of the vision models.
@@ -792,51 +1046,23 @@ def test_tensor_parallel_plan_names_every_linear_layer(fields):
 
 def test_other_plans_name_existing_modules():
     model = DCAForCausalLM(tiny_config())
-    for plan in (model.config.base_model_fsdp_plan, model.config.base_model_pp_plan):
-        assert [pattern for pattern in plan if not matching_modules(model.model, pattern)] == []
-    for plan in (DCAForCausalLM._tp_plan, DCAForCausalLM._pp_plan, DCAForCausalLM._fsdp_plan):
+    plan = model.config.base_model_fsdp_plan
+    assert [pattern for pattern in plan if not matching_modules(model.model, pattern)] == []
+    for plan in (DCAForCausalLM._tp_plan, DCAForCausalLM._fsdp_plan):
         assert [pattern for pattern in plan if not matching_modules(model, pattern)] == []
 
 
-@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
-def test_parts_in_the_order_of_the_pipeline_plan_are_the_model(scheme):
-    model = tiny_model(**scheme)
-    base = model.model
-    values = {"input_ids": random_ids(2, 6), "attention_mask": None}
-    position_embeddings = base.rotary_emb(torch.zeros(1), torch.arange(6)[None])
-    for name, (takes, gives) in {**base.config.base_model_pp_plan, **DCAForCausalLM._pp_plan}.items():
-        part = getattr(base, name, None) or getattr(model, name)
-        if name == "layers":
-            # The first stage begins the stack; those after it take it over.
-            stack = ResidualStack(values.pop("inputs_embeds"), base.config.max_stack_entries)
-            assert takes == ["stack", "attention_mask"]
-            for layer in part:
-                output, *stack.entries = layer(
-                    *stack.entries,
-                    attention_mask=values["attention_mask"],
-                    position_embeddings=position_embeddings,
-                )
-                stack.append(output)
-            result = stack.entries
-        elif takes == ["stack"]:
-            result, _ = part(*values.pop("stack"))
-        else:
-            (taken,) = takes
-            result = part(values.pop(taken))
-        (given,) = gives
-        values[given] = result
-    assert_close(values["logits"], model(random_ids(2, 6)).logits, 1e-6)
+@pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
+def test_no_pipeline_is_promised_and_one_is_refused_where_it_is_asked_for(tmp_path, model_class):
+    model, _ = inputs_of(model_class)
+    assert not model.supports_pp_plan and model.pp_plan == {}
+    model.save_pretrained(tmp_path)
+    for load in (model_class, {**HEADS, **VISION_HEADS}[model_class]):
+        with pytest.raises(ValueError, match="`pp_size` is 2, but DCA models cannot be split into a pipeline"):
+            load.from_pretrained(tmp_path, distributed_config={"pp_size": 2})
 
 
 # Saving, loading and the Hub
-
-HEADS = {
-    DCAModel: AutoModel,
-    DCAForCausalLM: AutoModelForCausalLM,
-    DCAForSequenceClassification: AutoModelForSequenceClassification,
-    DCAForTokenClassification: AutoModelForTokenClassification,
-    DCAForQuestionAnswering: AutoModelForQuestionAnswering,
-}
 
 
 @pytest.mark.parametrize("model_class", HEADS)
@@ -848,9 +1074,6 @@ def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class):
     expected, result = model(random_ids(1, 5)).to_tuple(), loaded.eval()(random_ids(1, 5)).to_tuple()
     assert_close(result[0], expected[0], 1e-6)
     assert type(HEADS[model_class].from_config(model.config)) is model_class
-
-
-VISION_HEADS = {DCAVisionModel: AutoModel, DCAForImageClassification: AutoModelForImageClassification}
 
 
 @pytest.mark.parametrize("model_class", [*HEADS, *VISION_HEADS])
@@ -869,11 +1092,120 @@ def test_saved_model_tells_where_the_code_of_every_head_is(tmp_path, model_class
     assert saved["auto_map"] == {}
 
 
+# (What is there, what is asked for, and the fields that then are the configuration's.)
+OVERRIDES = [
+    ({}, {"sliding_window": 2}, {"sliding_window": 2, "layer_types": ["sliding_attention"] * 5}),
+    ({"sliding_window": 4}, {"sliding_window": None}, {"layer_types": ["full_attention"] * 5}),
+    ({"last_k": 1}, {"last_k": 1}, {"last_k": 1}),
+    ({"last_k": 4}, {"last_k": None}, {"last_k": None}),
+    ({"hidden_act": "gelu"}, {"hidden_act": "relu", "attention_dropout": 0.5}, {"hidden_act": "relu"}),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ),
+    ({}, {"position_embedding": "none"}, {"rope_parameters": None}),
+]
+
+
+@pytest.mark.parametrize("fields, overrides, expected", OVERRIDES, ids=str)
+def test_fields_given_to_from_pretrained_are_as_those_given_at_the_start(tmp_path, fields, overrides, expected):
+    model = tiny_model(**fields)
+    model.save_pretrained(tmp_path)
+    start = DCAForCausalLM(tiny_config(**fields | overrides | expected)).eval()
+    start.load_state_dict(model.state_dict())
+    for auto_class in (DCAForCausalLM, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path, **overrides).eval()
+        assert {name: getattr(loaded.config, name) for name in expected} == expected
+        assert_close(loaded(random_ids(1, 9)).logits, start(random_ids(1, 9)).logits, 1e-6)
+    assert AutoConfig.from_pretrained(tmp_path, **overrides).to_dict() == loaded.config.to_dict() | {
+        "dtype": "float32"
+    }
+
+
+def test_what_followed_from_a_field_follows_from_the_one_given(tmp_path):
+    tiny_config(hidden_size=16, intermediate_size=None, num_key_value_heads=None).save_pretrained(
+        tmp_path / "followed"
+    )
+    tiny_config(hidden_size=16, intermediate_size=20, num_key_value_heads=1).save_pretrained(tmp_path / "given")
+    overrides = {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 7}
+    for config_class in (DCAConfig, AutoConfig):
+        config = config_class.from_pretrained(tmp_path / "followed", **overrides)
+        assert (config.intermediate_size, config.num_key_value_heads, config.head_dim) == (128, 8, 4)
+        assert config.layer_types == ["full_attention"] * 7
+        config = config_class.from_pretrained(tmp_path / "given", **overrides)
+        assert (config.intermediate_size, config.num_key_value_heads, config.head_dim) == (20, 1, 4)
+
+
+WRONG_OVERRIDES = [
+    ({"residual_scheme": "grn_2"}, "did you mean 'grn_v2'"),
+    ({"last_k": 0}, "`last_k` is 0; it must be at least 1"),
+    ({"last_k": "2"}, "last_k"),
+    ({"residual_scheme": "standard", "last_k": 1}, "`last_k` is 1, but the 'standard' scheme"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 3}, "not a multiple"),
+    ({"layer_types": ["full_attention"]}, "`layer_types`"),
+    ({"layer_types": ["sliding_attention"] * 5}, "needs `sliding_window`"),
+    ({"sliding_window": 2, "layer_types": ["full_attention"] * 5}, "holds no 'sliding_attention'"),
+    ({"rope_parameters": {"rope_type": "linar"}}, "did you mean 'linear'"),
+]
+MISFITS = [{"num_hidden_layers": 6}, {"num_hidden_layers": 4}, {"last_k": 1}, {"residual_scheme": "grn_v3"}]
+MISFITS += [{"hidden_size": 32}, {"vocab_size": 60}, {"last_k": 1, "residual_scheme": "grn_v1"}]
+
+
+def test_fields_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for overrides, message in WRONG_OVERRIDES:
+        for some_class in (DCAForCausalLM, AutoModelForCausalLM, AutoConfig):
+            with pytest.raises(StrictDataclassError, match=message):
+                some_class.from_pretrained(tmp_path, **overrides)
+    for overrides in MISFITS:
+        (name, value), *_ = overrides.items()
+        for some_class in (DCAForCausalLM, AutoModelForCausalLM):
+            with pytest.raises(ValueError, match=f"The weights of .* do not fit .*{name}={value!r}"):
+                some_class.from_pretrained(tmp_path, **overrides)
+        DCAForCausalLM.from_pretrained(tmp_path, **overrides, ignore_mismatched_sizes=True)
+    with pytest.raises(TypeError, match="slidng_window"):
+        DCAForCausalLM.from_pretrained(tmp_path, slidng_window=2)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_a_configuration_that_was_changed_is_validated_where_a_model_is_made(model_class):
+    for name, value, message in [
+        ("last_k", 0, "`last_k` is 0"),
+        ("num_hidden_layers", 6, "`layer_types` has 5 entries"),
+        ("sliding_window", 2, "holds no 'sliding_attention'"),
+        ("residual_scheme", "grn_2", "did you mean 'grn_v2'"),
+    ]:
+        config = tiny_config()
+        setattr(config, name, value)
+        with pytest.raises(StrictDataclassError, match=message):
+            model_class(config)
+        with pytest.raises(StrictDataclassError, match=message):
+            HEADS[model_class].from_config(config)
+
+
+@pytest.mark.parametrize("model_class", [DCAForCausalLM, DCAForImageClassification])
+def test_the_code_goes_with_the_configuration(tmp_path, model_class):
+    # As merging tools do it: the configuration from one place, the weights from another.
+    model, _ = inputs_of(model_class)
+    model.save_pretrained(tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "configuration")
+    type(model.config)().save_pretrained(tmp_path / "fresh")
+    code = sorted(path.name for path in (tmp_path / "model").glob("*.py"))
+    assert "modeling_dca.py" in code
+    for folder in ("configuration", "fresh"):
+        assert sorted(path.name for path in (tmp_path / folder).glob("*.py")) == code
+        saved = json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
+        assert saved == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+
+
 def test_all_schemes_are_tested():
     assert {scheme["residual_scheme"] for scheme in ALL_SCHEMES} == set(RESIDUAL_SCHEMES)
 
 
 REMOTE_SCRIPT = """
+import os
 import sys
 
 
@@ -890,6 +1222,7 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification, AutoModelForTokenClassification,
 )
+from transformers.models.auto import modeling_auto
 
 inputs = torch.load("inputs.pt")
 outputs = {}
@@ -906,6 +1239,7 @@ def run(source):
     assert type(AutoConfig.from_pretrained(vision, trust_remote_code=True)).__name__ == "DCAVisionConfig"
     results = {}
     causal_lm, name = load(AutoModelForCausalLM, text)
+    assert name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     results[name] = causal_lm(inputs["input_ids"]).logits
     results["generated"] = causal_lm.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
     image, name = load(AutoModelForImageClassification, vision)
@@ -917,6 +1251,13 @@ def run(source):
     image.save_pretrained(f"{source}-again/vision")
     again, name = load(AutoModelForImageClassification, f"{source}-again/vision")
     results[name + "-again"] = again(inputs["pixel_values"]).logits
+    # The configuration and its code from one who never loaded the model, and the weights from another.
+    config = AutoConfig.from_pretrained(f"{source}/merged", trust_remote_code=True)
+    config.save_pretrained(f"{source}-merged")
+    causal_lm.save_pretrained(f"{source}-weights")
+    os.replace(f"{source}-weights/model.safetensors", f"{source}-merged/model.safetensors")
+    merged, name = load(AutoModelForCausalLM, f"{source}-merged")
+    results[name + "-merged"] = merged(inputs["input_ids"]).logits
     # Each from a copy: the heads must find their backbone without AutoModel having been used with its code before.
     for auto_class, copy in (
         (AutoModelForSequenceClassification, "sequence"),
@@ -963,7 +1304,10 @@ def loaded_elsewhere(tmp_path_factory):
     vision_sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2}
     vision_config = DCAVisionConfig(num_hidden_layers=3, num_labels=3, **vision_sizes)
     vision = randomize(DCAForImageClassification(vision_config))
-    for name, model in {"vision": vision, **dict.fromkeys(("text", "sequence", "token", "question"), text)}.items():
+    for name, model in {
+        "vision": vision,
+        **dict.fromkeys(("text", "merged", "sequence", "token", "question"), text),
+    }.items():
         model.save_pretrained(path / "folder" / name)
         put_into_hub_cache(path / "folder" / name, f"someone/{name}", path / "home")
     input_ids, pixel_values = random_ids(2, 6), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -983,6 +1327,7 @@ def loaded_elsewhere(tmp_path_factory):
         expected = {
             "DCAForCausalLM": logits,
             "DCAForCausalLM-again": logits,
+            "DCAForCausalLM-merged": logits,
             "DCAForImageClassification": vision(pixel_values).logits,
             "DCAForImageClassification-again": vision(pixel_values).logits,
             "DCAForSequenceClassification": hidden_states,
