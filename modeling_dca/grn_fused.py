@@ -102,7 +102,8 @@ class FusedGeneralizedResidual:
             raise ValueError(
                 f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
             )
-        if not (torch.compiler.is_compiling() or autograd_alone(*stack, delta, gate)):
+        compiling = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        if not (compiling or autograd_alone(*stack, delta, gate)):
             return generalized_residual(stack, delta, gate), tuple(stack)
         inputs = (*stack, delta) if gate is None else (*stack, delta, gate)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .configuration_dca import DCAConfig
 from .grn_fused import autograd_alone, backward_alone, differentiable_gradients
@@ -18,7 +19,8 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
 
 def fused_rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """[`rms_norm`] in one operation where there is one, which rounds as that does."""
-    if hidden_states.dtype == weight.dtype == torch.float32:
+    # (It writes in place, which selective activation checkpointing refuses.)
+    if hidden_states.dtype == weight.dtype == torch.float32 and not is_in_torch_dispatch_mode():
         return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
     return rms_norm(hidden_states, weight, eps)
 
