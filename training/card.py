@@ -95,6 +95,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         {name: read_json(path / "trainer_state.json")["log_history"] for name, path in models.items()},
         folder / LOSS_CURVE,
     )
+    state = read_json(folder / "trainer_state.json")
     weights = read_json(folder / DEPTH_WEIGHTS_DATA)
     if weights:
         draw_depth_weights(weights, folder / DEPTH_WEIGHTS)
@@ -139,7 +140,8 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         results=results,
         parameters={name: count_parameters(path) for name, path in models.items()},
         verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
-        steps=read_json(folder / "trainer_state.json")["global_step"],
+        steps=state["global_step"],
+        best_step=state.get("best_global_step") if arguments["load_best_model_at_end"] else None,
         hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
         config=run.config,
         alteration=arguments.get("alteration"),  # which only `training.altered` has

@@ -231,6 +231,13 @@ def test_card_tells_what_the_run_started_from(comparison, room):
     assert ModelCard.load("fourth/README.md").data.license == "mit"
 
 
+def test_card_tells_which_weights_it_is_of(room):
+    best = ("--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=2", "--metric_for_best_model=loss")
+    # (The largest loss is the first.)
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", *best, "--greater_is_better=true")
+    assert "trained for 6 steps.\nThese are the weights after step 2, which were chosen by" in card_of(room / "run")
+
+
 def test_card_tells_no_path(room):
     folder = room / "telling" / "data"
     folder.mkdir(parents=True)
