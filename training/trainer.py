@@ -310,23 +310,17 @@ class RunTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         if output_dir is not None:
-            return super().save_model(output_dir, _internal_call)
+            with self._plain_arguments():
+                return super().save_model(output_dir, _internal_call)
         unfinished = self.folder / UNFINISHED / "model"
         with told_if_not_written("The trained model", self.folder), self.whole_weights():
             # (The trainer would publish a run that is not yet whole.)
-            super().save_model(str(unfinished), _internal_call=True)
+            with self._plain_arguments():
+                super().save_model(str(unfinished), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_finished(unfinished, self.folder)
             self.accelerator.wait_for_everyone()
-
-    def _save(self, *args, **kwargs):
-        with self._plain_arguments():
-            super()._save(*args, **kwargs)
-
-    def _save_tpu(self, *args, **kwargs):
-        with self._plain_arguments():
-            super()._save_tpu(*args, **kwargs)
 
     @contextlib.contextmanager
     def _plain_arguments(self) -> Iterator[None]:
