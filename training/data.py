@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
@@ -209,7 +210,8 @@ def _load(
                 arguments.dataset_config,
                 split=split,
                 revision=arguments.dataset_revision,
-                streaming=streaming or (alone and "[" not in split),  # (a stream cannot be cut)
+                # (A stream cannot be cut, and is not read from the cache.)
+                streaming=streaming or (alone and "[" not in split and not datasets.config.HF_HUB_OFFLINE),
             )
             if isinstance(data, IterableDataset) and not streaming:
                 data = _kept(data, columns)
