@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -18,6 +18,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from .configuration_dca import DCAConfig, DCAVisionConfig, nearest_name
 
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 #: Fields of the configuration that do not change what a converted model computes, and so are the user's to choose.
 OVERRIDES = (
@@ -481,7 +483,7 @@ def distinct_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in weights.values()}
 
 
-def fill(model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict, like: dict) -> PreTrainedModel:
+def fill(model_class: type[Model], config: PreTrainedConfig, weights: dict, like: dict) -> Model:
     """A model that takes `weights` over, without copies; `like` tells device, type, and how it generates."""
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=like["dtype"])
     if like["generation_config"] is not None:
@@ -599,8 +601,8 @@ def convert_config(
 
 
 def from_residual(
-    model_class: type[PreTrainedModel], source: str | os.PathLike | PreTrainedModel, **config_overrides
-) -> PreTrainedModel:
+    model_class: type[Model], source: str | os.PathLike | PreTrainedModel, **config_overrides: Any
+) -> Model:
     """[`~modeling_dca.modeling_dca.ResidualConversionMixin.from_residual`] of `model_class`."""
     loading = {name: config_overrides.pop(name) for name in LOADING_ARGUMENTS if name in config_overrides}
     check_overrides(model_class, config_overrides)

@@ -13,6 +13,9 @@ from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
 
 logger = logging.get_logger(__name__)
 
+#: The epsilon of the norm without parameters through which a gate sees an entry.
+GATE_NORM_EPS = 1e-6
+
 
 class ResidualStack:
     """
@@ -76,8 +79,9 @@ def generalized_residual(
     stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
     """
-    The generalized residuals of a stack, `g = sum_i (b_i + relu(w . f_i)) * f_i` with `b = 1 + delta` (GRN-v3, section
-    3.1; GRN-v1 and v2 have no gate, DCA has three outputs), as plain PyTorch.
+    The generalized residuals of a stack, `g = sum_i (b_i + relu(w . n(f_i))) * f_i` with `b = 1 + delta` (GRN-v3, section
+    3.1; GRN-v1 and v2 have no gate, DCA has three outputs), as plain PyTorch. The gate sees an entry normalised by its
+    root mean square, `n(f) = f / sqrt(mean(f^2) + GATE_NORM_EPS)`, so that it does not grow with the entry.
 
     Args:
         stack (sequence of `t` tensors of shape `(..., d)`): the entries `f_i`.
@@ -92,7 +96,7 @@ def generalized_residual(
     compute_dtype = torch.promote_types(dtype, torch.float32)
     entries = [entry.to(compute_dtype) for entry in stack]
     b = 1 + delta.to(compute_dtype)
-    # The output is split as sum_i b_i * f_i + sum_i relu(w . f_i) * f_i: so nothing as large as an entry, other than
+    # The output is split as sum_i b_i * f_i + sum_i relu(w . n(f_i)) * f_i: so nothing as large as an entry, other than
     # the entries themselves, is kept for the backward pass.
     outputs = []
     for output in range(b.shape[0]):
@@ -103,8 +107,10 @@ def generalized_residual(
     if gate is not None:
         with maybe_autocast(entries[0].device.type, enabled=False):
             for entry in entries:
+                inverse_rms = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
+                pre_activation = nn.functional.linear(entry, gate.to(compute_dtype)) * inverse_rms
                 # clamp, and not relu: its gradient at exactly 0 is 1, so that a gate that starts at zero can learn.
-                open_gates = nn.functional.linear(entry, gate.to(compute_dtype)).clamp(min=0)
+                open_gates = pre_activation.clamp(min=0)
                 for output, total in enumerate(outputs):
                     outputs[output] = torch.addcmul(total, open_gates[..., output, None], entry)
     return tuple(output.to(dtype) for output in outputs)
@@ -127,10 +133,13 @@ BEST_GRN_FUNCTIONS = {"cpu": "cpu", "cuda": "triton"}
 def find_implementation(name: str, device: torch.device) -> Callable:
     """
     The implementation of [`generalized_residual`] that `config.grn_implementation` names; for `"auto"` the best one for
-    tensors on `device`, or the reference where that cannot run.
+    tensors on `device`, or the reference where that cannot run and in `torch.export`, whose programs run where torch
+    alone is installed.
     """
     if name != "auto":
         return ALL_GRN_FUNCTIONS[name]
+    if torch.compiler.is_exporting():
+        return generalized_residual
     implementation = ALL_GRN_FUNCTIONS[BEST_GRN_FUNCTIONS.get(device.type, "eager")]
     obstacle = implementation.obstacle(device) if hasattr(implementation, "obstacle") else None
     if obstacle is None:

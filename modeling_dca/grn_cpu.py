@@ -6,12 +6,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .grn import output_dtype
+from .grn import GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
 
 
 # Up to here the time goes into the number of operations and not into memory: so in decoding.
 MAX_ELEMENTS_AT_ONCE = 2**16
+
+
+def inverse_rms(entries: Tensor) -> Tensor:
+    """`1 / sqrt(mean(f^2) + GATE_NORM_EPS)` over the last dimension, which it drops."""
+    norms = torch.linalg.vector_norm(entries, dim=-1)
+    return norms.square_().div_(entries.shape[-1]).add_(GATE_NORM_EPS).rsqrt_()
 
 
 @torch.autocast("cpu", enabled=False)
@@ -25,25 +31,23 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
         stack = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
         open_gates = 0.0
         if gate is not None:
-            open_gates = nn.functional.linear(stack, gate).clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
+            pre_activations = nn.functional.linear(stack, gate).mul_(inverse_rms(stack).unsqueeze(2))
+            open_gates = pre_activations.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
         outputs = ((1 + delta).unsqueeze(2) + open_gates) * stack
         return outputs.sum(1).view(len(delta), *shape).to(dtype)
 
-    b = 1 + delta
-    outputs = stack[0].new_empty((len(b), tokens, width), dtype=compute_dtype)
-    weight = outputs.new_empty((tokens, b.shape[-1]))
+    b = (1 + delta).unsqueeze(2)
+    outputs = stack[0].new_empty((len(delta), tokens, width), dtype=compute_dtype)
     for i, entry in enumerate(stack):
         entry = entry.reshape(tokens, width).to(compute_dtype)
+        if i == 0:
+            torch.mul(b[:, i], entry, out=outputs)
+        else:
+            outputs.addcmul_(b[:, i], entry)
         if gate is not None:
-            open_gates = (entry @ gate.mT).clamp_(min=0).unsqueeze(-1).unbind(1)
-        for o, (factor, output) in enumerate(zip(b[:, i], outputs)):
-            if gate is not None:
-                factor = torch.add(factor, open_gates[o], out=weight)
-            if i == 0:
-                torch.mul(factor, entry, out=output)
-            else:
-                output.addcmul_(factor, entry)
-    return outputs.view(len(b), *shape).to(dtype)
+            open_gates = (gate @ entry.mT).mul_(inverse_rms(entry)).clamp_(min=0)
+            outputs.addcmul_(open_gates.unsqueeze(2), entry)
+    return outputs.view(len(delta), *shape).to(dtype)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -53,54 +57,58 @@ def backward(
     stack: Sequence[Tensor],
     delta: Tensor,
     gate: Tensor | None,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
     shape = stack[0].shape
+    *of_entries, of_delta, of_gate = needed if gate is not None else (*needed, False)
     compute_dtype = torch.promote_types(output_dtype(stack), torch.float32)
     tokens, width = math.prod(shape[:-1]), shape[-1]
-    output_grads = [grad.reshape(tokens, width).to(compute_dtype) for grad in output_grads]
+    output_grads = torch.stack([grad.reshape(tokens, width) for grad in output_grads]).to(compute_dtype)
     b = 1 + delta.to(compute_dtype)
     b_grad = torch.empty_like(b)
-    elementwise = b.shape[-1] == width
-    product = torch.empty_like(output_grads[0])
-    weight = product.new_empty((tokens, b.shape[-1]))
+    summed = 1 if b.shape[-1] == width else (1, 2)
+    product = torch.empty_like(output_grads)
     if gate is not None:
         gate_dtype, gate = gate.dtype, gate.to(compute_dtype)
         gate_grad = torch.zeros_like(gate)
 
-    stack_grads = []
-    for i, entry in enumerate(stack):
+    grads = []
+    for i, (entry, of_entry) in enumerate(zip(stack, of_entries)):
+        gated = gate is not None and (of_entry or of_gate)
         dtype, entry = entry.dtype, entry.reshape(tokens, width).to(compute_dtype)
-        total = entry_grads[i].reshape(tokens, width).to(compute_dtype) if entry_grads else None
-        if gate is not None:
-            pre_activation = entry @ gate.mT
-            open_gates = pre_activation.clamp(min=0).unsqueeze(-1).unbind(1)
-            pre_activation_grad = torch.empty_like(pre_activation)
-            pre_activation_grads = pre_activation_grad.unbind(1)
-        for o, (factor, factor_grad, grad) in enumerate(zip(b[:, i], b_grad[:, i], output_grads)):
-            torch.mul(grad, entry, out=product)
-            if elementwise:
-                torch.sum(product, 0, out=factor_grad)
+        if of_delta or gated:
+            torch.mul(output_grads, entry, out=product)
+        if of_delta:
+            torch.sum(product, summed, keepdim=True, out=b_grad[:, i : i + 1])
+        if of_entry:
+            if entry_grads:  # what came in is not ours to write to
+                total = entry_grads[i].reshape(tokens, width).to(compute_dtype)
+                total = torch.addcmul(total, b[0, i], output_grads[0])
             else:
-                factor_grad.fill_(product.sum())
-            if gate is not None:
-                torch.sum(product, 1, out=pre_activation_grads[o])
-                factor = torch.add(factor, open_gates[o], out=weight)
-            if total is None:
-                total = factor * grad
-            elif o == 0:
-                total = torch.addcmul(total, factor, grad)  # what came in is not ours to write to
-            else:
+                total = b[0, i] * output_grads[0]
+            for factor, grad in zip(b[1:, i], output_grads[1:]):
                 total.addcmul_(factor, grad)
-        if gate is not None:
+        if gated:
+            scale = inverse_rms(entry)
+            pre_activations = (gate @ entry.mT).mul_(scale)
             # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
-            pre_activation_grad.masked_fill_(pre_activation < 0, 0)
-            for column, row in zip(pre_activation_grad.unsqueeze(-1).unbind(1), gate):
-                total.addcmul_(column, row)
-            gate_grad.addmm_(pre_activation_grad.mT, entry)
-        stack_grads.append(total.view(shape).to(dtype))
-    if gate is None:
-        return [*stack_grads, b_grad.to(delta.dtype)]
-    return [*stack_grads, b_grad.to(delta.dtype), gate_grad.to(gate_dtype)]
+            pre_activation_grads = product.sum(2).masked_fill_(pre_activations < 0, 0).mul_(scale)
+        if gated and of_gate:
+            gate_grad.addmm_(pre_activation_grads, entry)
+        if gated and of_entry:
+            for factor, grad in zip(pre_activations.clamp(min=0).unsqueeze(2), output_grads):
+                total.addcmul_(factor, grad)
+            total.addmm_(pre_activation_grads.mT, gate)
+            # n(f) = f * scale(f): the part of the gradient along f goes with the scale.
+            along = pre_activations.mul_(pre_activation_grads).sum(0).mul_(scale).div_(-width)
+            total.addcmul_(along.unsqueeze(1), entry)
+        if of_entry:
+            grads.append(total.view(shape).to(dtype))
+    if of_delta:
+        grads.append(b_grad.to(delta.dtype))
+    if of_gate:
+        grads.append(gate_grad.to(gate_dtype))
+    return grads
 
 
 def obstacle(device: torch.device) -> str | None:

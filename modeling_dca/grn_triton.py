@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grn import output_dtype
+from .grn import GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
 
 
@@ -24,6 +24,9 @@ def jit(**options):
 
 # Pointers are arguments of a kernel, which has limited room for them: more entries take several launches.
 MAX_ENTRIES = 128
+
+# (Kernels see a global that is a constant, and no other.)
+NORM_EPS = GATE_NORM_EPS if triton is None else tl.constexpr(GATE_NORM_EPS)
 
 # Arguments that differ from block to block or from batch to batch: no variant is to be compiled for their values.
 VARYING = ["entries", "first_entry", "head_entries", "tail_entries", "all_entries", "tokens", "tokens_per_range"]
@@ -90,6 +93,29 @@ def sum_over_width(tiles):
 
 
 @jit()
+def inverse_rms(sum_of_squares, WIDTH: tl.constexpr):
+    """The scale of the norm through which a gate sees an entry."""
+    return 1 / tl.sqrt(sum_of_squares / WIDTH + NORM_EPS)
+
+
+@jit()
+def pre_activations(entry, gates, WIDTH: tl.constexpr):
+    """`w . n(f)` of each gate, `(BLOCK_TOKENS, 1)` each, for which the entry is summed over `d` once."""
+    products = (entry * entry,)
+    for output in tl.static_range(len(gates)):
+        products = products + (entry * gates[output],)
+    for _ in tl.static_range(8):
+        if (len(products) & (len(products) - 1)) != 0:
+            products = products + (entry,)
+    sums = sum_over_width(products)
+    scale = inverse_rms(sums[0], WIDTH)
+    results = ()
+    for output in tl.static_range(len(gates)):
+        results = results + (sums[1 + output] * scale,)
+    return results
+
+
+@jit()
 def add_entries(
     totals,
     stack,
@@ -111,11 +137,13 @@ def add_entries(
     for i in tl.range(entries, num_stages=STAGES):
         entry = tl.load(select(stack, i) + tile, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
         sums = ()
+        if len(gates) > 0:
+            seen = pre_activations(entry, gates, WIDTH)
         for output in tl.static_range(OUTPUTS):
             row = output * all_entries + first_entry + i
             factor = load_b(delta, row, columns, WIDTH, ELEMENTWISE, COMPUTE)
             if len(gates) > 0:
-                factor = factor + relu(tl.sum(entry * gates[output], axis=1, keep_dims=True))
+                factor = factor + relu(seen[output])
             sums = sums + (totals[output] + factor * entry,)
         totals = sums
     return totals
@@ -196,7 +224,7 @@ def backward_kernel(
 ):
     """
     One program forms the gradients of a group of entries for a range of tokens, and what the range adds to those of the
-    parameters. Programs of one range and all groups run at the same time, so that the gradients of the outputs, which
+    parameters that need a gradient. Programs of one range and all groups run at the same time, so that the gradients of the outputs, which
     all of them read, come from the cache for all but the first.
     """
     first_of_group = tl.program_id(0) * GROUP
@@ -227,7 +255,7 @@ def backward_kernel(
         totals = ()
         for k in tl.static_range(GROUP):
             i = first_of_group + k
-            entry_mask = mask & (i < entries)
+            entry_mask = tl.where(i < entries, mask, False)  # Triton 3.9's interpreter makes an integer of `&`
             entry = tl.load(select(stack, i) + tile, mask=entry_mask, other=0.0).to(COMPUTE)
             entry_tiles = entry_tiles + (entry,)
             if len(entry_grads) > 0:
@@ -235,9 +263,20 @@ def backward_kernel(
             else:
                 total = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), COMPUTE)
             totals = totals + (total,)
+        scales = ()
+        along = ()
+        if len(gates) > 0:
+            squares = ()
+            for k in tl.static_range(GROUP):
+                squares = squares + (entry_tiles[k] * entry_tiles[k],)
+                along = along + (0.0,)
+            sums_of_squares = sum_over_width(squares)
+            for k in tl.static_range(GROUP):
+                scales = scales + (inverse_rms(sums_of_squares[k], WIDTH),)
         b_sums = ()
         gate_sums = ()
         for output in tl.static_range(OUTPUTS):
+            new_along = ()
             if len(gates) > 0:
                 products = ()
                 for k in tl.static_range(GROUP):
@@ -246,39 +285,51 @@ def backward_kernel(
                 gate_grad = gate_grads[output]
             new_totals = ()
             for k in tl.static_range(GROUP):
-                b_grad = b_grads[output * GROUP + k] + tl.sum(entry_tiles[k] * grads[output], axis=0)
+                b_grad = b_grads[output * GROUP + k]
+                if b_grad_parts is not None:
+                    b_grad += tl.sum(entry_tiles[k] * grads[output], axis=0)
                 b_sums = b_sums + (b_grad,)
                 factor = b[output * GROUP + k]
                 total = totals[k]
                 if len(gates) > 0:
-                    pre_activation = sums[2 * k]
+                    pre_activation = sums[2 * k] * scales[k]
                     # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
-                    open_grad = tl.where(pre_activation >= 0, sums[2 * k + 1], 0.0)
-                    gate_grad += tl.sum(open_grad * entry_tiles[k], axis=0)
+                    open_grad = tl.where(pre_activation >= 0, sums[2 * k + 1], 0.0) * scales[k]
+                    if gate_grad_parts is not None:
+                        gate_grad += tl.sum(open_grad * entry_tiles[k], axis=0)
                     total += open_grad * gates[output]
+                    new_along = new_along + (along[k] + open_grad * pre_activation,)
                     factor = factor + relu(pre_activation)
                 new_totals = new_totals + (total + factor * grads[output],)
             totals = new_totals
+            along = new_along
             if len(gates) > 0:
                 gate_sums = gate_sums + (gate_grad,)
         b_grads = b_sums
         gate_grads = gate_sums
         for k in tl.static_range(GROUP):
             i = first_of_group + k
-            tl.store(select(stack_grads, i) + tile, totals[k], mask=mask & (i < entries))
+            total = totals[k]
+            if len(gates) > 0:
+                # n(f) = f * scale(f): the part of the gradient along f goes with the scale.
+                total -= along[k] * (scales[k] / WIDTH) * entry_tiles[k]
+            tl.store(select(stack_grads, i) + tile, total, mask=tl.where(i < entries, mask, False))
 
-    for k in tl.static_range(GROUP):
-        i = first_of_group + k
+    if b_grad_parts is not None:
+        for k in tl.static_range(GROUP):
+            i = first_of_group + k
+            for output in tl.static_range(OUTPUTS):
+                part = (token_range * OUTPUTS + output) * entries + i
+                b_grad = b_grads[output * GROUP + k]
+                if ELEMENTWISE:
+                    column_mask = tl.where(i < entries, columns < WIDTH, False)
+                    tl.store(b_grad_parts + part * WIDTH + columns, b_grad, mask=column_mask)
+                else:
+                    tl.store(b_grad_parts + part, tl.sum(b_grad), mask=i < entries)
+    if gate_grad_parts is not None:
         for output in tl.static_range(OUTPUTS):
-            part = (token_range * OUTPUTS + output) * entries + i
-            b_grad = b_grads[output * GROUP + k]
-            if ELEMENTWISE:
-                tl.store(b_grad_parts + part * WIDTH + columns, b_grad, mask=(columns < WIDTH) & (i < entries))
-            else:
-                tl.store(b_grad_parts + part, tl.sum(b_grad), mask=i < entries)
-    for output in tl.static_range(len(gates)):
-        part = (token_range * tl.num_programs(0) + tl.program_id(0)) * OUTPUTS + output
-        tl.store(gate_grad_parts + part * WIDTH + columns, gate_grads[output], mask=columns < WIDTH)
+            part = (token_range * tl.num_programs(0) + tl.program_id(0)) * OUTPUTS + output
+            tl.store(gate_grad_parts + part * WIDTH + columns, gate_grads[output], mask=columns < WIDTH)
 
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
@@ -325,6 +376,23 @@ def loop_stages(tile_bytes: int, device: torch.device) -> int:
     return 3 if 2 * tile_bytes <= room // 2 else 1
 
 
+def forward_tile(block_width: int) -> tuple[int, int]:
+    """Tokens and warps of a program. The totals stay in registers: of each output, 32 elements in a thread at most."""
+    return max(4096 // block_width, 1), min(max(block_width // 512, 4), 32)
+
+
+def backward_tile(block_width: int, outputs: int, sum_dtype: torch.dtype) -> tuple[int, int, int]:
+    """
+    Entries, tokens and warps of a program. A row of a tile is as wide as all warps with 8 elements in a thread: so the
+    sums over tokens need no exchange between threads. They stay in registers, for as many entries at a time as those have
+    room for.
+    """
+    num_warps = min(max(block_width // 256, 1), 16)
+    crowded = sum_dtype == torch.float64 or block_width > 2048
+    group = 1 if crowded else {1: 4, 2: 2}.get(outputs, 1)
+    return group, max((256 if crowded else 512) * num_warps // block_width, 1), num_warps
+
+
 def ranges_of_tokens(tokens: int, groups: int, block_tokens: int, device: torch.device) -> tuple[int, int]:
     """
     How many ranges there are, and how many tokens one has, in whole blocks: enough for 8 programs on each processor, but
@@ -349,9 +417,7 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
     options = constants(stack, delta)
     width, block_width = options["WIDTH"], options["BLOCK_WIDTH"]
     tokens = stack[0].numel() // width
-    # The totals stay in registers: up to a width of 4096, of each output 32 elements in a thread.
-    num_warps = min(max(block_width // 1024, 4), 32)
-    block_tokens = max(4096 // block_width, 1)
+    block_tokens, num_warps = forward_tile(block_width)
     tile_bytes = block_width * (block_tokens * dtype.itemsize + len(delta) * delta.itemsize)
     with torch.cuda.device_of(stack[0]):
         for head, tail in zip(runs[::2], [*runs[1::2], slice(0)]):
@@ -381,10 +447,12 @@ def backward(
     stack: Sequence[Tensor],
     delta: Tensor,
     gate: Tensor | None,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
-    parameters = (delta,) if gate is None else (delta, gate)
+    inputs = (*stack, delta, gate)
     if stack[0].numel() == 0:
-        return [torch.zeros_like(tensor) for tensor in (*stack, *parameters)]
+        return [torch.zeros_like(tensor) for tensor, own in zip(inputs, needed) if own]
+    of_delta, of_gate = needed[len(stack)], gate is not None and needed[-1]
     output_grads = tuple(aligned(grad) for grad in output_grads)
     entry_grads = [aligned(grad) for grad in entry_grads]
     stack = [aligned(entry) for entry in stack]
@@ -394,20 +462,20 @@ def backward(
     width, block_width = options["WIDTH"], options["BLOCK_WIDTH"]
     tokens = stack[0].numel() // width
     sum_dtype = torch.promote_types(output_dtype(stack), torch.float32)
-    # A row of a tile is as wide as all warps with 8 elements in a thread: so the sums over tokens need no exchange
-    # between threads. They stay in registers, for as many entries at a time as those have room for.
-    num_warps = min(max(block_width // 256, 1), 16)
-    crowded = sum_dtype == torch.float64 or block_width > 2048
-    group = 1 if crowded else {1: 4, 2: 2, 3: 2}.get(len(delta), 1)
-    block_tokens = max((256 if crowded else 512) * num_warps // block_width, 1)
+    group, block_tokens, num_warps = backward_tile(block_width, len(delta), sum_dtype)
     b_grads, gate_grads = [], []
     with torch.cuda.device_of(stack[0]):
         for run in runs_of_one_type(stack):
             entries = len(stack[run])
             groups = triton.cdiv(entries, group)
             ranges, tokens_per_range = ranges_of_tokens(tokens, groups, block_tokens, stack[0].device)
-            b_grads.append(delta.new_empty((ranges, len(delta), entries, delta.shape[-1]), dtype=sum_dtype))
-            gate_grads.append(delta.new_empty((ranges, groups, len(delta), width), dtype=sum_dtype))
+            b_parts = gate_parts = None
+            if of_delta:
+                b_parts = delta.new_empty((ranges, len(delta), entries, delta.shape[-1]), dtype=sum_dtype)
+                b_grads.append(b_parts)
+            if of_gate:
+                gate_parts = delta.new_empty((ranges, groups, len(delta), width), dtype=sum_dtype)
+                gate_grads.append(gate_parts)
             backward_kernel[(groups, ranges)](
                 output_grads,
                 padded(entry_grads[run]),
@@ -415,8 +483,8 @@ def backward(
                 padded(stack_grads[run]),
                 delta,
                 gate,
-                b_grads[-1],
-                gate_grads[-1],
+                b_parts,
+                gate_parts,
                 run.start,
                 entries,
                 len(stack),
@@ -427,10 +495,16 @@ def backward(
                 BLOCK_TOKENS=block_tokens,
                 num_warps=num_warps,
             )
-    sums = [torch.cat([parts.sum(0) for parts in b_grads], dim=1)]
-    if gate is not None:
-        sums.append(sum(parts.sum((0, 1)) for parts in gate_grads))
-    return [*stack_grads, *(total.to(parameter.dtype) for total, parameter in zip(sums, parameters))]
+    # (The gradients of entries that need none are written, too: they are few.)
+    delta_grad = torch.cat([parts.sum(0) for parts in b_grads], dim=1) if of_delta else None
+    gate_grad = sum(parts.sum((0, 1)) for parts in gate_grads) if of_gate else None
+    grads = (*stack_grads, delta_grad, gate_grad)
+    return [grad.to(tensor.dtype) for grad, tensor, own in zip(grads, inputs, needed) if own]
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -438,6 +512,8 @@ def obstacle(device: torch.device) -> str | None:
         return "Triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {device}, and Triton needs a GPU"
+    if device.type == "cuda" and (capability := compute_capability(device)) < (8, 0):
+        return "the GPU has compute capability {}.{}, and Triton needs 8.0".format(*capability)
     return None
 
 

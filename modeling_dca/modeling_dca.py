@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -28,8 +29,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import AutoModel, modeling_auto
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -38,8 +37,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_dca import DCAConfig, nearest_name
 from .grn import GeneralizedResidual, GRNInterface, ResidualStack
 from .grn_cpu import generalized_residual_cpu
-from .grn_fused import differentiable_gradients
 from .grn_triton import generalized_residual_triton
+from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm
 
 
 GRNInterface.register("cpu", generalized_residual_cpu)
@@ -123,60 +122,6 @@ def take_loss_arguments(model: PreTrainedModel, kwargs: dict) -> dict:
     names = [name for name in kwargs if name not in HANDED_ON]
     known = inspect.signature(model.loss_function).parameters if names else ()
     return {name: kwargs.pop(name) for name in names if name in known}
-
-
-def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Llama's root mean square norm, in float32 whatever the type of its input."""
-    if hidden_states.dtype == weight.dtype == torch.float32:
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
-    widened = hidden_states.float()
-    normalized = widened * torch.rsqrt(widened.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normalized.to(hidden_states.dtype)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """[`rms_norm`] that keeps nothing but its input for the backward pass, and needs half of autograd's time there."""
-
-    @staticmethod
-    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        ctx.save_for_backward(hidden_states, weight)
-        ctx.eps = eps
-        return rms_norm(hidden_states, weight, eps)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_states, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *differentiable_gradients(lambda *x: (rms_norm(*x, ctx.eps),), ctx.saved_tensors, (grad,)), None
-        widened, grad = hidden_states.float(), grad.float()
-        inverse_rms = torch.rsqrt(widened.pow(2).mean(-1, keepdim=True).add_(ctx.eps))
-        normalized = widened * inverse_rms
-        product = grad * normalized
-        weight_grad = product.flatten(0, -2).sum(0)
-        projection = product.mul_(weight).mean(-1, keepdim=True)
-        input_grad = torch.mul(grad, weight, out=product).addcmul_(normalized, projection, value=-1).mul_(inverse_rms)
-        return input_grad.to(hidden_states.dtype), weight_grad.to(weight.dtype), None
-
-
-class DCARMSNorm(LlamaRMSNorm):
-    """Root mean square norm over the last dimension."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-class DCAZeroCenteredRMSNorm(GemmaRMSNorm):
-    """Root mean square norm over the last dimension whose weight is kept as its deviation from 1, as in Gemma."""
-
-
-NORMS = {"rms_norm": DCARMSNorm, "layer_norm": nn.LayerNorm, "zero_centered_rms_norm": DCAZeroCenteredRMSNorm}
-
-
-def build_norm(config: DCAConfig, size: int) -> nn.Module:
-    """The norm that `config.norm_type` names, over the last dimension, of width `size`."""
-    return NORMS[config.norm_type](size, eps=config.norm_eps)
 
 
 class DCAScaledEmbedding(nn.Embedding):
@@ -550,7 +495,7 @@ class ResidualConversionMixin:
     """For models with a head: from a trained residual model to DCA, and back."""
 
     @classmethod
-    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides):
+    def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides: Any) -> Self:
         """
         Makes a trained residual model into DCA without changing what it computes: the generalized residuals start as
         the residual sum (paper, table 4).

@@ -15,12 +15,12 @@ from .modeling_dca import (
     DCALayer,
     DCAPreTrainedModel,
     ResidualConversionMixin,
-    build_norm,
     name_in_tables,
     named_arguments,
     sincos_embedding,
     take_loss_arguments,
 )
+from .norm import build_norm
 
 
 class DCAVisionPatchEmbeddings(nn.Module):

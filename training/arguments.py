@@ -6,14 +6,17 @@ and the command line over both.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
+from accelerate.utils import GradientAccumulationPlugin
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.training_args import OptimizerNames
 
 from modeling_dca import DCAConfig
@@ -40,24 +43,58 @@ INITIAL_CHECKPOINT = "initial_checkpoint"
 # and what a model that starts from random weights does not have.
 NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "residual_config"}
 
-# What the Trainer meets only when it is too late for a sentence.
-SMALLEST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "global_batch_size": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 0,
-    "gate_learning_rate_scale": 0,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "seed": 0,
+# From where to where a field may be: what the Trainer meets only when it is too late for a sentence, or never.
+BOUNDS = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "global_batch_size": (1, math.inf),
+    "eval_accumulation_steps": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "dataloader_prefetch_factor": (1, math.inf),
+    "ddp_bucket_cap_mb": (1, math.inf),
+    "ddp_timeout": (1, 10**9),  # more than 30 years, and less than a date can hold
+    "learning_rate": (0, math.inf),
+    "gate_learning_rate_scale": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_epsilon": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, math.inf),
+    "eval_delay": (0, math.inf),
+    # What NumPy takes.
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+
+# Fields that say something each so many steps, or each such share of all, by the field that says whether they are asked.
+INTERVALS = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
+
+# Fields that can have one value alone: with others the Trainer would fail when all is trained, or not do what they say.
+FIXED = {
+    "prediction_loss_only": (False, "a run reports more than its loss"),
+    "eval_do_concat_batches": (True, "a run reports figures of all that was held out"),
+    "batch_eval_metrics": (False, "a run reports figures of all that was held out"),
+    "include_for_metrics": ([], "the figures of a run need no more"),
+    "label_names": (None, "all models that are trained here name them alike"),
+    "length_column_name": ("length", "all examples have one length"),
+    "use_liger_kernel": (False, "Liger has no kernels for these models"),
+    "liger_kernel_config": (None, "Liger has no kernels for these models"),
+    "deepspeed": (None, "a run is shared out among devices by the files of configuration/accelerate"),
+    "parallelism_config": (None, "a run is shared out among devices by the files of configuration/accelerate"),
+    "enable_jit_checkpoint": (False, "SIGTERM has a checkpoint written in any case"),
+    "use_cache": (False, "there is nothing to keep in a cache where nothing is generated"),
+    "do_predict": (False, "a run has nothing to predict"),
+    "restore_callback_states_from_checkpoint": (False, "what is to be restored is, in any case"),
 }
 
 
 @dataclasses.dataclass
 class RunArguments(TrainingArguments):
     """The fields of [`~transformers.TrainingArguments`], with what every run of this project has."""
+
+    #: What is measured on held-out data, and whether more of it is better.
+    held_out_metrics: ClassVar[dict[str, bool]] = {"loss": False}
 
     baseline: str | None = dataclasses.field(
         default=None,
@@ -104,29 +141,129 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = dataclasses.field(
         default=False, metadata={"help": "Whether to leave losses that are not finite out of the logs."}
     )
-    report_to: str | None = dataclasses.field(
-        default="tensorboard", metadata={"help": "Where to log to: an integration of the Trainer, or 'none'."}
+    report_to: list[str] = dataclasses.field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Where to log to: integrations of the Trainer, 'all' that are installed, or 'none'."},
+    )
+    # (The parser takes what is a word or a truth value for a truth value alone.)
+    include_num_input_tokens_seen: str = dataclasses.field(
+        default="no",
+        metadata={"help": "Whether to count the tokens that are trained on: 'all', 'non_padding' or 'no'."},
     )
 
     def __post_init__(self):
-        for name, smallest in SMALLEST.items():
-            # (Comparing so, and not with `<`, refuses NaN, too.)
-            value = getattr(self, name)
-            if value is not None and not value >= smallest:
-                raise ValueError(f"`{name}` is {value}; it must be at least {smallest}.")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0 and below 1.")
+        self._check_values()
+        self._set_words()
+        self._set_metric()
         chosen_optimizer = self.optim
         if chosen_optimizer is None:
             self.optim = self.default_optim
         super().__post_init__()
+        accumulation = self.accelerator_config.gradient_accumulation_kwargs or {}
+        GradientAccumulationPlugin(**accumulation)  # which knows its fields
+        if "num_steps" in accumulation:
+            raise ValueError(
+                "`accelerator_config` has `num_steps`: leave it out, and set `gradient_accumulation_steps`."
+            )
+        if self.global_batch_size is not None and self.accelerator_config.split_batches:
+            raise ValueError("`accelerator_config` has `split_batches`, but `global_batch_size` says what a batch is.")
+        if self.device.type == "cpu" and self.fp16:
+            raise ValueError("`fp16` is for GPUs: leave it out on a CPU, or choose `bf16`.")
+        if DebugOption.TPU_METRICS_DEBUG in self.debug and self.device.type != "xla":
+            raise ValueError(f"`debug` is {DebugOption.TPU_METRICS_DEBUG.value!r}, but there is no TPU: leave it out.")
+        if self.greater_is_better and self.lr_scheduler_type in (
+            SchedulerType.REDUCE_ON_PLATEAU,
+            SchedulerType.GREEDY,
+        ):
+            # (Left to itself, the schedule would take a metric that rises for one that gets no better.)
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.device.type == "xla":
             self._set_xla_defaults(chosen_optimizer)
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
         if self.global_batch_size is not None:
             self._set_gradient_accumulation_steps()
+
+    def _check_values(self):
+        """
+        Raises:
+            `ValueError`: a field has a value with which the Trainer would fail later, or do something else without a word.
+        """
+        for name, (smallest, largest) in BOUNDS.items():
+            value = getattr(self, name)
+            # (Comparing so, and not with `<`, refuses NaN, too.)
+            if value is not None and not (smallest <= value <= largest and value < math.inf):
+                limit = "finite" if largest == math.inf else f"at most {largest}"
+                raise ValueError(f"`{name}` is {value}; it must be at least {smallest}, and {limit}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(f"`max_grad_norm` is {self.max_grad_norm}; it must be at least 0.")
+        for name, strategy in INTERVALS.items():
+            value = getattr(self, name)
+            if getattr(self, strategy) == "steps" and value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}; it must be steps from 1 on, or a share of all below 1.")
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise ValueError(
+                f"`warmup_steps` is {self.warmup_steps}; it must be whole steps, or a share of all below 1."
+            )
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` is 0; it must be at least 1, or -1 for the steps of `num_train_epochs`.")
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; it must be above 0, and finite.")
+        for name, (value, reason) in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; leave it out: {reason}.")
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if getattr(self, name) and not self.dataloader_num_workers:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but `dataloader_num_workers` is 0: set that, too."
+                )
+        if self.optim_target_modules is not None and not any(name in str(self.optim) for name in ("galore", "apollo")):
+            raise ValueError(
+                f"`optim_target_modules` is {self.optim_target_modules!r}, which is for GaLore and APOLLO alone: leave it out, "
+                "or choose such an `optim`."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but all examples have one length: choose "
+                "'random' or 'sequential'."
+            )
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError(
+                "`save_strategy` is 'best', but nothing is evaluated to find it: set `eval_strategy`, too."
+            )
+
+    def _set_words(self):
+        """Give fields that are words, or lists of words, what the Trainer takes."""
+        self.report_to = (
+            [self.report_to] if isinstance(self.report_to, str) else list(dict.fromkeys(self.report_to or []))
+        )
+        self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
+        for alone in {"all", "none"}.intersection(self.report_to):
+            if len(self.report_to) > 1:
+                raise ValueError(
+                    f"`report_to` is {self.report_to}, but {alone!r} goes alone: leave it, or the others, out."
+                )
+        counted = str(self.include_num_input_tokens_seen).lower()
+        self.include_num_input_tokens_seen = {"true": "all", "false": "no"}.get(counted, counted)
+        if self.include_num_input_tokens_seen not in ("all", "non_padding", "no"):
+            raise ValueError(
+                f"`include_num_input_tokens_seen` is {counted!r}; it must be one of 'all', 'non_padding' and 'no'."
+            )
+
+    def _set_metric(self):
+        """Know the metric that finds the best model, and that of two perplexities the lower one is better."""
+        if self.metric_for_best_model is None:
+            return
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if name not in self.held_out_metrics:
+            raise ValueError(
+                f"`metric_for_best_model` is {self.metric_for_best_model!r}; {nearest_name(name, self.held_out_metrics)}"
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = self.held_out_metrics[name]
 
     def _set_xla_defaults(self, chosen_optimizer: OptimizerNames | None):
         if chosen_optimizer is None:
@@ -140,13 +277,13 @@ class RunArguments(TrainingArguments):
             self.eval_accumulation_steps = 1
 
     def _set_gradient_accumulation_steps(self):
-        at_once = self.train_batch_size * self.world_size
+        at_once = self.per_device_train_batch_size * self.world_size
         steps, rest = divmod(self.global_batch_size, at_once)
         if rest:
-            devices = at_once // self.per_device_train_batch_size
             raise ValueError(
                 f"`global_batch_size` is {self.global_batch_size}, but must be a multiple of {at_once}: "
-                f"`per_device_train_batch_size` is {self.per_device_train_batch_size}, and the number of devices {devices}."
+                f"`per_device_train_batch_size` is {self.per_device_train_batch_size}, and the number of devices "
+                f"{self.world_size}."
             )
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
@@ -213,9 +350,37 @@ def known_fields(model_class, data_class, training_class) -> dict[str, list[str]
     }
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """A loader that refuses a key that is there twice, of which the other one would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        if isinstance(node, yaml.MappingNode):
+            keys = [
+                self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
+            ]
+            for index, key in enumerate(keys):
+                if key in keys[:index]:
+                    mark = node.start_mark
+                    raise yaml.constructor.ConstructorError(
+                        "while constructing a mapping",
+                        mark,
+                        f"found the key {key!r} twice",
+                        node.value[index][0].start_mark,
+                    )
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_yaml(text: str) -> Any:
+    """
+    Raises:
+        `yaml.YAMLError`: the text is no YAML, or has a key twice.
+    """
+    return yaml.load(text, Loader=_YamlLoader)
+
+
 def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"invalid value: {text!r}") from error
     if isinstance(value, str):
@@ -263,7 +428,7 @@ def _read_yaml(path: Path, sections: dict[str, list[str]], named_by: tuple[Path,
     """
     name = f"The configuration {path}" + (f", the `{BASE}` of {named_by[-1]}," if named_by else "")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -297,6 +462,18 @@ def _read_yaml(path: Path, sections: dict[str, list[str]], named_by: tuple[Path,
                 )
         merged[section] = {**merged.get(section, {}), **fields}
     return merged
+
+
+def read_record(file: Path) -> dict[str, dict] | None:
+    """What was asked for of a run, by section; `None` if the record is damaged."""
+    try:
+        record = load_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    sections = ("model", "data", "training")
+    return (
+        record if isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in sections) else None
+    )
 
 
 def as_arguments(content: dict[str, dict]) -> list[str]:
@@ -363,8 +540,10 @@ def parse_run(argv: list[str], command: str, description: str, model_class, data
             config = model_class.config_class(**fields)
         else:
             config = initial_config(model_class, checkpoint, fields)
-    except (StrictDataclassError, ValueError, TypeError, ImportError) as error:
+    except (StrictDataclassError, ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
+    if data.is_split_drawn:
+        named.add("split_seed")  # so that no other default can ever hold out something else
     values = {"model": model, "data": vars(data), "training": training.to_dict()}
     values["training"]["report_to"] = training.report_to or ["none"]  # an empty list is none that could be given
     record = {

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -137,20 +138,30 @@ def mixing_weight(alpha: float, generator: np.random.Generator) -> float:
     return max(weight, 1 - weight)
 
 
-def mix_up(pixel_values: Tensor, labels: Tensor, num_labels: int, weight: float) -> tuple[Tensor, Tensor]:
+def mix_up(pixel_values: Tensor, labels: Tensor, num_labels: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
-    MixUp (Zhang et al., 2018, arXiv 1710.09412): each image of a batch and its class, mixed with those before it.
+    MixUp (Zhang et al., 2018, arXiv 1710.09412): the first and second image of a batch and their classes mixed with each
+    other, the third and fourth, and so on; a last one that is left over, with nothing. The pairs are the same however
+    many processes share a batch, as long as each takes an even number of images.
 
     Args:
         pixel_values: `(batch, channels, height, width)`.
         labels: `(batch,)`, the classes.
-        weight: of an image itself, for all of the batch the same; that before it has the rest.
+        weights: `(pairs,)`, of an image itself; the other of its pair has the rest. One more is for what is left over.
 
     Returns:
         The mixed images, and the probabilities of the classes, `(batch, num_labels)`.
     """
     probabilities = one_hot(labels, num_labels).to(pixel_values.dtype)
-    return tuple(weight * each + (1 - weight) * each.roll(1, dims=0) for each in (pixel_values, probabilities))
+    others = torch.arange(len(labels)) ^ 1
+    others[others == len(labels)] = len(labels) - 1
+    weights = weights.repeat_interleave(2)[: len(labels)].to(pixel_values.dtype)
+
+    def mixed(values: Tensor) -> Tensor:
+        own = weights.view(-1, *[1] * (values.ndim - 1))
+        return own * values + (1 - own) * values[others]
+
+    return mixed(pixel_values), mixed(probabilities)
 
 
 def mixed_cross_entropy(

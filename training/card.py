@@ -1,4 +1,4 @@
-"""The model card of a run, from what the run left in its folder."""
+"""The model card of a run, from what the run left in its folder, and that of a converted model."""
 
 import json
 import platform
@@ -6,14 +6,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 
-from training.arguments import RUNS_FOLDER, Run
+from training.arguments import Run
 from training.figures import draw_depth_weights, draw_loss_curves
+from training.publish import model_name, public_name
 
 
-TEMPLATE = Path(__file__).parent.parent / "model_cards" / "card.md.jinja"
+TEMPLATES = Path(__file__).parent.parent / "model_cards"
+RUN_TEMPLATE, CONVERSION_TEMPLATE = TEMPLATES / "card.md.jinja", TEMPLATES / "conversion.md.jinja"
 LOSS_CURVE, DEPTH_WEIGHTS = "loss_curve.png", "depth_weights.png"
 DEPTH_WEIGHTS_DATA = "depth_weights.json"
 
@@ -51,6 +54,28 @@ def read_json(file: Path) -> dict | list:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def origin(source: str, revision: str | None = None) -> dict:
+    """
+    What the metadata of a card say of the model that another was made from, as far as its own card, or its name, tells.
+
+    Args:
+        source: path or id on the Hub.
+    """
+    on_the_hub = not Path(source).exists()
+    try:
+        card = hf_hub_download(source, "README.md", revision=revision) if on_the_hub else Path(source, "README.md")
+        theirs = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):  # it has none, or none that can be had or read
+        theirs = {}
+    told = {name: theirs.get(name) for name in ("license", "license_name", "license_link", "base_model")}
+    link = told["license_link"]
+    if link is not None and "://" not in link:  # a file beside the source's card
+        told["license_link"] = f"https://huggingface.co/{source}/blob/main/{link}" if on_the_hub else None
+    if on_the_hub:
+        told["base_model"] = source
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def write_card(folder: Path, run: Run, note: dict) -> None:
     """
     Write `README.md` and its pictures into the folder of a run.
@@ -77,18 +102,23 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
     metrics = METRICS[note["task"]]
     own = next(iter(models))
     arguments = run.training.to_dict()
-    name = folder.as_posix().removeprefix(f"{RUNS_FOLDER}/").strip("/").replace("/", "-")
+    name = model_name(folder)
+    metadata = {"license": arguments["model_license"]}
+    if run.initial_checkpoint is not None:
+        metadata = origin(run.initial_checkpoint)
+        if "model_license" in run.named["training"]:
+            metadata["license"] = arguments["model_license"]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=note["task"],
-        license=arguments["model_license"],
+        **metadata,
         datasets=[note["dataset"]] if note["dataset"] else None,
         tags=["deep-cross-attention", "dca", run.config.residual_scheme],
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type=note["task"],
-                dataset_type=note["dataset"] or run.data.dataset,
+                dataset_type=note["dataset"] or public_name(run.data.dataset),
                 dataset_name=note["dataset_name"],
                 metric_type=key.removeprefix("eval_"),
                 metric_name=label,
@@ -99,7 +129,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(TEMPLATE),
+        template_path=str(RUN_TEMPLATE),
         folder=folder.as_posix(),
         task=note["task"],
         model_name=name,
@@ -120,7 +150,48 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
             "Python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "datasets")},
         },
-        configuration=yaml.safe_dump(run.named["model"], sort_keys=False).strip(),
+        configuration=yaml.safe_dump(public_name(run.named["model"]), sort_keys=False).strip(),
+        base_model=metadata.get("base_model"),
+        is_new=run.initial_checkpoint is None,
+        optimizer=str(run.training.optim.value),
+        processes=run.training.world_size,
+    )
+    card.save(folder / "README.md")
+
+
+def write_conversion_card(
+    folder: Path, source: str, revision: str | None, place: Path, note: dict, new_parameters: int
+) -> None:
+    """
+    Write `README.md` into the folder of a model that was converted and not trained.
+
+    Args:
+        source: path or Hub id of what it was made from.
+        place: where the folder will be.
+        note: `task` (a pipeline tag), `architecture` (the name of the source's class), `dtype`, `exact` (whether only the
+            order of sums differs), `difference` (of the logits, as part of the largest, or `None` if nothing was compared),
+            `processor` (whether there is one), and `config`.
+    """
+    metadata = origin(source, revision)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=note["task"],
+        tags=["deep-cross-attention", "dca", note["config"].residual_scheme],
+        **metadata,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(CONVERSION_TEMPLATE),
+        model_name=model_name(place),
+        folder=str(place),
+        source=None if Path(source).exists() else source,
+        revision=revision,
+        metadata=metadata,
+        scheme=scheme_name(folder),
+        parameters=count_parameters(folder),
+        new_parameters=new_parameters,
+        versions={name: version(name) for name in ("torch", "transformers")},
+        **note,
     )
     card.save(folder / "README.md")
 

@@ -7,11 +7,12 @@ Train a DCA language model:
 """
 
 import dataclasses
+import functools
 import itertools
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -23,11 +24,14 @@ from training.arguments import Run, RunArguments, parse_run
 from training.data import is_on_the_hub
 from training.errors import UserError, command
 from training.metrics import Perplexity
+from training.publish import public_name
 from training.run import (
+    check_batches,
     check_hub,
     check_model,
     check_optimizer,
     check_output_folder,
+    check_trainer,
     config_of_baseline,
     make_output_folder,
     run_models,
@@ -40,6 +44,8 @@ from training.tokenizer import keep_tokenizer, load_tokenizer, train_tokenizer
 @dataclasses.dataclass
 class CausalLMArguments(RunArguments):
     """The paper's recipe for language models (section 5), where a run does not say otherwise."""
+
+    held_out_metrics: ClassVar = {"loss": False, "perplexity": False, "bits_per_byte": False}
 
     learning_rate: float = dataclasses.field(default=1.6e-3, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = dataclasses.field(
@@ -65,6 +71,21 @@ def block_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Te
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
 
 
+def next_token_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing: float) -> torch.Tensor:
+    """
+    The loss of next-token prediction with smoothed labels; a `compute_loss_func` of the Trainer, whose own goes by the names
+    of models.
+
+    Args:
+        outputs: of the model, with `logits` `(batch, length, vocab)`.
+        labels: `(batch, length)`, the tokens themselves.
+        num_items_in_batch: how many tokens an optimizer step predicts; by default, those of these.
+    """
+    logits, labels = outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing) / items
+
+
 def evaluation_options(held_out: PackedBlocks, blocks: Dataset) -> dict[str, Any]:
     """How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from."""
     metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
@@ -84,7 +105,7 @@ def evaluation_options(held_out: PackedBlocks, blocks: Dataset) -> dict[str, Any
 
 def describe(data: TextDataArguments, train_documents, held_out_documents, held_out_blocks) -> str:
     """What a model card says of the text."""
-    source = data.dataset if data.dataset_config is None else f"{data.dataset} ({data.dataset_config})"
+    source = public_name(data.dataset) + (f" ({data.dataset_config})" if data.dataset_config is not None else "")
     if data.dataset == "stdlib":
         source = f"the source text of the standard library of Python {platform.python_version()}, split by file"
     documents = "a stream of documents" if data.streaming else f"{len(train_documents):,} documents"
@@ -104,16 +125,22 @@ def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_
         )
     if data.streaming and run.training.max_steps < 1:
         raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must say when the run ends.")
+    if data.streaming and run.training.train_sampling_strategy != "random":
+        raise UserError(
+            f"`train_sampling_strategy` is {run.training.train_sampling_strategy!r}, but `shuffle_buffer` says in what order a "
+            "stream is trained on: leave it out, or `streaming`."
+        )
     if data.streaming:
         check_lanes(data.stream_lanes, run.training.world_size)
     baseline = config_of_baseline(run)
     check_model(model_class, config)
     check_optimizer(run.training)
+    check_trainer(run.training)
     check_output_folder(run.training)
     check_hub(run.training)
 
     with run.training.main_process_first(desc="preparing the data"):
-        train_documents, held_out_documents = load_text(data, run.training.seed)
+        train_documents, held_out_documents = load_text(data)
         trained_tokenizer = data.tokenizer or run.initial_checkpoint
         if run.training.resume_from_checkpoint is not None and Path(folder, "tokenizer_config.json").exists():
             trained_tokenizer = folder  # the one that the run was begun with
@@ -132,10 +159,13 @@ def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_
             train_blocks = TextStream(train_blocks, data.stream_lanes, data.shuffle_buffer, seed)
         else:
             train_blocks = train_blocks.materialize()
+            check_batches(run.training, len(train_blocks))
     for each in filter(None, (config, baseline)):
         each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         each.pad_token_id = tokenizer.pad_token_id
     evaluation = evaluation_options(held_out, held_out_blocks)
+    smoothing = run.training.label_smoothing_factor
+    loss = functools.partial(next_token_loss, label_smoothing=smoothing) if smoothing else None
     if run.training.should_save:
         make_output_folder(run)
         if trained_tokenizer is None:
@@ -155,6 +185,7 @@ def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_
         note,
         train_dataset=train_blocks,
         processing_class=tokenizer,
+        compute_loss_func=loss,
         **evaluation,
         **trainer_options,
     )

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from transformers import TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from training.arguments import INITIAL_CHECKPOINT
 from training.errors import Terminated, UserError, at_sigterm, innermost_message
 
 
@@ -53,6 +55,13 @@ def checkpoint_to_resume(folder: Path, named: str | None) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
+def goes_on(checkpoint: Path) -> str:
+    """How a training goes on from a checkpoint."""
+    if any(checkpoint.glob("optimizer*")):
+        return f"{RESUME} goes on from there"
+    return f"it holds a model alone (`save_only_model`), from which a new run starts with --{INITIAL_CHECKPOINT}={checkpoint}"
+
+
 # Writing
 
 
@@ -71,6 +80,7 @@ def finish_checkpoint(unfinished: Path, folder: Path) -> None:
     (unfinished / MANIFEST).write_text(
         json.dumps({"crc32": _checksum_of(content), "files": content}, indent=1), encoding="utf-8"
     )
+    share(files, unfinished)
     for path in (*unfinished.rglob("*"), unfinished):
         sync(path)
     checkpoint, replaced = folder / unfinished.name, unfinished.with_name("replaced")
@@ -82,10 +92,15 @@ def finish_checkpoint(unfinished: Path, folder: Path) -> None:
 
 
 def rotate_checkpoints(folder: Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the oldest checkpoints, so that `limit` are left, but none of those whose names are in `keep`."""
+    """
+    Delete the oldest checkpoints, so that `limit` are left, but none of those whose names are in `keep`. As for
+    transformers, a limit below 1 is none.
+    """
+    if limit is None or limit <= 0:
+        return
     found = checkpoints(folder)
     old = [checkpoint for checkpoint in found if checkpoint.name not in keep]
-    for checkpoint in old[: len(found) - max(limit, len(keep))] if limit else []:
+    for checkpoint in old[: max(len(found) - max(limit, len(keep)), 0)]:
         # What is no longer whole must not have the name.
         (folder / UNFINISHED).mkdir(exist_ok=True)
         checkpoint.rename(folder / UNFINISHED / checkpoint.name)
@@ -95,6 +110,7 @@ def rotate_checkpoints(folder: Path, limit: int | None, keep: set[str]) -> None:
 def move_finished(unfinished: Path, folder: Path) -> None:
     """Move the files of `unfinished`, when they are on the disk, to `folder`, where each replaces the one that was there."""
     files = [path for path in unfinished.rglob("*") if path.is_file()]
+    share(files, unfinished)
     for file in files:
         sync(file)
     # The index of the weights comes last, the weights before it: what lacks them is not taken for a model.
@@ -104,6 +120,16 @@ def move_finished(unfinished: Path, folder: Path) -> None:
         file.replace(target)
     sync(folder)
     discard_unfinished(folder)
+
+
+def share(files: list[Path], folder: Path) -> None:
+    """Give files the mode that new ones have in a folder: safetensors writes some that their owner alone can read."""
+    new = folder / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in files:
+        file.chmod(mode)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -155,16 +181,10 @@ def told_if_not_written(what: str, folder: Path, *, only_if_full: bool = False) 
             reason += f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
         discard_unfinished(folder)
         last = next(reversed(checkpoints(folder)), None)
-        raise UserError(
-            f"{what} could not be written to {folder} ({reason}). "
-            + (
-                f"{last} is whole: {RESUME}"
-                if last
-                else "No checkpoint had been written: the same command with --overwrite"
-            )
-            + (" goes on from there" if last else " starts again")
-            + " when this is mended."
-        ) from error
+        go_on = "No checkpoint had been written: the same command with --overwrite starts again"
+        if last is not None:
+            go_on = f"{last} is whole: {goes_on(last)}"
+        raise UserError(f"{what} could not be written to {folder} ({reason}). {go_on} when this is mended.") from error
 
 
 def _writing_error(error: BaseException, only_if_full: bool) -> str | None:
@@ -257,6 +277,20 @@ def check_checkpoint(checkpoint: Path) -> None:
     )
 
 
+def check_state(checkpoint: Path) -> None:
+    """
+    See that a checkpoint holds all of a training, not its model alone.
+
+    Raises:
+        [`UserError`]: the optimizer, which would start anew, is not in it.
+    """
+    if not any(checkpoint.glob("optimizer*")):
+        raise UserError(
+            f"{checkpoint} cannot be resumed, because it holds a model alone, without its optimizer (`save_only_model`): start "
+            f"a new run from its weights, with --{INITIAL_CHECKPOINT}={checkpoint} and another `output_dir`."
+        )
+
+
 def check_sharding(checkpoint: Path, sharded: bool) -> None:
     """
     See that a run can go on from a checkpoint in the way in which it was started.
@@ -340,4 +374,4 @@ class Termination(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self._agree(control):
             checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            raise Terminated(f"terminated; {checkpoint} was written: {RESUME} goes on from there.")
+            raise Terminated(f"terminated; {checkpoint} was written: {goes_on(checkpoint)}.")

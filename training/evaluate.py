@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from datasets import ClassLabel
 from torch.nn.functional import cross_entropy
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -42,7 +43,7 @@ from training.causal_lm import evaluation_options
 from training.data import DataArguments
 from training.errors import UserError, command, innermost_message, told
 from training.image_classification import compute_accuracy
-from training.images import ImageDataArguments, ImageExamples, ImageFiles, collate, load_images
+from training.images import ImageDataArguments, ImageExamples, ImageFiles, collate, load_images, numbered_as
 from training.text import PackedBlocks, TextDataArguments, load_text
 from training.tokenizer import load_tokenizer
 
@@ -66,9 +67,6 @@ class EvaluationArguments:
     dtype: str | None = dataclasses.field(
         default=None,
         metadata={"help": f"The precision of the weights: {', '.join(DTYPES)}; if none, that of the checkpoint."},
-    )
-    seed: int = dataclasses.field(
-        default=42, metadata={"help": "The seed of the split, where a share of the examples is held out."}
     )
     output: str | None = dataclasses.field(default=None, metadata={"help": "A file to write the figures to, as JSON."})
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace the file that `output` names."})
@@ -138,7 +136,7 @@ def image_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.
     return cross_entropy(outputs["logits"].float(), labels)
 
 
-def text_options(data: TextDataArguments, config: PreTrainedConfig, checkpoint: str, seed: int) -> dict[str, Any]:
+def text_options(data: TextDataArguments, config: PreTrainedConfig, checkpoint: str) -> dict[str, Any]:
     """The held-out text in blocks, and how to evaluate on it."""
     limited = getattr(config, "position_embedding", "learned") == "learned"
     limited = limited and getattr(config, "rope_parameters", None) is None
@@ -146,12 +144,12 @@ def text_options(data: TextDataArguments, config: PreTrainedConfig, checkpoint: 
     if limited and longest is not None and data.block_size > longest:
         raise UserError(f"`block_size` is {data.block_size}, but {checkpoint!r} takes no more than {longest} tokens.")
     tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
-    _, documents = load_text(data, seed)
+    _, documents = load_text(data, held_out_only=True)
     held_out = PackedBlocks(documents, data.text_column, tokenizer, data.block_size, config.vocab_size)
     return evaluation_options(held_out, held_out.materialize()) | {"compute_loss_func": text_loss}
 
 
-def image_options(data: ImageDataArguments, config: PreTrainedConfig, checkpoint: str, seed: int) -> dict[str, Any]:
+def image_options(data: ImageDataArguments, config: PreTrainedConfig, checkpoint: str) -> dict[str, Any]:
     """
     The held-out images, and how to evaluate on them.
 
@@ -161,20 +159,22 @@ def image_options(data: ImageDataArguments, config: PreTrainedConfig, checkpoint
     with told(checkpoint, "evaluated"):
         processor = AutoImageProcessor.from_pretrained(checkpoint)
     num_channels = getattr(config, "num_channels", 3)
-    _, images, names = load_images(data, num_channels, seed)
+    _, images, names = load_images(data, num_channels, held_out_only=True)
     known = [config.id2label[index] for index in range(config.num_labels)]
-    if len(names) != len(known):
+    has_names = isinstance(images.features["label"], ClassLabel)
+    if set(names) <= set(known):
+        images = numbered_as(images, known) if has_names else images
+    # (Of classes that are only numbers, the last may be missing among the images.)
+    elif len(names) > len(known) or has_names and len(names) < len(known):
         raise UserError(f"The data has {len(names)} classes, but {checkpoint!r} tells {len(known)} apart.")
-    if names != known:
-        if set(names) == set(known):
-            raise UserError(f"The classes of the data have another order than those of {checkpoint!r}.")
+    else:
         print(
             f"note: the classes have other names than the model's, {names[0]!r} for {known[0]!r}: they go by number."
         )
     files = ImageFiles(images, num_channels, data.eval_dataset or data.dataset)
     return {
         "eval_dataset": ImageExamples(files, processor, size=None),
-        "data_collator": functools.partial(collate, num_labels=len(names)),
+        "data_collator": functools.partial(collate, num_labels=len(known)),
         "compute_metrics": compute_accuracy,
         "compute_loss_func": image_loss,
     }
@@ -194,7 +194,7 @@ def evaluate(
     """
     task, model_class = find_task(config, checkpoint)
     options = text_options if task == "text-generation" else image_options
-    options = options(data, config, checkpoint, arguments.seed)
+    options = options(data, config, checkpoint)
     model = load_model(model_class, checkpoint, arguments.dtype)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -223,7 +223,6 @@ def evaluate(
         "task": task,
         "data": dataclasses.asdict(data),
         "examples": len(options["eval_dataset"]),
-        "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -258,10 +257,16 @@ def parse(argv: list[str]) -> tuple[str, DataArguments, EvaluationArguments, Pre
             training = run["training"]
             # On other data, the blocks are as long, and nothing else of the run's data counts. A run's tokenizer is in its
             # folder, whatever it was made from.
-            kept = ("block_size",) if given & {"dataset", "eval_dataset"} else set(run["data"]) - {"tokenizer"}
-            defaults = {name: value for name, value in run["data"].items() if name in kept}
-            names = (("per_device_eval_batch_size", "batch_size"), ("seed", "seed"))
-            defaults.update({name: training[theirs] for theirs, name in names if theirs in training})
+            kept = (
+                ("block_size",)
+                if given & {"dataset", "eval_dataset"}
+                else {*run["data"], "split_seed"} - {"tokenizer"}
+            )
+            # (Before the split had a seed of its own, it was the run's.)
+            run_data = {"split_seed": training.get("seed", 42), **run["data"]}
+            defaults = {name: value for name, value in run_data.items() if name in kept}
+            if "per_device_eval_batch_size" in training:
+                defaults["batch_size"] = training["per_device_eval_batch_size"]
             if training.get("use_cpu"):
                 defaults["device"] = "cpu"
             precision = {name: training[name] for name in ("bf16", "fp16") if training.get(name)}

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import EvalPrediction, ViTImageProcessor
 
@@ -24,15 +25,19 @@ from training.images import (
     ImageExamples,
     ImageFiles,
     ImagesCallback,
+    check_pairs,
     collate,
     load_images,
 )
 from training.metrics import Accuracy
+from training.publish import public_name
 from training.run import (
+    check_batches,
     check_hub,
     check_model,
     check_optimizer,
     check_output_folder,
+    check_trainer,
     config_of_baseline,
     make_output_folder,
     run_models,
@@ -42,6 +47,8 @@ from training.run import (
 @dataclasses.dataclass
 class ImageClassificationArguments(RunArguments):
     """The paper's recipe for ImageNet (table 8; Beyer et al., 2022), where a run does not say otherwise."""
+
+    held_out_metrics: ClassVar = {"loss": False, "accuracy": True}
 
     learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "The learning rate schedule."})
@@ -98,9 +105,11 @@ def main():
     baseline = config_of_baseline(run)
     check_model(DCAForImageClassification, config)
     check_optimizer(run.training)
+    check_trainer(run.training)
     check_output_folder(run.training)
     check_hub(run.training)
 
+    check_pairs(data.mixup_alpha, run.training.train_batch_size)
     processor = image_processor(config, data.eval_resize)
     if data.rand_augment_operations and config.num_channels not in MODES:
         raise UserError(
@@ -108,10 +117,11 @@ def main():
             f"and `num_channels` is {config.num_channels}: set it to 0."
         )
     with run.training.main_process_first(desc="preparing the data"):
-        train_images, held_out_images, names = load_images(data, config.num_channels, run.training.seed)
+        train_images, held_out_images, names = load_images(data, config.num_channels)
     for each in filter(None, (config, baseline)):
         each.id2label, each.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     options = (processor, config.image_height_width)
+    check_batches(run.training, len(train_images))
     train_files = ImageFiles(train_images, config.num_channels, data.dataset)
     train_examples = ImageExamples(train_files, *options, augmentation=data, seed=run.training.seed)
     held_out_files = ImageFiles(held_out_images, config.num_channels, data.eval_dataset or data.dataset)
@@ -122,7 +132,9 @@ def main():
     # (The model's own loss would take probabilities of classes for several labels of one image.)
     smoothing = run.training.label_smoothing_factor
     loss = functools.partial(mixed_cross_entropy, label_smoothing=smoothing) if data.mixup_alpha else None
-    source = "scikit-learn's handwritten digits (8 x 8 pixels)" if data.dataset == "digits" else data.dataset
+    source = (
+        "scikit-learn's handwritten digits (8 x 8 pixels)" if data.dataset == "digits" else public_name(data.dataset)
+    )
     note = {
         "task": "image-classification",
         "dataset": data.dataset if is_on_the_hub(data.dataset) else None,

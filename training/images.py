@@ -74,7 +74,10 @@ class ImageDataArguments(DataArguments):
         default=10, metadata={"help": f"Their magnitude, from 0 to {MAX_MAGNITUDE}."}
     )
     mixup_alpha: float = dataclasses.field(
-        default=0, metadata={"help": "Mix images to train on in pairs, with weights of Beta(alpha, alpha); 0: do not."}
+        default=0,
+        metadata={
+            "help": "Mix the images of a batch in pairs, each with weights of Beta(alpha, alpha) of its own; 0: do not."
+        },
     )
 
     def __post_init__(self):
@@ -87,7 +90,7 @@ class ImageDataArguments(DataArguments):
             )
 
 
-def handwritten_digits(arguments: ImageDataArguments, seed: int) -> tuple[Dataset, Dataset]:
+def handwritten_digits(arguments: ImageDataArguments) -> tuple[Dataset, Dataset]:
     """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split with a fixed seed, of each class alike."""
     from sklearn.datasets import load_digits
 
@@ -100,27 +103,33 @@ def handwritten_digits(arguments: ImageDataArguments, seed: int) -> tuple[Datase
     return hold_out(data, arguments, seed=0, classes="label")
 
 
-def load_images(arguments: ImageDataArguments, num_channels: int, seed: int) -> tuple[Dataset, Dataset, list[str]]:
+def load_images(
+    arguments: ImageDataArguments, num_channels: int, held_out_only: bool = False
+) -> tuple[Dataset | None, Dataset, list[str]]:
     """
     The images to train on and those held out, with the columns `image` and `label`, and the names of the classes.
 
     All labels are looked at, but only the first images, and read with `num_channels` channels (see [`ImageFiles`]).
 
+    Args:
+        held_out_only: give `None` for those to train on, and do not load them where the others are not a share of them.
+
     Raises:
         [`UserError`]: also where a label is out of range, or too many of the first images cannot be read.
     """
-    train, held_out = load_splits(
+    columns = {arguments.image_column: "image", arguments.label_column: "label"}
+    parts = load_splits(
         arguments,
         {"digits": handwritten_digits},
         IMAGE_FORMATS,
-        arguments.image_column,
-        seed,
+        list(columns),
         classes=arguments.label_column,
+        held_out_only=held_out_only,
     )
-    columns = {arguments.image_column: "image", arguments.label_column: "label"}
-    parts = []
-    sources = arguments.dataset, arguments.eval_dataset or arguments.dataset
-    for part, source in zip((train, held_out), sources):
+    loaded, names = [], None
+    for part, source in zip(parts, (arguments.dataset, arguments.eval_dataset or arguments.dataset)):
+        if part is None:
+            continue
         if arguments.label_column not in part.column_names:
             raise UserError(
                 f"The data {source!r} has no column {arguments.label_column!r}; it has {', '.join(part.column_names)}."
@@ -131,32 +140,34 @@ def load_images(arguments: ImageDataArguments, num_channels: int, seed: int) -> 
                 part = part.cast_column("image", ImageFeature())
             except (NotImplementedError, TypeError, ValueError) as error:
                 raise UserError(f"The column {arguments.image_column!r} of {source!r} holds no images.") from error
-        parts.append(part)
-    labels = [part["label"][:] for part in parts]
-    names = _class_names(arguments, *(part.features["label"] for part in parts), labels=labels[0])
-    for part, part_labels, source in zip(parts, labels, sources):
-        for index, label in enumerate(part_labels):
+        own_names = _class_names(arguments, part, source)
+        names = names or own_names
+        if isinstance(part.features["label"], ClassLabel):
+            if not set(own_names) <= set(names):
+                raise UserError(
+                    f"The data held out has the classes {', '.join(own_names)}, but those to train on are "
+                    f"{', '.join(names)}: they must be the same."
+                )
+            part = numbered_as(part, names)
+        for index, label in enumerate(part["label"][:]):
             if not isinstance(label, int) or not 0 <= label < len(names):
                 raise UserError(
                     f"The label of image {index} of {source!r} is {label!r}; it must be an integer from 0 to "
                     f"{len(names) - 1}."
                 )
         ImageFiles(part, num_channels, source).read(range(min(CHECKED_IMAGES, len(part))))
-    return *parts, names
+        loaded.append(part)
+    return None if held_out_only else loaded[0], loaded[-1], names
 
 
-def _class_names(arguments: ImageDataArguments, train_feature, held_out_feature, labels) -> list[str]:
+def _class_names(arguments: ImageDataArguments, part: Dataset, source: str) -> list[str]:
     """The names of the classes: the data's, or the numbers from 0."""
-    if isinstance(train_feature, ClassLabel):
-        if isinstance(held_out_feature, ClassLabel) and held_out_feature.names != train_feature.names:
-            raise UserError(
-                f"The data held out has the classes {', '.join(held_out_feature.names)}, but those to train on are "
-                f"{', '.join(train_feature.names)}: they must be the same."
-            )
-        return train_feature.names
-    if "int" not in str(getattr(train_feature, "dtype", "")):
+    feature, labels = part.features["label"], part["label"][:]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    if "int" not in str(getattr(feature, "dtype", "")):
         raise UserError(
-            f"The column {arguments.label_column!r} of {arguments.dataset!r} holds {labels[0]!r}, for one; it must hold "
+            f"The column {arguments.label_column!r} of {source!r} holds {labels[0]!r}, for one; it must hold "
             "integers from 0, one for each class."
         )
     num_labels = arguments.num_labels
@@ -165,6 +176,16 @@ def _class_names(arguments: ImageDataArguments, train_feature, held_out_feature,
     elif num_labels < 1:
         raise UserError(f"`num_labels` is {num_labels}; it must be at least 1.")
     return [str(label) for label in range(num_labels)]
+
+
+def numbered_as(part: Dataset, names: list[str]) -> Dataset:
+    """Images whose classes have names, all of them among `names`, with the numbers that the classes have there."""
+    own_names = part.features["label"].names
+    if own_names == names:
+        return part
+    numbers = [names.index(name) for name in own_names]
+    labels = [label if label is None or label < 0 else numbers[label] for label in part["label"][:]]
+    return part.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
 
 
 class UnreadableImages(UserError):
@@ -254,7 +275,11 @@ class ImageFiles:
         for index, file, label, generator in zip(
             indices, rows["image"], rows["label"], generators or [None] * len(indices)
         ):
+            # (What is drawn for an image must not depend on whether another is already known to be broken.)
+            state = generator and generator.bit_generator.state
             while (image := self._read(index, file, size, generator)) is None:
+                if generator is not None:
+                    generator.bit_generator.state = state
                 index = (index + 1) % len(self.data)
                 file, label = self.data[index]["image"], self.data[index]["label"]
             images.append(image)
@@ -292,7 +317,7 @@ class ImageFiles:
 class ImageExamples(torch.utils.data.Dataset):
     """
     Images as a model takes them: `pixel_values` `(channels, height, width)` from -1 to 1, `label`, and with MixUp the
-    `mixing_weight` of a batch that an example is the first of.
+    `mixing_weight` of a pair that an example is the first of.
 
     What is random about an example follows from `seed`, epoch and index alone: it is the same in a run that was resumed,
     and with any number of processes.
@@ -369,12 +394,25 @@ def _pixel_values(image: Image.Image) -> Tensor:
     return values.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
+def check_pairs(mixup_alpha: float, batch_size: int) -> None:
+    """
+    Raises:
+        [`UserError`]: MixUp cannot mix the images of a batch in pairs.
+    """
+    if mixup_alpha > 0 and batch_size % 2:
+        raise UserError(
+            f"`mixup_alpha` is {mixup_alpha}, which mixes the images of a batch in pairs, but `per_device_train_batch_size` "
+            f"is {batch_size}: give an even number."
+        )
+
+
 def collate(examples: list[dict], num_labels: int) -> dict[str, Tensor]:
     """A batch of images with their classes, or with probabilities of the classes if MixUp mixes them."""
     pixel_values = torch.stack([example["pixel_values"] for example in examples])
     labels = torch.tensor([example["label"] for example in examples])
     if "mixing_weight" in examples[0]:
-        pixel_values, labels = mix_up(pixel_values, labels, num_labels, examples[0]["mixing_weight"])
+        weights = torch.tensor([example["mixing_weight"] for example in examples[::2]])
+        pixel_values, labels = mix_up(pixel_values, labels, num_labels, weights)
     return {"pixel_values": pixel_values, "labels": labels}
 
 
@@ -387,6 +425,10 @@ class ImagesCallback(TrainerCallback):
     def __init__(self, train: ImageExamples, held_out: ImageExamples):
         self.examples = {"train": train, "eval": held_out}
         self.warned = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # (`auto_find_batch_size` comes here with every size that it tries.)
+        check_pairs(self.examples["train"].augmentation.mixup_alpha, state.train_batch_size or 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate, too, calls `set_epoch`, but not with several processes or within the epoch of a resumed run.

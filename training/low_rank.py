@@ -2,7 +2,7 @@
 The paper's low-rank study (figures 1 and 5, theorems 4.1 to 4.3), on linear networks whose residuals are the library's own:
 
     python -m training.low_rank
-    python -m training.low_rank --seeds 0 1 2 3 4 --output_dir runs/low_rank
+    python -m training.low_rank --seeds 0 1 2 3 4 --output_dir FOLDER
 
 It trains the networks of figure 1, compares the bounds of theorem 4.2 with what gradient descent reaches, and leaves a
 page with tables and both figures, and all numbers in JSON.
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from training.arguments import RUNS_FOLDER
 from training.benchmarks.report import align
 from training.benchmarks.run import describe_machine
 from training.card import read_json
@@ -53,7 +54,7 @@ from training.linear_networks import (
 
 
 PAGE, RAW, TRAINING_FIGURE, GAIN_FIGURE = "README.md", "results.json", "figure_1.png", "figure_5.png"
-DEFAULT_OUTPUT = "model_cards/evidence/low_rank"
+DEFAULT_OUTPUT = f"{RUNS_FOLDER}/low_rank"
 TITLE = "Low-rank linear networks (paper, figures 1 and 5)"
 
 

@@ -26,11 +26,13 @@ from transformers import (
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
 from modeling_dca.conversion_dca import FAMILIES, find_family, model_class_of
+from training.card import write_conversion_card
 from training.errors import UserError, command, told
 from training.publish import loading_line, read_config
 
 
 MODEL_CLASSES = {"AutoModelForCausalLM": DCAForCausalLM, "AutoModelForImageClassification": DCAForImageClassification}
+TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageClassification": "image-classification"}
 PROCESSORS = {"AutoModelForCausalLM": AutoTokenizer, "AutoModelForImageClassification": AutoImageProcessor}
 #: What the modules are called that DCA adds to a block.
 ADDED = ("residual", "key_layernorm", "value_layernorm")
@@ -124,6 +126,8 @@ def save(model: PreTrainedModel, processor, folder: Path, max_shard_size: str) -
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them to their owner alone
 
 
 def make_inputs(config: PreTrainedConfig, tokenizer, text: str | None) -> tuple[dict[str, torch.Tensor], int]:
@@ -156,9 +160,9 @@ def compute(model: PreTrainedModel, dtype: torch.dtype, inputs: dict, new_tokens
     return [logits, model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)]
 
 
-def compare(expected: list[torch.Tensor], computed: list[torch.Tensor], tolerance: float) -> None:
+def compare(expected: list[torch.Tensor], computed: list[torch.Tensor], tolerance: float) -> float:
     """
-    Compares what two models compute, and prints how far the logits are apart.
+    Compares what two models compute, prints how far the logits are apart, and returns that as part of the largest.
 
     Raises:
         `SystemExit`: they differ.
@@ -171,6 +175,7 @@ def compare(expected: list[torch.Tensor], computed: list[torch.Tensor], toleranc
         raise SystemExit(f"error: The logits differ by more than {tolerance:.1e} of the largest; nothing was changed.")
     if not all(map(torch.equal, computed[1:], expected[1:])):
         raise SystemExit("error: The greedy generations differ, though the logits agree; nothing was changed.")
+    return relative
 
 
 def retrofit(arguments: argparse.Namespace) -> None:
@@ -209,6 +214,8 @@ def retrofit(arguments: argparse.Namespace) -> None:
             added = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in ADDED)
             total, written, dca_config = model.num_parameters(), model.dtype, model.config
             del model
+            scaled = any("layer_scale" in name for name in find_family(config, auto_class).weights)
+            difference = None
             if arguments.verify:
                 inputs = make_inputs(dca_config, processor, text)
                 results = []
@@ -222,8 +229,19 @@ def retrofit(arguments: argparse.Namespace) -> None:
                     del model
                 # Weights that only move are exact in half precision, too. Those that a layer scale is multiplied into
                 # are rounded, each by up to half of eps; the logits then differ by less than eps.
-                scaled = any("layer_scale" in name for name in find_family(config, auto_class).weights)
-                compare(*results, tolerance=max(TOLERANCE, torch.finfo(written).eps) if scaled else TOLERANCE)
+                difference = compare(
+                    *results, tolerance=max(TOLERANCE, torch.finfo(written).eps) if scaled else TOLERANCE
+                )
+            note = {
+                "task": TASKS[auto_class],
+                "architecture": model_class_of(config, auto_class).__name__,
+                "dtype": str(written).removeprefix("torch."),
+                "exact": not scaled and (arguments.dtype in (None, "float32") or written == config.dtype),
+                "difference": difference,
+                "processor": processor is not None,
+                "config": dca_config,
+            }
+            write_conversion_card(unfinished, source, arguments.revision, output, note, added)
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)

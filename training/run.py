@@ -1,41 +1,54 @@
 """What the training commands share: the folder of a run, its trainer, and its results."""
 
 import copy
+import dataclasses
 import json
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 import yaml
-from huggingface_hub import create_repo
+from accelerate.utils import TorchDynamoPlugin
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_scheduler, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import is_torch_xla_available
 
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES, nearest_name
-from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments
+from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments, read_record
 from training.card import DEPTH_WEIGHTS_DATA, read_json, write_card
 from training.checkpoints import (
     MANIFEST,
     check_checkpoint,
     check_sharding,
+    check_state,
     checkpoint_to_resume,
     told_if_not_written,
     write_whole,
 )
 from training.depth_weights import measure_depth_weights
-from training.errors import UserError, hub_error, innermost_message
+from training.errors import UserError, innermost_message
 from training.initial import check_scheme, initial_model
+from training.publish import check_target
 from training.trainer import RunTrainer, uses_fsdp
 
 
 if is_torch_xla_available():
     import torch_xla
 
+
+# Fields that a run which is resumed has from its checkpoint, or, with others, cannot take from there.
+OF_THE_OPTIMIZER = (
+    *("learning_rate", "gate_learning_rate_scale", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 
 # How many held-out batches tell the mean gates.
 DEPTH_WEIGHT_BATCHES = 16
@@ -70,6 +83,7 @@ def check_output_folder(arguments: RunArguments) -> None:
         for model_folder in filter(None, (folder, arguments.baseline and folder / arguments.baseline)):
             resumed = checkpoint_to_resume(model_folder, checkpoint)
             if resumed is not None:
+                check_state(resumed)
                 check_sharding(resumed, uses_fsdp(arguments))
                 if arguments.should_save:  # one process reads all of it
                     check_checkpoint(resumed)
@@ -111,17 +125,27 @@ def check_optimizer(arguments: RunArguments) -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     named = ("optim", "optim_args")
     try:
-        RunTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+        optimizer_class, options = RunTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+        if arguments.optim_args:
+            plain = copy.copy(arguments)
+            plain.optim_args = None
+            if RunTrainer.get_optimizer_cls_and_kwargs(plain, model) == (optimizer_class, options):
+                raise ValueError("it takes no `optim_args`, leave them out.")
+        if isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer):
+            optimizer_class(model.parameters(), **options)
         named = ("lr_scheduler_type", "lr_scheduler_kwargs")
         num_steps = max(arguments.max_steps, 1)  # without `max_steps` they are not known before the data is
-        get_scheduler(
+        num_warmup_steps = arguments.get_warmup_steps(num_steps)
+        scheduler = get_scheduler(
             arguments.lr_scheduler_type,
             torch.optim.SGD(model.parameters(), lr=arguments.learning_rate),
-            arguments.get_warmup_steps(num_steps),
+            num_warmup_steps,
             num_steps,
             arguments.lr_scheduler_kwargs,
         )
-    except (ImportError, TypeError, ValueError) as error:
+        for factor in getattr(scheduler, "lr_lambdas", []):
+            factor(num_warmup_steps + 1)
+    except (ArithmeticError, ImportError, TypeError, ValueError) as error:
         kind, options = (getattr(arguments, name) for name in named)
         raise UserError(
             f"`{named[0]}` is {kind.value!r}, with {options!r} as `{named[1]}`, which cannot be had: "
@@ -129,19 +153,94 @@ def check_optimizer(arguments: RunArguments) -> None:
         ) from error
 
 
-def check_hub(arguments: RunArguments) -> None:
+def check_trainer(arguments: RunArguments) -> None:
     """
-    Create the repository that a run is to be published in, before anything else is done for the run.
+    See that the Trainer can do what it is asked for, on the devices that there are.
 
     Raises:
-        [`UserError`]: the Hub cannot be reached, or refuses it.
+        [`UserError`]: it cannot, or what it would do then is not tested here.
+    """
+    if arguments.n_gpu > 1:
+        line = shlex.join(["-m", f"training.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+        raise UserError(
+            f"There are {arguments.n_gpu} GPUs, for which a run needs as many processes: `accelerate launch --config_file "
+            f"configuration/accelerate/ddp.yaml --num_processes {arguments.n_gpu} {line}`; or let it see one GPU alone, with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if arguments.fsdp and arguments.world_size == 1:
+        raise UserError("`fsdp` is set, but there is one process alone: start several with `accelerate launch`.")
+    if arguments.auto_find_batch_size:
+        if arguments.world_size > 1 or uses_fsdp(arguments):
+            raise UserError(
+                "`auto_find_batch_size` is for one process: each of several would find its own. Leave it out, and set "
+                "`per_device_train_batch_size`."
+            )
+        if arguments.baseline not in (None, "none") and arguments.global_batch_size is None:
+            raise UserError(
+                "`auto_find_batch_size` may find other batches for the `baseline` than for the model: set `global_batch_size`, "
+                "too."
+            )
+    _check_checkpointing(arguments)
+    if arguments.torch_compile:
+        backend, mode = arguments.torch_compile_backend, arguments.torch_compile_mode
+        try:
+            TorchDynamoPlugin(backend=backend)
+            torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"`torch_compile_backend` is {backend!r}, with {mode!r} as `torch_compile_mode`, which cannot be had: "
+                f"{innermost_message(error)}"
+            ) from error
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"`report_to` is {arguments.report_to}, which cannot be had: {innermost_message(error)}"
+        ) from error
+
+
+def _check_checkpointing(arguments: RunArguments) -> None:
+    """Have what is to be recomputed for the backward pass recomputed once."""
+    name = "activation_checkpointing_kwargs"  # which older releases know as `gradient_checkpointing_kwargs`
+    options = dict(arguments.gradient_checkpointing_kwargs or {}) if arguments.gradient_checkpointing else {}
+    if hasattr(arguments, name):
+        every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+        if type(every) is not int or every < 1:
+            raise UserError(f"`{name}` has {every!r} as `every_n_layers`; it must be at least 1.")
+        if offload and arguments.device.type == "cpu":
+            raise UserError(f"`{name}` has `offload`, but there is no device beside the CPU: leave it out.")
+    try:
+        value = torch.ones(1, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(torch.square, value, **{"use_reentrant": False, **options}).backward()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`{name}` is {options}, which cannot be: {innermost_message(error)}") from error
+
+
+def check_batches(arguments: RunArguments, num_examples: int) -> None:
+    """
+    Raises:
+        [`UserError`]: `dataloader_drop_last` would leave nothing of the examples to train on.
+    """
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and arguments.global_batch_size is None and num_examples < batch:
+        raise UserError(
+            f"`dataloader_drop_last` is set, but there are {num_examples:,} examples to train on, and a batch has {batch:,}: "
+            "leave it out, or lower `per_device_train_batch_size`."
+        )
+
+
+def check_hub(arguments: RunArguments) -> None:
+    """
+    See that a run can be published, and create the repository, before anything else is done for the run.
+
+    Raises:
+        [`UserError`]: the Hub cannot be reached, or the run could not be published there as it is to be.
     """
     if arguments.push_to_hub and arguments.should_save:
         repo_id = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
-        try:
-            create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True)
-        except Exception as error:
-            raise hub_error(error) from error
+        # (With its whole name, which the trainer would ask for once more.)
+        arguments.hub_model_id = check_target(repo_id, arguments.hub_private_repo, arguments.hub_revision)
 
 
 def make_output_folder(run: Run) -> None:
@@ -149,17 +248,30 @@ def make_output_folder(run: Run) -> None:
     folder = Path(run.training.output_dir)
     record = folder / RECORD
     if run.training.resume_from_checkpoint is not None:
-        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        before = read_record(record)
+        if before is None:
+            raise UserError(f"{record} is damaged: name another `output_dir`, or pass --overwrite to start again.")
+        if "split_seed" in run.named["data"]:  # which was the run's seed before it had one of its own
+            before["data"].setdefault("split_seed", before["training"].get("seed", 42))
         for section in ("model", "data"):
             if before[section] != run.named[section]:
                 raise UserError(
                     f"The run in {folder} was started with other `{section}` fields ({record}): resume it with those, or "
                     "name another `output_dir`."
                 )
+        defaults = {field.name: field.default for field in dataclasses.fields(run.training)}
+        for name in OF_THE_OPTIMIZER:
+            was, now = (named["training"].get(name, defaults[name]) for named in (before, run.named))
+            if was != now:
+                raise UserError(
+                    f"The run in {folder} was started with {was!r} as `{name}`, not {now!r}, and its checkpoints hold that: "
+                    "resume it so, or name another `output_dir`."
+                )
     try:
         if run.training.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").unlink(missing_ok=True)  # A card says that the run is finished, and with what figures.
         write_whole(record, yaml.safe_dump(run.named, sort_keys=False))
     except OSError as error:
         raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error

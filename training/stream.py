@@ -1,7 +1,7 @@
 """
 Text that is read while it is trained on, in an order that is the same for any number of processes and workers.
 
-The documents are divided into a fixed number of lanes. Each lane reads its part of the files on its own, shuffles it and
+The documents are divided into a fixed number of lanes. Each lane takes its part of the files, shuffles it on its own and
 packs it into blocks; block `g` of a run is block `g // lanes` of lane `g % lanes`, whoever reads that lane.
 """
 
@@ -12,13 +12,15 @@ import logging
 import os
 import random
 import time
+import weakref
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec.asyn
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import HTTPError
@@ -37,8 +39,10 @@ logger = logging.getLogger(__name__)
 # each time. (`datasets` has tried again by then, too, where the server could not be reached.)
 RETRIES = 6
 FIRST_WAIT = 2.0
-# What a connection that breaks, a server in trouble, or half a file ends in.
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, HTTPError, asyncio.TimeoutError)
+# What a connection that breaks, a server in trouble, or half a download ends in.
+PASSING_ERRORS = (OSError, EOFError, zlib.error, HTTPError, asyncio.TimeoutError)
+# That, or what is in the file itself.
+READ_ERRORS = (*PASSING_ERRORS, ValueError, NotImplementedError, pa.ArrowException)
 
 READ_BATCH = 256
 STATE_FILE = "stream_state_{}.json"
@@ -59,7 +63,7 @@ def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> 
     A file that cannot be read is opened again, after a wait that doubles each time, and read on from where it broke off.
 
     Raises:
-        [`UserError`]: it still could not be read after `RETRIES` times.
+        [`UserError`]: it still could not be read after `RETRIES` times, or what is in it cannot be.
     """
     failures = 0
     while True:
@@ -73,6 +77,8 @@ def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> 
         except READ_ERRORS as error:
             reason = f"{type(error).__name__}: {innermost_message(error)}"
             failure = f"The data file {shard_name(data, shard)} cannot be read from row {row} on ({reason})"
+            if not isinstance(error, PASSING_ERRORS):
+                raise UserError(f"{failure}: mend it.") from error
             failures += 1
             if failures > RETRIES:
                 raise UserError(
@@ -91,6 +97,71 @@ def values_of(data: Dataset | IterableDataset, column: str) -> Iterator[Any]:
     else:
         batches = (values for shard in range(data.num_shards) for _, values in read_shard(data, column, shard))
     return itertools.chain.from_iterable(batches)
+
+
+class _Read:
+    """A file that is being read, and the last of its documents, for the lanes that come later."""
+
+    def __init__(self, batches: Iterator[tuple[int, list]], row: int, of: Callable[[int], bool], capacity: int):
+        self.batches, self.of, self.capacity = batches, of, capacity
+        self.first = self.end = row  # what is kept begins with the one row, and what comes next is the other
+        self.kept: deque[tuple[int, int, list[tuple[int, Any]]]] = (
+            deque()
+        )  # rows from, rows to, documents with their rows
+        self.num_kept = 0
+
+    def advance(self) -> bool:
+        """Read a batch, if there is one more."""
+        batch = next(self.batches, None)
+        if batch is None:
+            return False
+        first, values = batch
+        documents = [(row, value) for row, value in enumerate(values, first) if self.of(row)]
+        self.end = first + len(values)
+        self.kept.append((first, self.end, documents))
+        self.num_kept += len(documents)
+        while self.num_kept > self.capacity and len(self.kept) > 1:
+            self.num_kept -= len(self.kept.popleft()[2])
+            self.first = self.kept[0][0]
+        return True
+
+    def documents(self, row: int) -> tuple[int, list[tuple[int, Any]]]:
+        """What is kept of the batch that holds a row, from that row on, and the row that comes after it."""
+        end, documents = next((end, documents) for _, end, documents in self.kept if row < end)
+        return end, [(index, document) for index, document in documents if index >= row]
+
+
+class SharedReads:
+    """
+    Files that several lanes read, each of them once, as long as the lanes are no more apart than what is kept: two
+    shuffle buffers a lane. A lane that is further behind reads on its own, and with it those that are no further.
+
+    Args:
+        lanes: the lanes that read; of the others nothing is kept.
+    """
+
+    def __init__(self, stream: "TextStream", lanes: Collection[int]):
+        self.stream, self.lanes = stream, frozenset(lanes)
+        self.capacity = 2 * max(stream.shuffle_buffer, READ_BATCH) * len(self.lanes)
+        self.open: dict[int, weakref.WeakSet[_Read]] = defaultdict(
+            weakref.WeakSet
+        )  # by file; gone when no lane reads it
+
+    def documents(self, shard: int, row: int) -> Iterator[tuple[int, Any]]:
+        """The documents of the lanes in a file from a row on, with their rows."""
+        read = None
+        while True:
+            if read is None or row < read.first:
+                read = next((each for each in self.open[shard] if each.first <= row <= each.end), None)
+            if read is None:
+                packed = self.stream.packed
+                batches = read_shard(packed.data, packed.column, shard, row)
+                read = _Read(batches, row, lambda row: self.stream.lane_of(shard, row) in self.lanes, self.capacity)
+                self.open[shard].add(read)
+            if row == read.end and not read.advance():
+                return
+            row, documents = read.documents(row)
+            yield from documents
 
 
 class TextStream:
@@ -129,7 +200,13 @@ class TextStream:
         if self.shuffle_buffer > 1:
             random.Random(" ".join(map(str, (self.seed, *place)))).shuffle(values)
 
-    def _documents(self, lane: int, epoch: int, file: int, row: int) -> Iterator[tuple[int, int, Any]]:
+    def lane_of(self, shard: int, row: int) -> int:
+        """The lane that has a row of a file."""
+        return (shard * self.num_lanes + row % self.num_lanes) // self.num_files
+
+    def _documents(
+        self, lane: int, epoch: int, file: int, row: int, reads: SharedReads
+    ) -> Iterator[tuple[int, int, Any]]:
         """What is left of an epoch of a lane from a row of a file on, as (file, row, document)."""
         parts = self.num_files  # each of the files is `num_lanes` parts, and so is each of the lanes `num_files`
         files = list(range(lane * parts // self.num_lanes, ((lane + 1) * parts - 1) // self.num_lanes + 1))
@@ -137,22 +214,24 @@ class TextStream:
         for position in range(file, len(files)):
             shard = files[position]
             name = shard_name(self.packed.data, shard)
-            for first, documents in read_shard(self.packed.data, self.packed.column, shard, row):
-                for index, document in enumerate(documents, first):
-                    if (shard * self.num_lanes + index % self.num_lanes) // parts == lane:
-                        yield position, index, self.packed.checked(document, f"Document {index} of {name}")
+            for index, document in reads.documents(shard, row):
+                if self.lane_of(shard, index) == lane:
+                    yield position, index, self.packed.checked(document, f"Document {index} of {name}")
             row = 0
 
-    def blocks(self, lane: int, mark: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, Any] | None]]:
+    def blocks(
+        self, lane: int, mark: dict[str, Any], reads: SharedReads | None = None
+    ) -> Iterator[tuple[list[int], dict[str, Any] | None]]:
         """
-        The blocks of a lane from a mark on, without end.
+        The blocks of a lane from a mark on, without end. What it reads, it shares with other lanes by `reads`.
 
         With the first block of each chunk of documents comes the mark to begin that chunk again.
         """
+        reads = reads or SharedReads(self, [lane])
         epoch, chunk, file, row = (mark[name] for name in ("epoch", "chunk", "file", "row"))
         tokens, blocks, size = mark["tokens"], mark["blocks"], self.packed.block_size
         while True:
-            documents = self._documents(lane, epoch, file, row)
+            documents = self._documents(lane, epoch, file, row, reads)
             while read := list(itertools.islice(documents, self.shuffle_buffer)):
                 mark = {"epoch": epoch, "chunk": chunk, "file": file, "row": row, "tokens": tokens, "blocks": blocks}
                 file, row = read[-1][0], read[-1][1] + 1
@@ -194,10 +273,10 @@ class _Rounds(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[list[tuple[int, list[int], dict[str, Any] | None]] | UserError]:
         worker = torch.utils.data.get_worker_info()
         lanes = list(self.starts)[worker.id :: worker.num_workers] if worker else list(self.starts)
-        blocks = {}
+        blocks, reads = {}, SharedReads(self.stream, lanes)
         for lane in lanes:
             mark, skipped = self.starts[lane]
-            blocks[lane] = itertools.islice(self.stream.blocks(lane, mark), skipped, None)
+            blocks[lane] = itertools.islice(self.stream.blocks(lane, mark, reads), skipped, None)
         try:
             while blocks:
                 yield [(lane, *next(blocks[lane])) for lane in lanes]

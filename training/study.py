@@ -21,7 +21,9 @@ from training.arguments import (
     as_arguments,
     default_output_dir,
     known_fields,
+    load_yaml,
     parse_run,
+    read_record,
 )
 from training.card import read_json, scheme_name
 from training.causal_lm import CausalLMArguments
@@ -146,7 +148,7 @@ def read_study(file: Path) -> Comparison:
         [`UserError`]: with what is wrong with the file, or a field of a variant.
     """
     try:
-        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+        study = load_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"The study {file} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -283,11 +285,8 @@ def check_folder(member: Member) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is in the way of a run of that name, and holds none: move it.")
         return
-    try:
-        before = yaml.safe_load(record.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        before = None
-    if not isinstance(before, dict):
+    before = read_record(record)
+    if before is None:
         raise UserError(f"{record} is damaged: move {folder}, and it is trained anew.")
     for section, fields in member.run.named.items():
         old = before.get(section) or {}

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
-from datasets.exceptions import DatasetGenerationError
+import tokenizers
+import transformers
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from training.data import TEXT_FORMATS, DataArguments, load_splits
+from training.data import TEXT_FORMATS, DataArguments, code_of, load_splits, made_once
 from training.errors import UserError
-from training.stream import values_of
+from training.files import check_document
+from training.stream import read_shard, values_of
+from training.tokenizer import plain_tokens
 
 
 TOKENIZER_BATCH = 256
@@ -29,7 +32,7 @@ class TextDataArguments(DataArguments):
         default="stdlib",
         metadata={
             "help": "'stdlib' (the source text of Python's standard library), a local file, pattern or folder (text, "
-            "JSON lines, parquet, CSV), or the id of a data set on the Hub."
+            "JSON lines, parquet, CSV; in UTF-8), or the id of a data set on the Hub."
         },
     )
     text_column: str = dataclasses.field(
@@ -66,7 +69,7 @@ class TextDataArguments(DataArguments):
     )
 
 
-def standard_library(arguments: TextDataArguments, seed: int) -> tuple[Dataset, Dataset]:
+def standard_library(arguments: TextDataArguments) -> tuple[Dataset, Dataset]:
     """
     The source text of the running Python's standard library, one document a file, `text` and `path`.
 
@@ -97,8 +100,15 @@ def standard_library(arguments: TextDataArguments, seed: int) -> tuple[Dataset, 
     return train, held_out
 
 
-def load_text(arguments: TextDataArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset]:
-    """The documents to train on and those held out, with the column `arguments.text_column`."""
+def load_text(
+    arguments: TextDataArguments, held_out_only: bool = False
+) -> tuple[Dataset | IterableDataset | None, Dataset]:
+    """
+    The documents to train on and those held out, with the column `arguments.text_column`.
+
+    Args:
+        held_out_only: give `None` for those to train on, and do not load them where the others are not a share of them.
+    """
     if arguments.block_size < 2:
         raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")
     for name in ("max_eval_documents", "tokenizer_documents", "stream_lanes", "shuffle_buffer"):
@@ -109,18 +119,18 @@ def load_text(arguments: TextDataArguments, seed: int) -> tuple[Dataset | Iterab
         arguments,
         {"stdlib": standard_library},
         TEXT_FORMATS,
-        arguments.text_column,
-        seed,
+        [arguments.text_column],
         streaming=arguments.streaming,
         # A few documents need not be downloaded with all of the others.
         held_out_streaming=arguments.streaming and arguments.max_eval_documents is not None,
+        held_out_only=held_out_only,
     )
     if isinstance(held_out, IterableDataset):
         first = itertools.islice(values_of(held_out, arguments.text_column), arguments.max_eval_documents)
         held_out = Dataset.from_dict({arguments.text_column: list(first)})
     elif arguments.max_eval_documents is not None:
         held_out = held_out.select(range(min(arguments.max_eval_documents, len(held_out))))
-    return train, held_out
+    return None if held_out_only else train, held_out
 
 
 def texts(data: Dataset | IterableDataset, column: str) -> Iterator[str]:
@@ -144,6 +154,8 @@ class PackedBlocks:
     Documents as blocks of `block_size` token ids: an end-of-text token after each document, all of them one after the
     other, cut at every `block_size` tokens. Nothing is lost but the last block, if it is not full.
 
+    What is written in a text like a special token is text: no token is special but the end of a document.
+
     Args:
         data: the documents, with a column of texts or of lists of token ids.
         vocab_size: every token id must lie below it.
@@ -156,10 +168,14 @@ class PackedBlocks:
         self.data, self.column, self.tokenizer = data, column, tokenizer
         self.block_size, self.vocab_size = block_size, vocab_size
 
+    def documents(self) -> Iterator[str | list[int]]:
+        """The documents, each of them `checked`."""
+        for index, document in enumerate(values_of(self.data, self.column)):
+            yield self.checked(document, f"Document {index}")
+
     def tokens_of_documents(self) -> Iterator[list[int]]:
         """The token ids of each document, with the end-of-text token."""
-        documents = enumerate(values_of(self.data, self.column))
-        return self.encode(self.checked(document, f"Document {index}") for index, document in documents)
+        return self.encode(self.documents())
 
     def encode(self, documents: Iterable[str | list[int]]) -> Iterator[list[int]]:
         """The token ids of documents that were `checked`, with the end-of-text token."""
@@ -169,18 +185,15 @@ class PackedBlocks:
             if len(are_texts) > 1:
                 raise UserError(f"The column {self.column!r} has both texts and lists of token ids: give one of them.")
             if True in are_texts:
-                batch = self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                batch = plain_tokens(self.tokenizer, batch)
             for document in batch:
                 yield [*document, self.tokenizer.eos_token_id]
 
     def checked(self, document: Any, place: str) -> str | list[int]:
         """The document, which stands at a `place`, if it can be packed."""
+        check_document(document, self.column, place)
         if isinstance(document, str):
             return document
-        if not isinstance(document, list) or not all(isinstance(token, int) for token in document):
-            raise UserError(
-                f"{place} has in {self.column!r} {document!r:.40}; it must be text, or a list of token ids."
-            )
         for token in document:
             if not 0 <= token < self.vocab_size:
                 raise UserError(
@@ -195,14 +208,17 @@ class PackedBlocks:
                 yield {"input_ids": block}
 
     def materialize(self) -> Dataset:
-        """All blocks as a data set on disk, read by memory-mapping."""
+        """All blocks as a data set on disk, read by memory-mapping, and packed anew where data, tokenizer or code changed."""
         self.check_length()
-        try:
-            return Dataset.from_generator(self.__iter__, features=Features({"input_ids": [Value("int32")]}))
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
+        return made_once(
+            self.__iter__,
+            Features({"input_ids": List(Value("int32"))}),
+            vars(self),
+            (tokenizers.__version__, transformers.__version__),
+            code_of(
+                *type(self).__mro__, *type(self.tokenizer).__mro__, plain_tokens, check_document, values_of, read_shard
+            ),
+        )
 
     def check_length(self) -> None:
         """
@@ -217,11 +233,15 @@ class PackedBlocks:
             )
 
     def tokens_per_byte(self) -> float:
-        """How many tokens a byte of the documents (in UTF-8) becomes, end-of-text tokens included."""
+        """
+        How many tokens a byte of the documents (in UTF-8) becomes, end-of-text tokens included. The bytes are those of the
+        texts, whatever the tokenizer makes of them; of token ids, those of what they are decoded to.
+        """
         tokens = num_bytes = 0
-        for document in self.tokens_of_documents():
-            tokens += len(document)
-            num_bytes += len(self.tokenizer.decode(document[:-1]).encode())
+        documents, encoded = itertools.tee(self.documents())
+        for document, ids in zip(documents, self.encode(encoded)):
+            tokens += len(ids)
+            num_bytes += len((document if isinstance(document, str) else self.tokenizer.decode(document)).encode())
         if num_bytes == 0:
             raise UserError("All of the documents to evaluate on are empty: give some text.")
         return tokens / num_bytes

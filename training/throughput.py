@@ -9,19 +9,35 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
-#: Dense FLOPs a second of matrix products in 16 bits, as the makers state them, by a part of the device's name.
+#: Dense FLOPs a second of matrix products in 16 bits, as the makers state them, by the name that a device gives itself. What
+#: is not here, a part of a device among it, has no share.
 PEAK_FLOPS = {
-    "V100": 125e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "MI250": 362e12,
-    "MI300X": 1307e12,
+    "Tesla V100-PCIE-16GB": 112e12,
+    "Tesla V100-PCIE-32GB": 112e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "Tesla V100-SXM2-32GB": 125e12,
+    "Tesla V100-SXM3-32GB": 125e12,
+    "Tesla V100S-PCIE-32GB": 130e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA A40": 149.7e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "AMD Instinct MI210": 181e12,
+    "AMD Instinct MI250": 181e12,  # one of its two dies, each of which is a device
+    "AMD Instinct MI250X": 191.5e12,
+    "AMD Instinct MI300X": 1307e12,
 }
 #: The same of Google's TPUs, a chip, by the start of `TPU_ACCELERATOR_TYPE`.
 TPU_PEAK_FLOPS = {"v4": 275e12, "v5litepod": 197e12, "v5p": 459e12, "v6e": 918e12}
@@ -30,8 +46,7 @@ TPU_PEAK_FLOPS = {"v4": 275e12, "v5litepod": 197e12, "v5p": 459e12, "v6e": 918e1
 def peak_flops(device: torch.device) -> float | None:
     """Dense FLOPs a second of a device in 16 bits, or `None` where they are not known."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
     if device.type == "xla":
         return TPU_PEAK_FLOPS.get(os.environ.get("TPU_ACCELERATOR_TYPE", "").partition("-")[0])
     return None
@@ -141,6 +156,11 @@ class Throughput(TrainerCallback, ExportableState):
 
 class SpeedProgress(ProgressCallback):
     """The Trainer's progress bar, with the speed of the run."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.training_bar is not None:  # of a batch that did not fit into memory
+            self.training_bar.close()
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs, **kwargs)

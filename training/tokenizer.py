@@ -1,5 +1,8 @@
 """Tokenizers of language models: a byte-level BPE trained on the run's own text, or one that exists."""
 
+import functools
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +75,33 @@ def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBas
             f"give {len(tokenizer)} or more."
         )
     return tokenizer
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """
+    The token ids of texts in which nothing is special: what reads like a special token is text.
+
+    Raises:
+        [`UserError`]: the tokenizer has no other way to read it.
+    """
+    encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    special.pop(tokenizer.unk_token_id, None)
+    encoded = encode(texts)["input_ids"]
+    for index, ids in enumerate(encoded):
+        if special.keys().isdisjoint(ids):
+            continue
+        # Some find it among their words even so: its first character is then read without the others.
+        cut = re.compile("|".join(f"(?<={re.escape(each[0])})(?={re.escape(each[1:])})" for each in special.values()))
+        pieces = cut.split(texts[index])
+        encoded[index] = ids = list(itertools.chain.from_iterable(encode(pieces)["input_ids"]))
+        met = next((special[each] for each in ids if each in special), None)
+        if met is not None:
+            raise UserError(
+                f"A document has {met!r} in its text, which its tokenizer can only read as its special token: take it out."
+            )
+    return encoded
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import parse_flag_from_env
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import is_torch_xla_available
 
@@ -28,7 +30,7 @@ from training.checkpoints import (
     told_if_not_written,
     write_whole,
 )
-from training.errors import UserError
+from training.errors import UserError, innermost_message
 from training.publish import publish
 from training.stream import StreamBatches, TextStream
 from training.throughput import SpeedProgress, Throughput
@@ -36,6 +38,10 @@ from training.throughput import SpeedProgress, Throughput
 
 if is_torch_xla_available():
     import torch_xla
+
+
+# Of how many batches the losses are kept that nobody has looked at.
+LOSSES_KEPT = 1000
 
 
 def uses_fsdp(arguments: RunArguments) -> bool:
@@ -64,23 +70,34 @@ class NonFiniteGuard(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not (control.should_log or control.should_evaluate or control.should_save):
+        saves = control.should_save or state.global_step >= state.max_steps
+        if not (saves or control.should_log or control.should_evaluate or len(self.trainer.losses) >= LOSSES_KEPT):
             return  # looking at a value on the device means waiting for it
-        bad = next((entry for entry in self.trainer.take_losses() if not math.isfinite(entry[2])), None)
-        if bad is None and control.should_save and not get_total_norm(model.parameters()).isfinite():
-            bad = (state.global_step, self.trainer._get_learning_rate(), None)
-        if bad is not None:
-            step, learning_rate, loss = bad
+        losses, what = self.trainer.take_losses(), "loss"
+        learning_rates = {step: learning_rate for step, learning_rate, _ in losses}
+        step = self._first([step for step, _, loss in losses if not math.isfinite(loss)])
+        if step is None and saves:
+            what, learning_rates = "weights", {state.global_step: self.trainer._get_learning_rate()}
+            step = self._first([] if get_total_norm(model.parameters()).isfinite() else [state.global_step])
+        if step is not None:
             last = get_last_checkpoint(args.output_dir)
             if args.should_save:
-                found = {"step": step, "learning_rate": learning_rate, "what": "weights" if loss is None else "loss"}
+                found = {"step": step, "learning_rate": learning_rates[step], "what": what}
                 with told_if_not_written("What was found", args.output_dir):
                     write_whole(Path(args.output_dir, DIVERGED), json.dumps(found))
             raise UserError(
-                f"The {'weights' if loss is None else 'loss'} became NaN or infinite at step {step}, with a learning rate "
-                f"of {learning_rate:.3g}: lower `learning_rate` or lengthen `warmup_steps`. "
+                f"The {what} became NaN or infinite at step {step}, with a learning rate of {learning_rates[step]:.3g}: lower "
+                "`learning_rate` or lengthen `warmup_steps`. "
                 + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved.")
             )
+
+    def _first(self, steps: list[int]) -> int | None:
+        """The first of the steps that any of the processes found, the same in all of them."""
+        accelerator, never = self.trainer.accelerator, self.trainer.state.global_step + 1
+        first = min(steps, default=never)
+        if accelerator.num_processes > 1:
+            first = accelerator.gather(torch.tensor([first], device=accelerator.device)).min().item()
+        return None if first == never else first
 
 
 class RunTrainer(Trainer):
@@ -96,6 +113,7 @@ class RunTrainer(Trainer):
             state.distributed_type = DistributedType.MULTI_GPU
         super().__init__(*args, **kwargs)
         self.losses = []
+        self.initial_weights = None
         self.stream = None
         if isinstance(self.train_dataset, TextStream):
             self.args.ignore_data_skip = True  # it goes on where it was, and is not read again from its start
@@ -115,8 +133,43 @@ class RunTrainer(Trainer):
     def train(self, *args, **kwargs):
         if self.args.should_save:
             discard_unfinished(self.folder)
-        with self.termination:
+        with self.termination, self._told_if_out_of_memory("per_device_train_batch_size"):
             return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self._told_if_out_of_memory("per_device_eval_batch_size"):
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _told_if_out_of_memory(self, field: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) and "No executable batch size" not in str(error):
+                raise
+            message = textwrap.shorten(innermost_message(error), 200, placeholder=" ...")
+            raise UserError(
+                f"The memory does not suffice with {getattr(self.args, field)} as `{field}`: lower it, or make the model "
+                f"smaller ({message})."
+            ) from error
+
+    def _inner_training_loop(self, batch_size=None, args=None, **kwargs):
+        if args.auto_find_batch_size:
+            if self.initial_weights is None:
+                self.initial_weights = {
+                    name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()
+                }
+            else:  # what did not fit into memory may have come some way
+                self.model.load_state_dict(self.initial_weights)
+                self.optimizer, self.losses = None, []
+                self.throughput.__init__()
+                set_seed(args.seed)
+            if args.global_batch_size is not None:
+                share = args.global_batch_size // args.world_size
+                batch_size = max(size for size in range(1, batch_size + 1) if share % size == 0)
+                args.gradient_accumulation_steps = share // batch_size
+            args.per_device_train_batch_size = batch_size
+        return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -134,10 +187,13 @@ class RunTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         sampler, batch = super()._get_train_sampler(train_dataset), self.args.global_batch_size
-        if batch is None or not isinstance(sampler, RandomSampler):
+        if batch is None or sampler is None:
             return sampler
         # Left to itself, the last batch of an epoch is smaller on one process, and filled up for several.
-        return RandomSampler(sampler.data_source, num_samples=-(-len(sampler) // batch) * batch)
+        whole = -(-len(sampler) // batch) * batch
+        if isinstance(sampler, RandomSampler):
+            return RandomSampler(sampler.data_source, num_samples=whole)
+        return [index % len(sampler) for index in range(whole)]
 
     def get_train_dataloader(self):
         if not isinstance(self.train_dataset, TextStream):
@@ -160,7 +216,11 @@ class RunTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
-        loader = super().get_eval_dataloader(eval_dataset)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # that is for the training
+        try:
+            loader = super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
         # Accelerate's loader for XLA reads ahead in a thread. It has met the end before the last batch is evaluated, so
         # that nothing leaves out what fills that batch up: the loss would count it as a whole one.
         return loader.dataloader if self.args.device.type == "xla" else loader
@@ -201,6 +261,17 @@ class RunTrainer(Trainer):
         if self.stream is not None:
             self.stream.trained()
         return loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        if model.training:
+            return super().compute_loss(model, *args, **kwargs)
+        # What is held out has the model's own loss, which can be compared, whatever was done to the one that is trained on.
+        smoother, loss_func = self.label_smoother, self.compute_loss_func
+        self.label_smoother = self.compute_loss_func = None
+        try:
+            return super().compute_loss(model, *args, **kwargs)
+        finally:
+            self.label_smoother, self.compute_loss_func = smoother, loss_func
 
     def take_losses(self) -> list[tuple[int, float, float]]:
         """Step, learning rate and loss of every batch since the last call."""
@@ -249,6 +320,28 @@ class RunTrainer(Trainer):
                 move_finished(unfinished, self.folder)
             self.accelerator.wait_for_everyone()
 
+    def _save(self, *args, **kwargs):
+        with self._plain_arguments():
+            super()._save(*args, **kwargs)
+
+    def _save_tpu(self, *args, **kwargs):
+        with self._plain_arguments():
+            super()._save_tpu(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _plain_arguments(self) -> Iterator[None]:
+        """
+        Saves the arguments as those of transformers, which keep all fields: whoever loads them need not have this project,
+        and never has the module that the command was.
+        """
+        own = self.args
+        self.args = object.__new__(TrainingArguments)
+        vars(self.args).update(vars(own))
+        try:
+            yield
+        finally:
+            self.args = own
+
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Saves weights that FSDP has shared out as those of one model, not as the parts that the processes have."""
@@ -283,7 +376,21 @@ class RunTrainer(Trainer):
             for file, values in ((together, {**before, **metrics}), (self.folder / f"{split}_results.json", metrics)):
                 write_whole(file, json.dumps(values, indent=4, sort_keys=True))
 
+    def init_hf_repo(self, *args, **kwargs):
+        """The repository is there: the commands have seen to it before anything else."""
+
     def push_to_hub(self, *args, **kwargs):
         """Publish the folder of the run, model card and all, rather than what transformers would make of it."""
         if self.is_world_process_zero():
-            publish(Path(self.args.output_dir), self.hub_model_id, bool(self.args.hub_private_repo))
+            repo_id, revision = self.args.hub_model_id, self.args.hub_revision
+            try:
+                publish(self.folder, repo_id, self.args.hub_private_repo, revision)
+            except UserError as error:
+                options = "".join(
+                    [f" --revision {revision}" if revision else "", " --private" if self.args.hub_private_repo else ""]
+                )
+                raise UserError(
+                    f"The run in {self.folder} is complete, but not published; when this is mended, `python -m "
+                    f"training.publish {self.folder} {repo_id}{options}` does it: "
+                    + str(error).replace("the same command", "that command")
+                ) from error

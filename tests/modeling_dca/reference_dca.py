@@ -26,7 +26,10 @@ def weights_of(model):
 
 
 def generalized_residuals(stack, delta, gate=None):
-    """`g = sum_i (b_i + relu(w . f_i)) * f_i`, `b = 1 + delta` (section 3.1), one token and one entry at a time."""
+    """
+    `g = sum_i (b_i + relu(w . n(f_i))) * f_i`, `b = 1 + delta` (section 3.1), one token and one entry at a time; `n` divides by
+    the root mean square.
+    """
     width = stack[0].shape[-1]
     tokens = [entry.reshape(-1, width) for entry in stack]
     results = np.zeros((len(delta), *tokens[0].shape))
@@ -34,7 +37,7 @@ def generalized_residuals(stack, delta, gate=None):
         for token in range(len(tokens[0])):
             for i, entry in enumerate(tokens):
                 f = entry[token]
-                relu = 0.0 if gate is None else max(0.0, sum(gate[output] * f))
+                relu = 0.0 if gate is None else max(0.0, sum(gate[output] * f) / math.sqrt(np.mean(f**2) + 1e-6))
                 results[output, token] += (1 + delta[output, i] + relu) * f
     return [result.reshape(stack[0].shape) for result in results]
 

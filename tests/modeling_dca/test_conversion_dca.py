@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
@@ -780,3 +781,13 @@ def test_configuration_remembers_where_it_came_from(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["residual_config"]["model_type"] == "gpt2" and saved["model_type"] == "dca"
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "DCAModel"
+
+
+@pytest.mark.parametrize("model_class", [DCAForCausalLM, DCAForImageClassification])
+def test_type_checkers_see_what_a_conversion_returns(model_class):
+    assert typing.get_type_hints(model_class.from_residual)["return"] is typing.Self
+    assert typing.get_type_hints(model_class.to_residual)["return"] is PreTrainedModel
+    hints = typing.get_type_hints(conversion.from_residual)
+    assert typing.get_args(hints["model_class"]) == (hints["return"],)
+    # The annotations of transformers, which no method of ours hides.
+    assert model_class.from_pretrained.__func__ is PreTrainedModel.from_pretrained.__func__

@@ -3,6 +3,8 @@ Generalized residuals: the maths against a slow rendering, the live gate, the st
 the CPU against the maths.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from reference_dca import generalized_residuals, to_array, visible_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_dca import ALL_GRN_FUNCTIONS, ResidualStack, generalized_residual, grn_cpu
-from modeling_dca.grn import find_implementation
+from modeling_dca.grn import GATE_NORM_EPS, find_implementation
 
 
 #: Of each scheme: outputs, whether `delta` has an element per feature, whether there is a gate.
@@ -39,13 +41,13 @@ def float32_error(stack, delta, gate):
     """
     How far a result may be from the exact one that was computed in float32: each product and sum errs by half an
     epsilon of something no larger than the same formula with every sign positive, and there are fewer of them in
-    a row than `2 * entries + width + 2`.
+    a row than `2 * (entries + width) + 6` (the width once for the gate and once for its norm).
     """
     stack, delta, gate = as_float64(stack, delta, gate)
     magnitude = generalized_residuals(
         [np.abs(entry) for entry in stack], np.abs(delta), None if gate is None else np.abs(gate)
     )
-    steps = 2 * len(stack) + stack[0].shape[-1] + 2
+    steps = 2 * len(stack) + 2 * stack[0].shape[-1] + 6
     return np.stack(magnitude) * steps * torch.finfo(torch.float32).eps / 2
 
 
@@ -126,9 +128,10 @@ def test_gradient_of_a_zero_gate_is_the_one_sided_derivative(scheme):
     results = generalized_residual(stack, delta, gate)
     upstream = [torch.randn(result.shape, generator=torch.Generator().manual_seed(7)).double() for result in results]
     torch.autograd.backward(results, upstream)
-    # d/dw of sum_i (w . f_i) * f_i, as on the side where the gate is open; torch.relu would give zeros.
+    # d/dw of sum_i (w . n(f_i)) * f_i, as on the side where the gate is open; torch.relu would give zeros.
+    seen = [entry / (entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS).sqrt() for entry in stack]
     for output, grad in enumerate(upstream):
-        expected = sum(((grad * entry).sum(-1, keepdim=True) * entry).sum((0, 1)) for entry in stack)
+        expected = sum(((grad * f).sum(-1, keepdim=True) * n).sum((0, 1)) for f, n in zip(stack, seen))
         torch.testing.assert_close(gate.grad[output], expected, rtol=1e-13, atol=1e-13)
 
 
@@ -178,6 +181,23 @@ def results_of(implementation, stack, delta, gate, output_grads):
     return [*outputs, *torch.autograd.grad(outputs, inputs, output_grads)]
 
 
+def magnitudes(stack, delta, gate=None):
+    """
+    [`generalized_residual`] of inputs none of which is negative, with gradients in which every sign is positive: a norm gets
+    smaller as its entry grows, which here counts as growing.
+    """
+    weights = [(1 + delta[:, i]).expand(len(delta), entry.shape[-1]) for i, entry in enumerate(stack)]
+    results = [0.0] * len(delta)
+    for weight, entry in zip(weights, stack):
+        if gate is not None:
+            scale = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
+            open_gates = torch.nn.functional.linear(entry, gate) * (2 * scale.detach() - scale)
+        for o in range(len(delta)):
+            factor = weight[o] if gate is None else weight[o] + open_gates[..., o, None]
+            results[o] = results[o] + factor * entry
+    return tuple(results)
+
+
 def assert_equals_reference(implementation, stack, delta, gate):
     """
     Outputs and gradients are those of the reference in float64, but for the errors of float32 and one rounding.
@@ -188,16 +208,17 @@ def assert_equals_reference(implementation, stack, delta, gate):
     output_grads = random_like(implementation(stack, delta, gate))
     results = results_of(implementation, stack, delta, gate, output_grads)
 
-    def reference(change):
+    def reference(function, change):
         entries, *parameters = [
             [change(tensor.double()) for tensor in group] for group in (stack, inputs[len(stack) :], output_grads)
         ]
         (delta, *gate), grads = parameters
-        return results_of(generalized_residual, entries, delta, gate[0] if gate else None, grads)
+        return results_of(function, entries, delta, gate[0] if gate else None, grads)
 
-    # Sums over the features, the tokens, the entries and the outputs, and the products in them.
-    steps = sum(stack[0].shape) + 2 * len(stack) + 2 * len(delta) + 4
-    for result, exact, magnitude in zip(results, reference(lambda x: x), reference(torch.abs), strict=True):
+    # Sums over the features (for the gate and for its norm), the tokens, the entries and the outputs, and the products in them.
+    steps = sum(stack[0].shape) + stack[0].shape[-1] + 2 * len(stack) + 2 * len(delta) + 8
+    expected = reference(generalized_residual, lambda x: x)
+    for result, exact, magnitude in zip(results, expected, reference(magnitudes, torch.abs), strict=True):
         error = magnitude * steps * torch.finfo(torch.promote_types(output_type(stack), torch.float32)).eps / 2
         info = torch.finfo(result.dtype)
         rounding = info.eps / 2 * (exact.abs() + error).clamp(min=info.smallest_normal)
@@ -276,8 +297,27 @@ def test_cpu_has_the_one_sided_derivative_of_a_zero_gate(on_cpu, scheme):
     stack = [torch.tensor([[1.0, -1.0], [2.0, 1.0], [-2.0, 1.0]]) for _ in range(2)]
     delta, gate = torch.zeros(1, 2, 2), torch.ones(1, 2)
     *_, gate_grad = results_of(on_cpu, stack, delta, gate, [torch.tensor([[1.0, 0.0]] * 3)])
-    # Sum over the entries and tokens of (g . f) * f, the closed one left out.
-    assert gate_grad.tolist() == [[2 * (1 + 4), 2 * (-1 + 2)]]
+    # Sum over the entries and tokens of (g . f) * n(f), the closed one left out.
+    first, second = math.sqrt(1 + GATE_NORM_EPS), math.sqrt(2.5 + GATE_NORM_EPS)
+    torch.testing.assert_close(
+        gate_grad, torch.tensor([[2 * (1 / first + 4 / second), 2 * (-1 / first + 2 / second)]])
+    )
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+def test_the_gate_does_not_grow_with_the_entry(name):
+    # An entry of zeros has a norm, too; and one of any size is weighted as one of size 1.
+    (entry, *_), delta, gate = random_inputs("dca", 1, shape=(4,), dtype=torch.float32)
+    small = ALL_GRN_FUNCTIONS[name]([entry], delta, gate)
+    for scale in (10.0, 1e6, 1e18):
+        for result, value in zip(ALL_GRN_FUNCTIONS[name]([entry * scale], delta, gate), small):
+            torch.testing.assert_close(result / scale, value, rtol=1e-5, atol=1e-5)
+    zeros = torch.zeros_like(entry).requires_grad_()
+    results = ALL_GRN_FUNCTIONS[name]([zeros], delta, gate)
+    assert all((result == 0).all() for result in results)
+    # Its gates are at exactly 0, where they count as open: what they add to the gradient goes with g . f, which is 0.
+    (grad,) = torch.autograd.grad(sum(result.sum() for result in results), [zeros])
+    torch.testing.assert_close(grad, (1 + delta).sum((0, 1)).expand_as(grad))
 
 
 def test_a_token_that_is_nan_leaves_the_others_alone(on_cpu):
@@ -373,9 +413,10 @@ def test_operators_are_right_for_the_compiler(scheme):
     stack, delta, gate = random_inputs(scheme, 3, (2, 4), torch.float32)
     output_grads = random_like([torch.empty_like(stack[0])] * len(delta))
     forward, backward = ALL_GRN_FUNCTIONS["cpu"].operators
+    needed = [True] * (4 if gate is None else 5)
     torch.library.opcheck(forward, (stack, delta, gate))
-    torch.library.opcheck(backward, (output_grads, [], stack, delta, gate))
-    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate))
+    torch.library.opcheck(backward, (output_grads, [], stack, delta, gate, needed))
+    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate, needed))
 
 
 def test_cpu_refuses_tensors_elsewhere():

@@ -1,15 +1,17 @@
 """The Triton kernels of generalized residuals against the reference: interpreted on the CPU, and on a GPU."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_grn import SCHEMES, random_inputs
+from test_grn import SCHEMES, magnitudes, random_inputs
 from test_modeling_dca import assert_close, random_ids, tiny_model
 
 from modeling_dca import generalized_residual, grn_triton
+from modeling_dca.grn import GATE_NORM_EPS, find_implementation
 from modeling_dca.grn_triton import generalized_residual_triton
 
 
@@ -66,12 +68,12 @@ def assert_equals_reference(inputs, with_entry_grads=True, output_grads=None):
     exact = changed(inputs, torch.Tensor.double)
     expected = results_of(generalized_residual, exact, *grads)
     positive = [[grad.abs() for grad in list_of_grads] for list_of_grads in grads]
-    magnitudes = results_of(generalized_residual, changed(exact, torch.abs), *positive)
+    errors = results_of(magnitudes, changed(exact, torch.abs), *positive)
     steps = stack[0][..., 0].numel() + 2 * stack[0].shape[-1] + 4 * len(stack) * len(outputs)
     compute_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
     like = [tensor for tensor in (*outputs, *stack, delta, gate) if tensor is not None]
-    assert len(results) == len(expected) == len(like)
-    for result, value, magnitude, tensor in zip(results, expected, magnitudes, like):
+    assert len(results) == len(expected) == len(errors) == len(like)
+    for result, value, magnitude, tensor in zip(results, expected, errors, like):
         assert result.dtype == tensor.dtype and result.shape == tensor.shape
         error = steps * torch.finfo(compute_dtype).eps * magnitude
         rounded = torch.finfo(tensor.dtype)
@@ -203,8 +205,10 @@ def test_gradient_of_a_zero_gate(device):
     inputs = stack, torch.zeros(1, 2, 2, device=device), torch.ones(1, 2, device=device)
     output_grads = [torch.tensor([[1.0, 0.0]] * 3, device=device)]
     *_, gate_grad = results_of(generalized_residual_triton, inputs, output_grads)
-    # Sum over the entries and tokens of (g . f) * f, the closed one left out.
-    assert gate_grad.tolist() == [[2 * (1 + 4), 2 * (-1 + 2)]]
+    # Sum over the entries and tokens of (g . f) * n(f), the closed one left out.
+    norm = math.sqrt(2.5 + GATE_NORM_EPS)
+    expected = [2 * (1 / math.sqrt(1 + GATE_NORM_EPS) + 4 / norm), 2 * (-1 / math.sqrt(1 + GATE_NORM_EPS) + 2 / norm)]
+    torch.testing.assert_close(gate_grad.cpu(), torch.tensor([expected]))
 
 
 @pytest.mark.parametrize("width", [5, 600])
@@ -264,8 +268,9 @@ def test_operators_are_right_for_the_compiler(device, scheme):
     delta, gate = delta.bfloat16(), None if gate is None else gate.half()
     output_grads = random_like([torch.empty_like(stack[0])] * len(delta))
     forward, backward = generalized_residual_triton.operators
+    needed = [True] * (4 if gate is None else 5)
     torch.library.opcheck(forward, (stack, delta, gate))
-    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate))
+    torch.library.opcheck(backward, (output_grads, random_like(stack), stack, delta, gate, needed))
 
 
 def logits_and_gradients(device, model, autocast):
@@ -325,9 +330,10 @@ def test_more_elements_than_32_bits_count():
         generalized_residual_triton, ([entry], delta, gate), [entry]
     )
     assert (output[-1] == 2).all() and output.count_nonzero() == 1024
-    # Here w = 0, and (g . f) * w with it; for the gate it is (g . f) * f.
+    # Here w = 0, and (g . f) * w with it; for the gate it is (g . f) * n(f).
     assert (entry_grad[-1] == 2).all() and entry_grad.count_nonzero() == 1024
-    assert (delta_grad == 1).all() and (gate_grad == 1024).all()
+    assert (delta_grad == 1).all()
+    torch.testing.assert_close(gate_grad, torch.full_like(gate_grad, 1024 / math.sqrt(1 + GATE_NORM_EPS)))
 
 
 @pytest.mark.gpu
@@ -395,7 +401,11 @@ for dtypes, outputs, elementwise, gated, width in [
     gate = torch.zeros(outputs, width) if gated else None
     grn_triton.forward(stack, delta, gate)
     output_grads = [torch.zeros(70, width, dtype=grn_triton.output_dtype(stack))] * outputs
-    grn_triton.backward(output_grads, stack if width > 64 else [], stack, delta, gate)
+    for frozen in [(), (-1,), (-2,), (-1, -2)] if width == 24 else [()]:
+        needed = [True] * (len(stack) + (2 if gated else 1))
+        for i in frozen:
+            needed[i] = False
+        grn_triton.backward(output_grads, stack if width > 64 else [], stack, delta, gate, needed)
 """
 
 
@@ -407,17 +417,25 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     command = [sys.executable, "-c", COMPILE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split().count("forward_kernel") == 7 and result.stdout.split().count("backward_kernel") == 10
+    assert result.stdout.split().count("forward_kernel") == 7 and result.stdout.split().count("backward_kernel") == 22
 
 
-def test_obstacles(monkeypatch):
+def test_obstacles(monkeypatch, caplog):
     inputs = random_inputs("dca", 2, dtype=torch.float32)
     monkeypatch.setattr(grn_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     message = "'triton' cannot run: the tensors are on cpu, and Triton needs a GPU; \"auto\" takes the best that can."
     if grn_triton.triton is not None:
         assert grn_triton.obstacle(torch.device("cuda")) is None
         with pytest.raises(ValueError, match=message):
             generalized_residual_triton(*inputs)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        too_old = "the GPU has compute capability 7.5, and Triton needs 8.0"
+        assert grn_triton.obstacle(torch.device("cuda")) == too_old
+        assert find_implementation("auto", torch.device("cuda")) is generalized_residual
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            f"The generalized residuals are computed by the slower reference: {too_old}."
+        ]
     monkeypatch.setattr(grn_triton, "triton", None)
     for device in ("cpu", "cuda"):
         assert grn_triton.obstacle(torch.device(device)) == "Triton is not installed"

@@ -1,5 +1,6 @@
 """Language models: the maths of the whole model, what transformers does with it, and the trip through the Hub."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from operator import getitem
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,8 +48,8 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import modeling_dca
 from modeling_dca import (
     ALL_GRN_FUNCTIONS,
     DCAConfig,
@@ -62,7 +64,7 @@ from modeling_dca import (
     generalized_residual,
 )
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
-from modeling_dca.modeling_dca import CACHE_NAME, DCARMSNorm, RMSNormFunction, rms_norm
+from modeling_dca.modeling_dca import CACHE_NAME
 
 
 #: Every scheme with every kind of stack, as fields of the configuration.
@@ -1004,43 +1006,6 @@ def test_compiled_graph_grows_with_the_blocks_and_not_with_their_pairs():
         assert most[direction] - more[direction] == more[direction] - few[direction]
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rms_norm_is_that_of_llama(dtype, weight_dtype):
-    generator = torch.Generator().manual_seed(0)
-    norm, llama = DCARMSNorm(64, eps=1e-5), LlamaRMSNorm(64, eps=1e-5)
-    for module in (norm, llama):
-        module.weight = nn.Parameter(torch.linspace(-1, 2, 64).to(weight_dtype))
-    inputs, grad = (torch.randn(2, 5, 64, generator=generator).to(dtype) for _ in range(2))
-    inputs.requires_grad_()
-    results = []
-    for module in (norm, llama):
-        output = module(inputs)
-        results.append([output, *torch.autograd.grad(output, (inputs, module.weight), grad.to(output.dtype))])
-    with torch.no_grad():
-        assert torch.equal(norm(inputs), results[0][0])
-    for ours, theirs in zip(*results):
-        # Llama's gradients round what is between to the type of the input, too: a few steps of the largest value.
-        assert ours.dtype == theirs.dtype
-        assert_close(ours, theirs, 4 * max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps))
-
-
-def test_rms_norm_keeps_its_input_alone_and_has_second_derivatives():
-    norm = DCARMSNorm(6).double()
-    inputs = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda x: x):
-        norm(inputs)
-    assert sorted(kept) == sorted([inputs.data_ptr(), norm.weight.data_ptr()])
-
-    def second_derivatives(function):
-        (grad,) = torch.autograd.grad(function(inputs, norm.weight, 1e-6).sin().sum(), inputs, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), (inputs, norm.weight))
-
-    for ours, autograds in zip(second_derivatives(RMSNormFunction.apply), second_derivatives(rms_norm)):
-        assert_close(ours, autograds, 1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
 def test_half_precision(scheme, dtype):
@@ -1260,6 +1225,21 @@ def test_the_code_goes_with_the_configuration(tmp_path, model_class):
         assert sorted(path.name for path in (tmp_path / folder).glob("*.py")) == code
         saved = json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
         assert saved == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+
+
+def test_code_takes_nothing_from_other_models_files():
+    # It is saved with checkpoints, and other models' files change with every release.
+    files = sorted(Path(modeling_dca.__file__).parent.glob("*.py"))
+    imported = {
+        module
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for module in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert len(files) > 5 and "transformers.modeling_utils" in imported
+    others = {module for module in imported if module.startswith("transformers.models")}
+    assert others <= {"transformers.models.auto"}
 
 
 def test_all_schemes_are_tested():

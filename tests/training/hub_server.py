@@ -2,7 +2,7 @@
 A Hugging Face Hub on the loopback interface, for tests.
 
 It speaks as much of the Hub's protocol as huggingface_hub's own client needs to create model repositories, push commits
-with regular and LFS files, list revisions and download them, and it can be made to fail. Large files are kept by a
+with regular and LFS files to branches, list revisions and download them, and it can be made to fail. Large files are kept by a
 storage at another host name than the API, as on the Hub, so that a client that sends it an access token gives that away.
 There is no Xet storage: clients need `HF_HUB_DISABLE_XET=1`.
 """
@@ -46,18 +46,25 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model repository with its `main` branch, oldest commit first."""
+    """A model repository: its `main` branch, oldest commit first, and others, each with what it began from; and tags."""
 
     private: bool
     commits: list[Commit]
+    branches: dict[str, list[Commit]] = field(default_factory=dict)
+    tags: dict[str, Commit] = field(default_factory=dict)
+
+    def branch(self, name: str) -> list[Commit]:
+        if name == "main":
+            return self.commits
+        if name not in self.branches:
+            raise Refusal(404, f"Invalid rev id: {name}", "RevisionNotFound")
+        return self.branches[name]
 
     def find(self, revision: str) -> Commit:
-        if revision == "main":
-            return self.commits[-1]
-        for commit in self.commits:
+        for commit in (*self.commits, *(commit for branch in self.branches.values() for commit in branch)):
             if commit.sha == revision:
                 return commit
-        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return self.tags[revision] if revision in self.tags else self.branch(revision)[-1]
 
 
 @dataclass(frozen=True)
@@ -242,6 +249,28 @@ class HubServer:
                 entries.append(entry)
         return entries
 
+    def auth_check(self, request: Request, repo_id: str, write: str | None):
+        self.repository(request, repo_id, write=write is not None)
+        return {}
+
+    def refs(self, request: Request, repo_id: str):
+        repository = self.repository(request, repo_id)
+        heads = {"main": repository.commits, **repository.branches}
+        return {
+            "branches": [_ref("heads", name, commits[-1]) for name, commits in heads.items()],
+            "tags": [_ref("tags", name, commit) for name, commit in repository.tags.items()],
+            "converts": [],
+        }
+
+    def create_branch(self, request: Request, repo_id: str, name: str):
+        repository = self.repository(request, repo_id, write=True)
+        if name == "main" or name in repository.branches:
+            raise Refusal(409, "Reference already exists")
+        if not re.fullmatch(r"[\w./-]+", name):
+            raise Refusal(400, f"Invalid reference name: {name}")
+        repository.branches[name] = list(repository.commits)
+        return {}
+
     def preupload(self, request: Request, repo_id: str, revision: str):
         files = self.repository(request, repo_id, write=True).find(revision).files
         return {
@@ -257,7 +286,8 @@ class HubServer:
         }
 
     def lfs_batch(self, request: Request, repo_id: str):
-        commits = self.repository(request, repo_id, write=True).commits
+        repository = self.repository(request, repo_id, write=True)
+        commits = [*repository.commits, *(commit for branch in repository.branches.values() for commit in branch)]
         present = {_etag(path, content) for commit in commits for path, content in commit.files.items()}
         objects = []
         for entry in json.loads(request.body)["objects"]:
@@ -309,7 +339,8 @@ class HubServer:
 
     def commit(self, request: Request, repo_id: str, revision: str):
         repository = self.repository(request, repo_id, write=True)
-        files = dict(repository.find(revision).files)
+        commits = repository.branch(revision)
+        files = dict(commits[-1].files)
         message = ""
         for line in request.body.splitlines():
             key, value = (operation := json.loads(line))["key"], operation["value"]
@@ -325,8 +356,8 @@ class HubServer:
                 del files[value["path"]]
             else:
                 raise Refusal(400, f"Unknown operation {key}")
-        sha = hashlib.sha1(repository.commits[-1].sha.encode() + request.body).hexdigest()
-        repository.commits.append(Commit(sha, message, files))
+        sha = hashlib.sha1(commits[-1].sha.encode() + request.body).hexdigest()
+        commits.append(Commit(sha, message, files))
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo_id}/commit/{sha}"}
 
     def resolve(self, request: Request, repo_id: str, revision: str, path: str):
@@ -350,6 +381,9 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", r"/api/validate-yaml", HubServer.validate_yaml),
     ("GET", rf"/api/models/{REPOSITORY}", HubServer.model_info),
     ("GET", rf"/api/models/{REPOSITORY}/revision/([^/]+)", HubServer.model_info),
+    ("GET", rf"/api/models/{REPOSITORY}/auth-check(/write)?", HubServer.auth_check),
+    ("GET", rf"/api/models/{REPOSITORY}/refs", HubServer.refs),
+    ("POST", rf"/api/models/{REPOSITORY}/branch/([^/]+)", HubServer.create_branch),
     ("GET", rf"/api/models/{REPOSITORY}/tree/([^/]+)", HubServer.tree),
     ("GET", rf"/api/models/{REPOSITORY}/tree/([^/]+)/(.+)", HubServer.tree),
     ("POST", rf"/api/models/{REPOSITORY}/preupload/([^/]+)", HubServer.preupload),
@@ -362,6 +396,10 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("GET", r"/storage/(\w+)", HubServer.storage_get),
     ("GET", rf"/{REPOSITORY}/resolve/([^/]+)/(.+)", HubServer.resolve),
 ]
+
+
+def _ref(kind: str, name: str, commit: Commit) -> dict:
+    return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit.sha}
 
 
 def _etag(path: str, content: bytes) -> str:
@@ -417,10 +455,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
-        path = unquote(urlsplit(request.path).path)
+        path = urlsplit(request.path).path
         for route_method, pattern, endpoint in ROUTES:
             if route_method == method and (match := re.fullmatch(pattern, path)):
-                answer = endpoint(self.hub, request, *match.groups())
+                # (The name of a branch may hold a slash, which is quoted.)
+                answer = endpoint(self.hub, request, *(group and unquote(group) for group in match.groups()))
                 return answer if isinstance(answer, Response) else Response(body=json.dumps(answer).encode())
         raise Refusal(404, f"No such endpoint: {request.method} {path}")
 

@@ -85,6 +85,63 @@ WRONG_VALUES = [
     ("text", "training", "eval_strategy", "often", ["--eval_strategy", "'often'", "'epoch'"]),
     ("text", "training", "baseline", "standart", ["`baseline` is 'standart'", "did you mean 'standard'"]),
     ("text", "training", "baseline", "dca", ["`baseline` is 'dca'", "own `residual_scheme`"]),
+    ("text", "training", "seed", 2**32, ["`seed` is 4294967296", "at most 4294967295"]),
+    ("text", "training", "data_seed", -1, ["`data_seed` is -1", "at least 0"]),
+    ("text", "training", "data_seed", 10**20, ["`data_seed` is 1", "at most 4294967295"]),
+    ("text", "training", "max_steps", 0, ["`max_steps` is 0", "at least 1", "`num_train_epochs`"]),
+    ("text", "training", "learning_rate", 1e999, ["`learning_rate` is inf", "finite"]),
+    ("text", "training", "warmup_steps", 1e999, ["`warmup_steps` is inf", "finite"]),
+    ("text", "training", "warmup_steps", 2.5, ["`warmup_steps` is 2.5", "whole steps"]),
+    ("text", "training", "weight_decay", 1e999, ["`weight_decay` is inf", "finite"]),
+    ("text", "training", "adam_epsilon", -1, ["`adam_epsilon` is -1", "at least 0"]),
+    ("text", "training", "max_grad_norm", -1, ["`max_grad_norm` is -1", "at least 0"]),
+    ("text", "training", "label_smoothing_factor", 1.5, ["`label_smoothing_factor` is 1.5", "at most 1"]),
+    ("text", "training", "label_smoothing_factor", -0.5, ["`label_smoothing_factor` is -0.5", "at least 0"]),
+    ("text", "training", "neftune_noise_alpha", -1, ["`neftune_noise_alpha` is -1", "at least 0"]),
+    ("text", "training", "logging_steps", 1e999, ["`logging_steps` is inf", "from 1 on"]),
+    ("text", "training", "logging_steps", -1, ["`logging_steps` is -1", "from 1 on"]),
+    ("text", "training", "save_steps", 0, ["`save_steps` is 0", "from 1 on"]),
+    ("text", "training", "save_steps", ".nan", ["`save_steps` is nan", "from 1 on"]),
+    ("text", "training", "eval_accumulation_steps", 0, ["`eval_accumulation_steps` is 0", "at least 1"]),
+    ("text", "training", "ddp_timeout", 10**14, ["`ddp_timeout` is 1", "at most"]),
+    ("text", "training", "ddp_timeout", 0, ["`ddp_timeout` is 0", "at least 1"]),
+    ("text", "training", "prediction_loss_only", True, ["`prediction_loss_only` is True", "leave it out"]),
+    ("text", "training", "eval_do_concat_batches", False, ["`eval_do_concat_batches` is False", "leave it out"]),
+    ("text", "training", "batch_eval_metrics", True, ["`batch_eval_metrics` is True", "leave it out"]),
+    ("text", "training", "use_liger_kernel", True, ["`use_liger_kernel` is True", "no kernels"]),
+    ("text", "training", "use_cache", True, ["`use_cache` is True", "leave it out"]),
+    ("text", "training", "enable_jit_checkpoint", True, ["`enable_jit_checkpoint` is True", "SIGTERM"]),
+    ("text", "training", "do_predict", True, ["`do_predict` is True", "leave it out"]),
+    ("text", "training", "label_names", "input_ids", ["`label_names` is ['input_ids']", "leave it out"]),
+    ("text", "training", "dataloader_persistent_workers", True, ["`dataloader_num_workers` is 0", "set that"]),
+    ("text", "training", "dataloader_multiprocessing_context", "spawn", ["'spawn'", "`dataloader_num_workers` is 0"]),
+    ("text", "training", "train_sampling_strategy", "group_by_length", ["'group_by_length'", "'sequential'"]),
+    ("text", "training", "optim_target_modules", "x", ["`optim_target_modules`", "GaLore"]),
+    ("text", "training", "save_strategy", "best", ["`save_strategy` is 'best'", "`eval_strategy`"]),
+    ("text", "training", "metric_for_best_model", "bogus", ["'bogus'", "Known: loss, perplexity, bits_per_byte"]),
+    (
+        "text",
+        "training",
+        "metric_for_best_model",
+        "accuracy",
+        ["'accuracy'", "Known: loss, perplexity, bits_per_byte"],
+    ),
+    ("text", "training", "metric_for_best_model", "eval_perplexty", ["'eval_perplexty'", "did you mean 'perplexity'"]),
+    ("text", "training", "include_num_input_tokens_seen", "some", ["'some'", "'non_padding'"]),
+    ("text", "training", "report_to", "bogus", ["`report_to` is ['bogus']", "tensorboard"]),
+    ("text", "training", "accelerator_config", "nowhere.json", ["nowhere.json", "No such file"]),
+    ("text", "training", "accelerator_config", '{"gradient_accumulation_kwargs": {"bogus": 1}}', ["'bogus'"]),
+    (
+        *("text", "training", "accelerator_config", '{"gradient_accumulation_kwargs": {"num_steps": 3}}'),
+        ["`num_steps`", "set `gradient_accumulation_steps`"],
+    ),
+    ("text", "training", "debug", "tpu_metrics_debug", ["`debug` is 'tpu_metrics_debug'", "no TPU"]),
+    ("text", "training", "fp16", True, ["`fp16`", "`bf16`"]),
+    ("text", "training", "fsdp", True, ["`fsdp` is set", "`accelerate launch`"]),
+    ("text", "training", "torch_compile_backend", "bogus", ["`torch_compile_backend` is 'bogus'"]),
+    ("text", "training", "torch_compile_mode", "bogus", ["'bogus' as `torch_compile_mode`", "reduce-overhead"]),
+    ("image", "training", "metric_for_best_model", "perplexity", ["'perplexity'", "Known: loss, accuracy"]),
+    ("image", "training", "prediction_loss_only", True, ["`prediction_loss_only` is True", "leave it out"]),
     ("image", "model", "image_size", 9, ["`image_size` (9)", "multiple of `patch_size` (4)"]),
     ("image", "model", "image_size", "big", ["'image_size'", "int", "'big'"]),
     ("image", "model", "patch_size", 3, ["`image_size` (8)", "`patch_size` (3)"]),
@@ -117,6 +174,39 @@ def test_wrong_value_is_refused(room, capsys, place, name, section, field, value
             ["`block_size` is 33", "`max_position_embeddings` is 32"],
         ),
         (["--streaming", "--max_steps=-1", "--num_train_epochs=1"], ["`max_steps` is -1", "`streaming`"]),
+        (["--max_steps=-1", "--num_train_epochs=0"], ["`num_train_epochs` is 0", "above 0"]),
+        (["--max_steps=-1", "--num_train_epochs=nan"], ["`num_train_epochs` is nan", "above 0"]),
+        (["--max_steps=-1", "--num_train_epochs=inf"], ["`num_train_epochs` is inf", "finite"]),
+        (["--eval_strategy=steps", "--eval_steps=-1"], ["`eval_steps` is -1", "from 1 on"]),
+        (["--report_to", "tensorboard", "wandb"], ["['tensorboard', 'wandb']", "requires wandb", "pip install wandb"]),
+        (["--report_to", "tensorboard", "none"], ["['tensorboard', 'none']", "'none' goes alone"]),
+        (["--report_to", "all", "wandb"], ["['all', 'wandb']", "'all' goes alone"]),
+        (
+            ["--dataloader_drop_last", "--per_device_train_batch_size=200"],
+            ["`dataloader_drop_last`", "132 examples", "a batch has 200"],
+        ),
+        (["--dataloader_num_workers=1", "--dataloader_prefetch_factor=0"], ["`dataloader_prefetch_factor` is 0"]),
+        (
+            ["--global_batch_size=8", '--accelerator_config={"split_batches": true}'],
+            ["`split_batches`", "`global_batch_size`"],
+        ),
+        (
+            ["--activation_checkpointing", '--activation_checkpointing_kwargs={"bogus": 1}'],
+            ["`activation_checkpointing_kwargs` is {'bogus': 1}"],
+        ),
+        (
+            ["--activation_checkpointing", '--activation_checkpointing_kwargs={"every_n_layers": 0}'],
+            ["0 as `every_n_layers`", "at least 1"],
+        ),
+        (
+            ["--activation_checkpointing", '--activation_checkpointing_kwargs={"offload": true}'],
+            ["`offload`", "no device beside the CPU"],
+        ),
+        (
+            ["--auto_find_batch_size", "--baseline=standard"],
+            ["`auto_find_batch_size`", "set `global_batch_size`, too"],
+        ),
+        (["--streaming", "--train_sampling_strategy=sequential"], ["'sequential'", "`shuffle_buffer`"]),
         (["--push_to_hub", "--hub_strategy=every_save"], ["`hub_strategy` is 'every_save'", "'end'"]),
         (["--hidden_sz=16"], ["--hidden_sz", "command line", "did you mean 'hidden_size'"]),
         (["--learning-rat", "0.1"], ["learning_rat", "did you mean 'learning_rate'"]),
@@ -161,6 +251,36 @@ def test_wrong_command_line_is_refused(room, capsys, given, words):
 def test_file_that_is_no_configuration_is_refused(room, capsys, content, words):
     (room / "wrong.yaml").write_bytes(content)
     assert_names(refusal(capsys, causal_lm.main, "wrong.yaml"), "wrong.yaml", *words)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"run.yaml": "training: {seed: 1}\ntraining: {max_steps: 2}"}, ["run.yaml", "'training' twice", "line 2"]),
+        ({"run.yaml": "training:\n  seed: 1\n  seed: 1\n"}, ["run.yaml", "'seed' twice", "line 3"]),
+        ({"run.yaml": "training: {lr_scheduler_kwargs: {timescale: 1, timescale: 2}}"}, ["'timescale' twice"]),
+        ({"run.yaml": "model: {rope_parameters: {rope_theta: 1.0, 'rope_theta': 2.0}}"}, ["'rope_theta' twice"]),
+        (
+            {"run.yaml": "base: b.yaml", "b.yaml": "data: {}\nmodel: {}\ndata: {}"},
+            ["b.yaml", "'data' twice", "line 3"],
+        ),
+    ],
+)
+def test_key_that_is_there_twice_is_refused(room, capsys, files, words):
+    for name, content in files.items():
+        (room / name).write_text(content)
+    assert_names(refusal(capsys, causal_lm.main, "run.yaml"), "is not a YAML file", *words)
+
+
+def test_key_that_is_there_twice_is_refused_on_the_command_line(room, capsys):
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, "--rope_parameters={rope_theta: 1.0, rope_theta: 2.0}")
+    assert_names(line, "--rope_parameters", "invalid value")
+
+
+def test_merged_key_of_yaml_may_be_overridden(room):
+    shared = "&shared {hidden_size: 32, num_attention_heads: 2}"
+    (room / "run.yaml").write_text(f"data: {{}}\nmodel:\n  <<: {shared}\n  hidden_size: 64\n")
+    assert parse("run.yaml").config.hidden_size == 64
 
 
 def test_file_that_is_not_there_is_refused(room, capsys):
@@ -250,10 +370,6 @@ def test_global_batch_is_the_same_on_any_number_of_devices(room, monkeypatch, pr
     # What follows from the number of devices is not part of what was asked for.
     assert run.named["training"]["global_batch_size"] == 48
     assert "gradient_accumulation_steps" not in run.named["training"]
-    # The batch is also that of a process with several devices.
-    monkeypatch.setattr(causal_lm.CausalLMArguments, "n_gpu", 2)
-    if steps % 2 == 0:
-        assert parse(TEXT_RUN, "--global_batch_size=48").training.gradient_accumulation_steps == steps // 2
 
 
 def test_global_batch_that_the_devices_cannot_take_is_refused(room, capsys, monkeypatch):
@@ -331,7 +447,7 @@ def test_command_line_goes_over_the_file(room):
         ("model", "tie_word_embeddings", True),
         ("model", "norm_eps", 1e-7),
         ("training", "lr_scheduler_kwargs", {"timescale": 7}),
-        ("training", "include_for_metrics", ["inputs", "loss"]),
+        ("training", "report_to", ["tensorboard", "wandb"]),
         ("training", "bf16_full_eval", False),
         ("training", "output_dir", "a folder/with a space"),
         ("data", "text_column", "--text"),
@@ -410,6 +526,13 @@ def test_error_of_a_configuration_names_its_field():
             ["`lr_scheduler_type` is 'cosine'", "{'cycles': 2} as `lr_scheduler_kwargs`", "'cycles'"],
         ),
         (["--lr_scheduler_type=cosine_with_min_lr"], ["'cosine_with_min_lr'", "min_lr or min_lr_rate should be set"]),
+        (
+            ['--lr_scheduler_kwargs={"timescale": 0}'],
+            ["{'timescale': 0} as `lr_scheduler_kwargs`", "division by zero"],
+        ),
+        (['--lr_scheduler_kwargs={"timescale": "x"}'], ["{'timescale': 'x'} as `lr_scheduler_kwargs`"]),
+        (["--optim=sgd", "--optim_args=momentum=-1"], ["'momentum=-1' as `optim_args`", "Invalid momentum"]),
+        (["--optim_args=momentum=0.9"], ["'momentum=0.9' as `optim_args`", "takes no `optim_args`"]),
         (["--lr_scheduler_type=warmup_stable_decay"], ["'warmup_stable_decay'", "'num_decay_steps'"]),
         (
             ["--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"lr_end": 0.5}', "--learning_rate=0.1"],
@@ -440,11 +563,65 @@ def test_optimizer_and_schedule_that_can_be_had(optimizer, schedule, options):
     )
 
 
-def test_integration_that_is_not_installed_is_refused(room, capsys, monkeypatch):
-    for name in ("make_output_folder", "keep_tokenizer"):
-        monkeypatch.setattr(causal_lm, name, lambda *args: None)
+def test_integration_that_is_not_installed_is_refused(room, capsys):
     assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--report_to=wandb"), "wandb")
     assert_names(refusal(capsys, causal_lm.main, TEXT_RUN, "--report_to=paper"), "paper", "tensorboard")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["none"], []),
+        (["tensorboard"], ["tensorboard"]),
+        (["tensorboard", "wandb"], ["tensorboard", "wandb"]),
+        (["tensorboard", "tensorboard"], ["tensorboard"]),
+    ],
+)
+def test_run_can_report_to_several(room, given, expected):
+    assert parse(TEXT_RUN, "--report_to", *given).training.report_to == expected
+    (room / TEXT_RUN).write_text(yaml.safe_dump({**TEXT, "training": {"report_to": given}}))
+    run = parse(TEXT_RUN)
+    assert run.training.report_to == expected and run.named["training"]["report_to"] == (expected or ["none"])
+
+
+@pytest.mark.parametrize(("given", "expected"), [("true", "all"), ("no", "no"), ("non_padding", "non_padding")])
+def test_tokens_that_are_counted(room, given, expected):
+    assert (
+        parse(TEXT_RUN, f"--include_num_input_tokens_seen={given}").training.include_num_input_tokens_seen == expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater_is_better"),
+    [("loss", False), ("eval_perplexity", False), ("bits_per_byte", False)],
+)
+def test_lower_perplexity_is_better(room, metric, greater_is_better):
+    run = parse(TEXT_RUN, f"--metric_for_best_model={metric}")
+    assert run.training.greater_is_better == greater_is_better
+    assert parse(TEXT_RUN, f"--metric_for_best_model={metric}", "--greater_is_better=true").training.greater_is_better
+
+
+def test_higher_accuracy_is_better_for_a_schedule_too(room):
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", "output_dir": "run"}
+    make = image_classification.ImageClassificationArguments
+    accuracy, loss = (make(**options, metric_for_best_model=metric) for metric in ("accuracy", "loss"))
+    assert accuracy.greater_is_better and accuracy.lr_scheduler_kwargs == {"mode": "max"}
+    assert not loss.greater_is_better and loss.lr_scheduler_kwargs is None
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_several_devices_need_a_launcher(room, capsys, monkeypatch, name):
+    main, file, _ = COMMANDS[name]
+    monkeypatch.setattr(arguments.RunArguments, "n_gpu", 4)
+    line = refusal(capsys, main, file, "--output_dir=a run")
+    launch = "accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 4"
+    assert_names(line, "4 GPUs", f"{launch} -m training.command {file} '--output_dir=a run'", "CUDA_VISIBLE_DEVICES=0")
+
+
+def test_batch_size_is_not_looked_for_by_several_processes(room, capsys, monkeypatch):
+    monkeypatch.setattr(arguments.RunArguments, "world_size", 2)
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, "--auto_find_batch_size", "--global_batch_size=8")
+    assert_names(line, "`auto_find_batch_size`", "one process", "`per_device_train_batch_size`")
 
 
 def test_images_are_needed_for_the_image_command(room, capsys):

@@ -204,12 +204,15 @@ def test_images_too_long_for_a_crop_are_taken_whole():
     assert random_crop_box(1000, 10, np.random.default_rng(0)) == (0, 0, 1000, 10)
 
 
-def test_mix_up_adds_the_image_before():
-    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    mixed, labels = mix_up(images, torch.tensor([2, 0, 3]), num_labels=4, weight=0.75)
-    assert mixed[:, 0, 0, 0].tolist() == [0.75 * 0 + 0.25 * 2, 0.75 * 1 + 0.25 * 0, 0.75 * 2 + 0.25 * 1]
+def test_mix_up_mixes_pairs():
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    labels = torch.tensor([2, 0, 3, 3, 1])
+    mixed, probabilities = mix_up(images, labels, num_labels=4, weights=torch.tensor([0.75, 0.5, 0.9]))
+    # The last one has no other.
+    assert mixed[:, 0, 0, 0].tolist() == [0.25, 0.75, 2.5, 2.5, 4]
     assert mixed.shape == images.shape
-    assert labels.tolist() == [[0, 0, 0.75, 0.25], [0.75, 0, 0.25, 0], [0.25, 0, 0, 0.75]]
+    expected = [[0.25, 0, 0.75, 0], [0.75, 0, 0.25, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0]]
+    torch.testing.assert_close(probabilities, torch.tensor(expected, dtype=torch.float))
 
 
 def test_mixing_weights_are_the_greater_of_two_of_a_beta_distribution():

@@ -206,3 +206,39 @@ def test_prompt_of_any_text_is_code(room, text):
 def test_images_of_a_class_are_read_from_the_card(image_run):
     # The example in the card is an image of the mode that the model takes.
     assert 'Image.new("L"' in card_of(image_run) and image(0).mode == "L"
+
+
+def test_card_tells_what_the_run_started_from(comparison, room):
+    start = shutil.copytree(comparison[0] / "run", room / "somewhere" / "trained")
+    options = (f"--initial_checkpoint={start}", "--max_steps=1", "--optim=sgd")
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", *options)
+    card = ModelCard.load("run/README.md")
+    assert card.data.license == "apache-2.0" and card.data.base_model is None
+    assert "trained for 1 steps, from the weights of\na model that was trained before." in card.text
+    assert "on nothing else" not in card.text and "Optimizer: `sgd`" in card.text and "AdamW" not in card.text
+    assert "somewhere" not in card.content.replace('from_pretrained("run"', "")
+
+    # What it was made from has a license of its own, which the run keeps unless it names another.
+    (start / "README.md").write_text("---\nlicense: llama3\nbase_model: somebody/base\n---\n# Llama\n")
+    call(causal_lm.main, TEXT_RUN, "--output_dir=second", *options)
+    card = ModelCard.load("second/README.md")
+    assert card.data.license == "llama3" and card.data.base_model == "somebody/base"
+    assert "[somebody/base](https://huggingface.co/somebody/base)" in card.text
+    (start / "README.md").unlink()
+    call(causal_lm.main, TEXT_RUN, "--output_dir=third", *options)
+    assert ModelCard.load("third/README.md").data.license is None
+    call(causal_lm.main, TEXT_RUN, "--output_dir=fourth", *options, "--model_license=mit")
+    assert ModelCard.load("fourth/README.md").data.license == "mit"
+
+
+def test_card_tells_no_path(room):
+    folder = room / "telling" / "data"
+    folder.mkdir(parents=True)
+    (room / "text.jsonl").rename(folder / "text.jsonl")
+    data = (f"--dataset={folder}/text.jsonl", "--eval_dataset=./held_out.jsonl", "--max_steps=1")
+    call(causal_lm.main, TEXT_RUN, f"--output_dir={room}/telling/run", *data)
+    card = (room / "telling" / "run" / "README.md").read_text()
+    assert card.count(str(room)) == card.count(f'from_pretrained("{room}/telling/run"') == 2
+    assert card.count("telling") == 2 and "\n# run\n" in card and "Trained on text.jsonl: 60 documents" in card
+    call(causal_lm.main, TEXT_RUN, "--output_dir=runs/demo/text", "--max_steps=1", f"--dataset={folder}/text.jsonl")
+    assert "\n# demo-text\n" in (room / "runs" / "demo" / "text" / "README.md").read_text()

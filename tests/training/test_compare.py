@@ -683,6 +683,21 @@ def test_study_that_is_wrong_is_refused(room, monkeypatch, capsys, changes, word
     assert snapshot(room) == before
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("seeds: [1]", ["the key 'seeds' twice"]),
+        ("groups: {a: {max_steps: 1}, a: {max_steps: 2}}", ["the key 'a' twice"]),
+    ],
+)
+def test_study_with_a_key_twice_is_refused(room, monkeypatch, capsys, line, words):
+    monkeypatch.setattr(compare, "start", no_start)
+    write_study()
+    (room / "study.yaml").write_text((room / "study.yaml").read_text() + line + "\n")
+    line = failure(capsys, compare.main, "study.yaml")
+    assert not [word for word in ("study.yaml is not a YAML file", *words) if word not in line], line
+
+
 def spoil_file(room):
     (room / "runs/study/standard/seed-0").mkdir(parents=True)
     (room / "runs/study/standard/seed-0/thesis.txt").write_text("years of work")

@@ -4,21 +4,28 @@ import gzip
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import sysconfig
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import training.data
-from tests.training.tiny import TEXT_RUN, documents, refusal, write_jsonl
+import training.files
+import training.text
+from tests.training.tiny import TEXT_RUN, call, documents, refusal, write_jsonl
 from training import causal_lm
 from training.data import is_on_the_hub
 from training.errors import UserError
 from training.text import TOKENIZER_BATCH, PackedBlocks, TextDataArguments, load_text
-from training.tokenizer import train_tokenizer
+from training.tokenizer import END_OF_TEXT, PADDING, train_tokenizer
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -33,8 +40,8 @@ def tokenizer():
     return train_tokenizer(iter(TEXTS), 300, 64)
 
 
-def load(dataset, seed=0, **options):
-    return load_text(TextDataArguments(dataset=str(dataset), **options), seed)
+def load(dataset, **options):
+    return load_text(TextDataArguments(dataset=str(dataset), **options))
 
 
 def blocks_of(data, tokenizer, column="text", block_size=16):
@@ -95,6 +102,29 @@ def test_tokens_per_byte(tokenizer):
     tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
     blocks = PackedBlocks(Dataset.from_dict({"text": texts}), "text", tokenizer, 2, 300)
     assert blocks.tokens_per_byte() == tokens / (len("größe 🙂".encode()) + 3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_special_tokens_that_are_written_out_are_text(tmp_path, tokenizer, streaming):
+    texts = [f"a{END_OF_TEXT}b", END_OF_TEXT, f"{PADDING} c {END_OF_TEXT}{END_OF_TEXT}"]
+    write_jsonl(tmp_path / "text.jsonl", texts)
+    train, held_out = load(tmp_path / "text.jsonl", eval_dataset=str(tmp_path / "text.jsonl"), streaming=streaming)
+    for data in (train, held_out):
+        blocks = PackedBlocks(data, "text", tokenizer, 2, 300)
+        tokens = list(blocks.tokens_of_documents())
+        assert [tokenizer.decode(ids[:-1]) for ids in tokens] == texts
+        assert [ids.count(tokenizer.eos_token_id) for ids in tokens] == [1, 1, 1] and 1 not in itertools.chain(*tokens)
+        flat = list(itertools.chain(*tokens))
+        assert list(itertools.chain(*(block["input_ids"] for block in blocks))) == flat[: len(flat) // 2 * 2]
+
+
+def test_bytes_are_those_of_the_text_whatever_the_tokenizer_loses():
+    words = Tokenizer(models.WordLevel({"?": 0, "deep": 1, "</s>": 2}, unk_token="?"))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="?")
+    texts = ["Deep   Größe unknown", "DEEP"]
+    blocks = PackedBlocks(Dataset.from_dict({"text": texts}), "text", tokenizer, 2, 3)
+    assert blocks.tokens_per_byte() == (4 + 2) / (len(texts[0].encode()) + 4)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +217,105 @@ def test_share_of_the_examples_is_held_out(tmp_path):
     assert len(held_out) == 40
     assert sorted([*train["text"], *held_out["text"]]) == sorted(texts)
     assert load(tmp_path / "text.jsonl", eval_fraction=0.1)[1]["text"][:] == held_out["text"][:]
-    assert load(tmp_path / "text.jsonl", eval_fraction=0.1, seed=1)[1]["text"][:] != held_out["text"][:]
+    assert load(tmp_path / "text.jsonl", eval_fraction=0.1, split_seed=1)[1]["text"][:] != held_out["text"][:]
     assert load(tmp_path / "text.jsonl", eval_fraction=0.1, max_eval_documents=3)[1]["text"][:] == held_out["text"][:3]
+
+
+WORDS = ("train", "freight_train", "test-3", "val 2", "dev", "2.eval", "__valid__", "training")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_are_files_whatever_words_are_in_their_names(tmp_path, suffix, streaming):
+    texts = dict(zip(WORDS, TEXTS))
+    root = tmp_path / "my test [1]" / "train*"
+    for number, word in enumerate(WORDS):
+        folder = root / ("some_train", "dev.2", "")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        if suffix == ".txt":
+            (folder / f"{word}.txt").write_text(texts[word])
+        else:
+            write_as(folder / f"{word}{suffix}", [texts[word]])
+    train, _ = load(root, eval_dataset=str(root), streaming=streaming)
+    assert sorted(row["text"] for row in train) == sorted(texts.values())
+    one = root / "some_train" / f"train{suffix}"
+    assert load(one, eval_dataset=str(one))[1]["text"][:] == [texts["train"]]
+
+
+def test_folders_that_are_called_as_splits_are_splits(tmp_path):
+    for folder, text in (("train", "a"), ("train/deep", "b"), ("Val", "c"), ("test", "d")):
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / folder / "test.txt").write_text(text)
+    data = tmp_path / "data"
+    for streaming in (False, True):
+        train, held_out = load(data, eval_split="validation", streaming=streaming)
+        assert [[row["text"] for row in part] for part in (train, held_out)] == [["b", "a"], ["c"]]
+    assert load(data, train_split="train+test", eval_split="validation")[0]["text"][:] == ["b", "a", "d"]
+    with pytest.raises(UserError, match='Unknown split "val". Should be one of .*validation'):
+        load(data, eval_split="val")
+    with pytest.raises(UserError, match="has the splits .*: name the folder of one of them"):
+        load(data / "test" / "test.txt", eval_dataset=str(data))
+    # With any other folder or file next to them, they are not.
+    (data / "notes").mkdir()
+    (data / "notes" / "e.txt").write_text("e")
+    assert sorted(load(data, eval_dataset=str(data))[0]["text"]) == ["a", "b", "c", "d", "e"]
+
+
+def test_hidden_files_are_left_out_and_links_to_folders_followed(tmp_path):
+    (tmp_path / "data" / ".checkpoints").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("data/a.TXT", "data/._a.txt", "data/.checkpoints/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere")
+    assert load(tmp_path / "data", eval_dataset=str(tmp_path / "data"))[0]["text"][:] == [
+        "data/a.TXT",
+        "elsewhere/b.txt",
+    ]
+    (tmp_path / "data" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="gone.txt' cannot be read: No such file"):
+        load(tmp_path / "data", eval_dataset=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("split", ["test", "test[:3]", "train+test"])
+def test_split_of_the_hub_is_loaded_alone(monkeypatch, split):
+    asked = []
+    rows = {"text": TEXTS[:5], "other": [1] * 5}
+
+    def load_dataset(*args, split, streaming, **kwargs):
+        asked.append((split, streaming))
+        return Dataset.from_dict(rows).to_iterable_dataset() if streaming else Dataset.from_dict(rows)
+
+    monkeypatch.setattr(training.data, "load_dataset", load_dataset)
+    arguments = TextDataArguments("user/corpus", eval_split=split, max_eval_documents=4)
+    train, held_out = load_text(arguments, held_out_only=True)
+    # (A stream is of whole splits.)
+    assert train is None and asked == [(split, "[" not in split)]
+    assert held_out["text"][:] == TEXTS[:4]
+
+
+def test_split_has_a_seed_of_its_own(room, capsys):
+    (room / TEXT_RUN).write_text((room / TEXT_RUN).read_text().replace("  eval_dataset: held_out.jsonl\n", ""))
+    options = (TEXT_RUN, "--output_dir=run", "--eval_fraction=0.2")
+    call(causal_lm.main, *options, "--max_steps=2")
+    record = (room / "run" / "run.yaml").read_text()
+    assert "  split_seed: 42\n" in record
+    # It is another run with another one, but not with another seed.
+    line = refusal(capsys, causal_lm.main, *options, "--resume_from_checkpoint", "--split_seed=1")
+    assert "other `data` fields" in line
+    call(causal_lm.main, *options, "--resume_from_checkpoint", "--max_steps=3", "--seed=7")
+    # A run from before there was one had its own seed for it.
+    old = record.replace("  split_seed: 42\n", "").replace("  seed: 1\n", "  seed: 5\n")
+    (room / "run" / "run.yaml").write_text(old)
+    assert "other `data` fields" in refusal(capsys, causal_lm.main, *options, "--resume_from_checkpoint")
+    call(causal_lm.main, *options, "--resume_from_checkpoint", "--max_steps=4", "--split_seed=5")
+
+
+def test_seed_of_the_split_is_recorded_where_it_decides(room):
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=1")
+    assert "split_seed" not in (room / "run" / "run.yaml").read_text()
+    with pytest.raises(UserError, match="`split_seed` is -1; it must lie between 0 and 4294967295"):
+        load("text.jsonl", split_seed=-1)
 
 
 def test_splits_of_a_local_file(tmp_path):
@@ -231,13 +358,13 @@ def test_standard_library_is_split_by_file(library):
 
 
 def test_standard_library_is_split_the_same_way_always(library):
-    train, held_out = load("stdlib", seed=0)
-    assert load("stdlib", seed=1)[1].to_list() == held_out.to_list()
+    train, held_out = load("stdlib", split_seed=0)
+    assert load("stdlib", split_seed=1)[1].to_list() == held_out.to_list()
     # Not by the place of a file among the others, which is another in each release of Python.
     for path in ("package/module_0.py", "latin.py", "package/module_31.py"):
         (library / path).unlink()
     (library / "aaa.py").write_text("NEW = True\n")
-    train_after, held_out_after = load("stdlib", seed=2)
+    train_after, held_out_after = load("stdlib", split_seed=2)
     assert not set(train["path"]) & set(held_out_after["path"])
     assert not set(held_out["path"]) & set(train_after["path"])
     # A larger share holds out the same files, and more.
@@ -320,6 +447,82 @@ def test_stream_cannot_be_split(room, capsys):
     (room / TEXT_RUN).write_text((room / TEXT_RUN).read_text().replace("  eval_dataset: held_out.jsonl\n", ""))
     line = refusal(capsys, causal_lm.main, TEXT_RUN, "--streaming")
     assert "`streaming`" in line and "`eval_split`" in line and "`eval_dataset`" in line
+
+
+# What is kept on disk
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """What a tokenizer makes of a text, packed for a test of its own, and whether it was packed anew."""
+    write_jsonl(tmp_path / "text.jsonl", TEXTS[:40])
+    data = load(tmp_path / "text.jsonl", eval_dataset=str(tmp_path / "text.jsonl"))[0]
+
+    def pack(tokenizer, block_size=16, kind=PackedBlocks):
+        blocks = kind(data, "text", tokenizer, block_size, 300)
+        before = set(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
+        ids = blocks.materialize()["input_ids"][:]
+        return ids, set(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) != before
+
+    return pack
+
+
+def test_packed_text_is_taken_from_the_disk_where_nothing_changed(packed, tokenizer, tmp_path):
+    ids, _ = packed(tokenizer)
+    assert packed(tokenizer) == (ids, False)
+    tokenizer("a call of it", truncation=True, max_length=2, split_special_tokens=False)
+    assert packed(tokenizer) == (ids, False)
+    # So it is in another process.
+    script = (
+        "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
+        "from tests.training.test_data import *; t = train_tokenizer(iter(TEXTS), 300, 64)\n"
+        "data = load(sys.argv[2], eval_dataset=sys.argv[2])[0]\n"
+        "print(PackedBlocks(data, 'text', t, 16, 300).materialize().cache_files[0]['filename'])"
+    )
+    line = [sys.executable, "-c", script, str(datasets.config.HF_DATASETS_CACHE), str(tmp_path / "text.jsonl")]
+    before = set(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
+    completed = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert Path(completed.stdout.split()[-1]) in before
+
+
+def test_packed_text_is_made_anew_when_the_code_changed(packed, tokenizer, monkeypatch):
+    ids, _ = packed(tokenizer)
+    encode = PackedBlocks.encode
+
+    def reversed_encode(self, documents):
+        for tokens in encode(self, documents):
+            yield tokens[::-1]
+
+    monkeypatch.setattr(PackedBlocks, "encode", reversed_encode)
+    changed, anew = packed(tokenizer)
+    assert anew and changed != ids
+    monkeypatch.undo()
+    monkeypatch.setattr(training.text, "plain_tokens", lambda tokenizer, texts: [[7] * len(text) for text in texts])
+    changed, anew = packed(tokenizer)
+    assert anew and set(itertools.chain(*changed)) == {7, tokenizer.eos_token_id}
+    monkeypatch.undo()
+    assert packed(tokenizer) == (ids, False)
+
+
+def test_packed_text_is_made_anew_when_the_tokenizer_or_an_option_changed(packed, tokenizer, tmp_path):
+    ids, _ = packed(tokenizer)
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    same = packed(AutoTokenizer.from_pretrained(folder))[0]
+    assert same == ids
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert packed(AutoTokenizer.from_pretrained(folder))[1]
+    assert packed(tokenizer, block_size=8)[1]
+
+
+def test_documents_are_read_anew_when_the_code_changed(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "text.jsonl", TEXTS[:9])
+    assert load(tmp_path / "text.jsonl", eval_dataset=str(tmp_path / "text.jsonl"))[0]["text"][:] == TEXTS[:9]
+    monkeypatch.setattr(training.files, "_parsed", lambda text, position: {"text": "changed"})
+    changed = load(tmp_path / "text.jsonl", eval_dataset=str(tmp_path / "text.jsonl"))[0]["text"][:]
+    assert changed == ["changed"] * 9
 
 
 def test_data_is_read_again_after_it_changed(room, tokenizer):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -86,7 +87,7 @@ def test_run_is_evaluated_to_its_own_figures(in_room, kind, run, arguments):
     found, own = figures(run, *arguments), json.loads((in_room / run / "all_results.json").read_text())
     assert [found[key] for key in FIGURES[kind]] == [own[key] for key in FIGURES[kind]]
     assert found["model"] == ("DCAForCausalLM" if kind == "text" else "DCAForImageClassification")
-    assert found["batch_size"] == 4 and found["seed"] == (1 if kind == "text" else 3)
+    assert found["batch_size"] == 4
 
 
 def test_checkpoint_of_a_run_is_evaluated_on_the_data_of_the_run(in_room):
@@ -108,7 +109,7 @@ def test_run_in_half_precision_is_evaluated_as_it_was_trained(room):
 
 def held_out_blocks(folder, length):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _, documents = load_text(TextDataArguments(dataset="text.jsonl", eval_dataset="held_out.jsonl"), 0)
+    _, documents = load_text(TextDataArguments(dataset="text.jsonl", eval_dataset="held_out.jsonl"))
     blocks = PackedBlocks(documents, "text", tokenizer, length, 300)
     return torch.tensor([block["input_ids"] for block in blocks]), blocks.tokens_per_byte()
 
@@ -143,7 +144,7 @@ def test_all_of_a_file_is_evaluated_on(in_room):
     write_jsonl(in_room / "other.jsonl", ["deep cross attention " * 40])
     found = figures("run", "--eval_dataset=other.jsonl")
     blocks = PackedBlocks(
-        *(load_text(TextDataArguments(dataset="other.jsonl", eval_dataset="other.jsonl"), 0)[1:]),
+        *(load_text(TextDataArguments(dataset="other.jsonl", eval_dataset="other.jsonl"))[1:]),
         *("text", AutoTokenizer.from_pretrained("run"), 16, 300),
     )
     assert found["examples"] == len(list(blocks)) and found["data"]["block_size"] == 16
@@ -153,8 +154,9 @@ def test_all_of_a_file_is_evaluated_on(in_room):
 def test_other_data_is_held_out_of_by_its_own_fields(in_room):
     found = figures("run", "--dataset=text.jsonl", "--eval_fraction=0.5")
     assert found["data"]["eval_dataset"] is None and found["data"]["eval_fraction"] == 0.5
-    other = figures("run", "--dataset=text.jsonl", "--eval_fraction=0.5", "--seed=2")
-    assert found["seed"] == 1 and other["seed"] == 2 and found["eval_loss"] != other["eval_loss"]
+    other = figures("run", "--dataset=text.jsonl", "--eval_fraction=0.5", "--split_seed=2")
+    assert [each["data"]["split_seed"] for each in (found, other)] == [42, 2]
+    assert found["eval_loss"] != other["eval_loss"]
 
 
 def test_figures_are_not_overwritten_unasked(in_room, capsys):
@@ -221,17 +223,48 @@ def test_classes_that_are_not_those_of_the_model(in_room, capsys):
     assert "3 classes" in line and "'vit' tells 2 apart" in line
 
 
-def test_classes_of_another_order(in_room, capsys):
+@torch.no_grad()
+def test_classes_go_by_their_names_where_the_model_knows_them(in_room, capsys):
     folder = copy_without(in_room, "vit")
     change(folder, "config.json", id2label={0: "odd", 1: "even"}, label2id={"odd": 0, "even": 1})
-    line = failure(capsys, evaluate.main, "copy", "--eval_dataset=images")
-    assert "another order than those of 'copy'" in line
+    values = torch.tensor([np.asarray(image(value)).tolist() for value in range(60)]).view(60, 1, 8, 8) / 127.5 - 1
+    logits, labels = ViTForImageClassification.from_pretrained("vit").eval()(values).logits, torch.arange(60) % 2
+    # So do those of a part of the classes.
+    shutil.copytree(in_room / "images" / "odd", in_room / "half" / "odd")
+    for data, part in (("images", labels >= 0), ("half", labels == 1)):
+        for name, classes in (("vit", labels), ("copy", 1 - labels)):
+            expected = cross_entropy(logits[part], classes[part]).item()
+            assert figures(name, f"--eval_dataset={data}")["eval_loss"] == pytest.approx(expected, rel=1e-5)
     # Of other names, one cannot know.
     change(folder, "config.json", id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
-    assert (
-        figures("copy", "--eval_dataset=images")["eval_loss"] == figures("vit", "--eval_dataset=images")["eval_loss"]
-    )
+    capsys.readouterr()
+    straight = figures("vit", "--eval_dataset=images")["eval_loss"]
+    assert figures("copy", "--eval_dataset=images")["eval_loss"] == straight
     assert "they go by number" in capsys.readouterr().out
+
+
+def test_split_that_is_evaluated_on_is_loaded_alone(in_room, monkeypatch):
+    for split, count in (("train", 4), ("test", 6)):
+        write_images(in_room / "splits" / split, count=count)
+        (in_room / "texts" / split).mkdir(parents=True)
+        write_jsonl(in_room / "texts" / split / "a.jsonl", ["deep cross attention " * 40])
+    # Nothing of the other split can be read.
+    for file in (in_room / "splits" / "train" / "odd").iterdir():
+        file.write_bytes(b"")
+    (in_room / "texts" / "train" / "a.jsonl").write_text("no json")
+    assert figures("vit", "--dataset=splits", "--eval_split=test")["examples"] == 6
+    assert figures("llama", "--dataset=texts", "--eval_split=test")["examples"] > 0
+
+
+def test_run_from_before_the_split_had_a_seed_is_evaluated_on_what_it_held_out(room):
+    (room / TEXT_RUN).write_text((room / TEXT_RUN).read_text().replace("  eval_dataset: held_out.jsonl\n", ""))
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--split_seed=5", "--max_steps=2", "--eval_fraction=0.3")
+    own = json.loads((room / "run" / "all_results.json").read_text())
+    record = (room / "run" / "run.yaml").read_text()
+    assert "split_seed: 5" in record and "  seed: 1" in record
+    (room / "run" / "run.yaml").write_text(record.replace("  split_seed: 5\n", "").replace("  seed: 1", "  seed: 5"))
+    found = figures("run")
+    assert found["data"]["split_seed"] == 5 and found["eval_loss"] == own["eval_loss"]
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import trainer_utils
 
 from tests.training.tiny import TEXT_RUN, call, refusal, snapshot, write_room
-from training import causal_lm
+from training import causal_lm, errors
+from training.arguments import DIVERGED
 from training.checkpoints import (
     MANIFEST,
     UNFINISHED,
@@ -30,6 +32,7 @@ from training.checkpoints import (
     checksum,
     damage,
     finish_checkpoint,
+    rotate_checkpoints,
     told_if_not_written,
 )
 from training.errors import UserError, command
@@ -712,6 +715,31 @@ def test_old_checkpoints_are_deleted_in_their_order(room):
     assert [path.name for path in checkpoints(room / "run")] == ["checkpoint-10", "checkpoint-12"]
 
 
+@pytest.mark.parametrize("limit", range(7))
+@pytest.mark.parametrize("best", [None, 2, 5])
+def test_as_many_checkpoints_are_kept_as_transformers_keeps(tmp_path, limit, best):
+    folders = [tmp_path / name for name in ("run", "expected")]
+    for number in range(1, 11):
+        for folder in folders:
+            (folder / f"checkpoint-{number}").mkdir(parents=True)
+        if best is None or number < best:
+            kept, best_folder = set(), None
+        else:
+            kept, best_folder = {f"checkpoint-{best}"}, str(folders[1] / f"checkpoint-{best}")
+        rotate_checkpoints(folders[0], limit, keep={f"checkpoint-{number}", *kept})
+        trainer_utils.rotate_checkpoints(str(folders[1]), limit, best_folder)
+        found, expected = ([path.name for path in checkpoints(folder)] for folder in folders)
+        assert found == expected, number
+        assert len(found) == (min(number, max(limit, len(kept | {found[-1]}))) if limit else number)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(4, 4), (5, 5), (8, 8), (None, 9)])
+def test_run_keeps_the_number_of_checkpoints_that_was_asked_for(room, limit, kept):
+    options = [] if limit is None else [f"--save_total_limit={limit}"]
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=9", "--save_steps=1", *options)
+    assert [step(checkpoint) for checkpoint in checkpoints(room / "run")] == list(range(10 - kept, 10))
+
+
 # Two processes
 
 
@@ -821,6 +849,43 @@ def test_both_processes_end_when_the_disk_of_one_is_full(room):
     assert "No space left on device" in error_of(first[1]) and "run/checkpoint-2 is whole" in error_of(first[1])
     assert "Another process of this run has ended" in error_of(second[1])
     assert not (room / "run" / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_both_processes_end_when_the_loss_of_one_is_not_finite(room, victim):
+    def arrange(rank):
+        compute_loss = RunTrainer.compute_loss
+
+        def spoiled(self, model, *args, **kwargs):
+            loss = compute_loss(self, model, *args, **kwargs)
+            return loss * torch.nan if rank == victim and model.training and self.state.global_step == 2 else loss
+
+        RunTrainer.compute_loss = spoiled
+        errors.PATIENCE = 0.1
+
+    ended = two_processes("--save_steps=4", arrange=arrange)
+    lines = [error_of(printed) for _, printed in ended]
+    assert [status for status, _ in ended] == [2, 2] and lines[0] == lines[1]
+    assert "The loss became NaN or infinite at step 3, with a learning rate of 0.01:" in lines[0]
+    found = json.loads((room / "run" / DIVERGED).read_text())
+    assert found == {"step": 3, "learning_rate": 0.01, "what": "loss"}
+    assert checkpoints(room / "run") == []
+
+
+@pytest.mark.parametrize(("processes", "lost"), [("1", False), ("2", True), (None, False)])
+def test_other_processes_are_named_only_where_there_are_some(monkeypatch, capsys, processes, lost):
+    if processes is None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+
+    @command
+    def main():
+        raise RuntimeError("[gloo/transport] Connection closed by peer")
+
+    with pytest.raises(SystemExit if lost else RuntimeError):
+        main()
+    assert ("Another process of this run" in capsys.readouterr().err) == lost
 
 
 def test_both_processes_end_when_a_checkpoint_is_damaged(room):

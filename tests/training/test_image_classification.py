@@ -53,7 +53,7 @@ def test_files_of_a_finished_run(finished):
 @torch.no_grad()
 def test_figures_follow_from_the_model_and_the_images(finished, monkeypatch):
     monkeypatch.chdir(finished)
-    _, held_out, _ = load_images(ImageDataArguments(dataset="images"), 1, seed=1)
+    _, held_out, _ = load_images(ImageDataArguments(dataset="images"), 1)
     model = DCAForImageClassification.from_pretrained(finished / "run").eval()
     # The processor scales 0 to 255 into -1 to 1.
     pixels = torch.stack([torch.tensor(each["image"].getdata()).reshape(1, 8, 8) / 127.5 - 1 for each in held_out])
@@ -173,7 +173,7 @@ def test_evaluation_is_not_augmented_and_loaded_processor_gives_its_pixels(recip
     monkeypatch.chdir(recipe)
     model = AutoModelForImageClassification.from_pretrained("run", trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained("run")
-    _, held_out, names = load_images(ImageDataArguments(dataset="images", eval_dataset="held_out"), 3, seed=1)
+    _, held_out, names = load_images(ImageDataArguments(dataset="images", eval_dataset="held_out"), 3)
     pixels = torch.cat(
         [processor(Image.open(file), return_tensors="pt")["pixel_values"] for file in files_of(held_out)]
     )

@@ -3,24 +3,27 @@
 import io
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
+import training.data
 from modeling_dca import DCAVisionConfig
 from tests.training.tiny import IMAGE_RUN, call, image, refusal, write_images
 from training import image_classification
 from training import images as images_module
 from training.augmentation import random_crop_box
 from training.benchmarks import images as benchmark
+from training.errors import UserError
 from training.image_classification import image_processor
 from training.images import (
     ImageDataArguments,
@@ -37,8 +40,8 @@ from training.images import (
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-def images(dataset, num_channels=1, seed=0, **options):
-    return load_images(ImageDataArguments(dataset=str(dataset), **options), num_channels, seed)
+def images(dataset, num_channels=1, **options):
+    return load_images(ImageDataArguments(dataset=str(dataset), **options), num_channels)
 
 
 def write_parquet(file, labels, pictures=None):
@@ -56,7 +59,7 @@ def test_digits():
     counts = torch.bincount(torch.tensor(train["label"])), torch.bincount(torch.tensor(held_out["label"]))
     # The same share of each class, but for the one image that cannot be cut.
     assert ((counts[1] - 0.2 * (counts[0] + counts[1])).abs() <= 1).all()
-    assert images("digits", seed=1)[1]["label"][:] == held_out["label"][:]
+    assert images("digits", split_seed=1)[1]["label"][:] == held_out["label"][:]
     pixels = [{each["image"].tobytes() for each in part} for part in (train, held_out)]
     assert len(pixels[0] | pixels[1]) == 1797 and not pixels[0] & pixels[1]
     example = train[0]["image"]
@@ -78,6 +81,104 @@ def test_image_folder_with_folders_for_the_splits(tmp_path):
     write_images(tmp_path / "images" / "test", count=4)
     train, held_out, names = images(tmp_path / "images", eval_split="test")
     assert (len(train), len(held_out), names) == (10, 4, ["even", "odd"])
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("bus", "car", "freight_train", "passenger_train"),
+        ("eval", "test", "train", "val"),  # with images in them, these are classes, too
+        ("0train", "dev-kit", "evaluation board", "test.a"),
+        ("__a__", "c[1]", "d*", "x?y"),
+    ],
+)
+def test_classes_are_folders_whatever_words_are_in_their_names(tmp_path, classes):
+    root = tmp_path / "some_test [2]" / "train"
+    write_images(root, count=48, classes=classes)
+    for number, file in enumerate(sorted(root.rglob("*.png"))):
+        file.rename(file.with_stem(("train_{}", "test-{}", "val {}", "{}.dev", "[{}]")[number % 5].format(file.stem)))
+    train, held_out, names = images(root, eval_fraction=0.25)
+    assert names == sorted(classes)
+    assert sorted(train["label"][:] + held_out["label"][:]) == sorted(list(range(4)) * 12)
+    for part in (train, held_out):
+        assert {Path(file["path"]).parent.name for file in files_of(part)} == set(classes)
+        assert all(
+            Path(file["path"]).parent.name == names[label] for file, label in zip(files_of(part), part["label"])
+        )
+
+
+def files_of(part):
+    return part.cast_column("image", ImageFeature(decode=False))["image"]
+
+
+def test_splits_are_all_folders_at_the_top_or_none(tmp_path):
+    for split, count in (("Training", 10), ("dev", 6), ("test", 4)):
+        write_images(tmp_path / "images" / split, count=count, classes=("test", "train"))
+    for split, count in (("validation", 6), ("test", 4)):
+        train, held_out, names = images(tmp_path / "images", eval_split=split)
+        assert (len(train), len(held_out), names) == (10, count, ["test", "train"])
+    with pytest.raises(UserError, match="has the splits .*: name the folder of one of them"):
+        images(tmp_path / "images" / "test", eval_dataset=str(tmp_path / "images"))
+    # With another folder next to them, there would be two folders of each class.
+    write_images(tmp_path / "images" / "more", count=4, classes=("test", "train"))
+    with pytest.raises(
+        UserError, match="Training/test' and in .*/dev/test' cannot be told apart as classes: .*train, "
+    ):
+        images(tmp_path / "images")
+
+
+def test_folders_that_cannot_be_told_apart_as_classes(tmp_path):
+    write_images(tmp_path / "images", count=10, classes=("cat", "dog"))
+    write_images(tmp_path / "images" / "cat", count=10, classes=("black", "white"))
+    with pytest.raises(UserError, match="images/cat' and in .*images/cat/black' cannot be told apart"):
+        images(tmp_path / "images")
+    image(1).save(tmp_path / "images" / "dog.png")
+    with pytest.raises(UserError, match="images' and in .*images/cat' cannot be told apart"):
+        images(tmp_path / "images")
+
+
+def test_classes_that_are_not_among_those_held_out_keep_their_numbers(tmp_path):
+    write_images(tmp_path / "images" / "train", count=12, classes=("a", "b", "c"))
+    for classes in (("b", "c"), ("c",)):
+        write_images(tmp_path / "-".join(classes), count=4, classes=classes)
+        train, held_out, names = images(tmp_path / "images", eval_dataset=str(tmp_path / "-".join(classes)))
+        assert len(train) == 12 and names == held_out.features["label"].names == ["a", "b", "c"]
+        assert {names[label] for label in held_out["label"]} == set(classes)
+    write_images(tmp_path / "images" / "val", count=4, classes=("c", "d"))
+    with pytest.raises(UserError, match="held out has the classes c, d, but those to train on are a, b, c"):
+        images(tmp_path / "images", eval_split="validation")
+
+
+@pytest.mark.parametrize("column", ["picture", "class"])
+def test_only_images_and_classes_are_read_of_parquet(tmp_path, column):
+    (tmp_path / "data").mkdir()
+    for number, other in enumerate(([1] * 10, ["x"] * 10)):
+        rows = {"picture": [image(value) for value in range(10)], "class": [0, 1] * 5, "other": other}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"train[{number}].parquet")
+    train, held_out, _ = images(tmp_path / "data", **COLUMNS)
+    assert len(train) + len(held_out) == 20
+    rows.pop(column)
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "z.parquet")
+    with pytest.raises(UserError, match=rf"z.parquet' has no column '{column}'; it has .*other"):
+        images(tmp_path / "data", **COLUMNS)
+
+
+def test_images_held_out_are_loaded_alone(tmp_path, monkeypatch):
+    asked = []
+    rows = [{"bytes": encoded(noise(number), "JPEG"), "path": f"{number}.jpg"} for number in range(4)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"]), "other": Value("string")})
+    data = Dataset.from_dict({"image": rows, "label": [0, 1] * 2, "other": ["x"] * 4}, features=features)
+
+    def load_dataset(*args, split, streaming, **kwargs):
+        asked.append((split, streaming))
+        return data.to_iterable_dataset()
+
+    monkeypatch.setattr(training.data, "load_dataset", load_dataset)
+    train, held_out, names = load_images(ImageDataArguments("user/images", eval_split="test"), 3, held_out_only=True)
+    assert train is None and asked == [("test", True)] and names == ["a", "b"]
+    assert held_out["label"][:] == [0, 1] * 2 and [file["bytes"] for file in files_of(held_out)] == [
+        row["bytes"] for row in rows
+    ]
 
 
 @pytest.mark.parametrize("num_labels", [None, 5])
@@ -281,6 +382,15 @@ def test_next_image_takes_the_place_of_one_that_cannot_be_read(kind, recipe):
         assert examples.files.read([7])[0] == ["8.jpg"]
 
 
+def test_what_is_drawn_does_not_depend_on_which_images_are_known_to_be_broken():
+    contents = [encoded(noise(number, (300, 200)), "JPEG", quality=95) for number in range(30)]
+    contents[7] = contents[7][: len(contents[7]) * 9 // 10]  # its size can be read, and a part of it be drawn
+    examples = examples_of(contents, **RECIPE)
+    first = examples.__getitems__([7])
+    assert examples.files.unreadable(torch.device("cpu")) == [7]
+    assert same(first, examples.__getitems__([7]))
+
+
 def test_images_that_worker_processes_could_not_read_are_known():
     contents = pictures(60)
     contents[3] = contents[41] = BROKEN["no image"]
@@ -413,18 +523,34 @@ def test_crops_are_what_the_processor_would_make_of_them():
         assert example["pixel_values"].is_contiguous()
 
 
-def test_batch_is_mixed_with_the_weight_of_its_first_example():
+def test_pairs_of_a_batch_are_mixed_with_the_weight_of_the_first():
     examples = examples_of(pictures(4), mixup_alpha=0.2)
     examples.set_epoch(3)
-    rows = examples.__getitems__([2, 0, 1])
-    batch, weight = collate(rows, 3), rows[0]["mixing_weight"]
-    assert 0.5 <= weight < 1
-    for row, before, values, labels in zip(rows, [rows[-1], *rows], batch["pixel_values"], batch["labels"]):
-        torch.testing.assert_close(values, weight * row["pixel_values"] + (1 - weight) * before["pixel_values"])
-        expected = torch.zeros(3)
-        expected[row["label"]] += weight
-        expected[before["label"]] += 1 - weight
-        torch.testing.assert_close(labels, expected)
+    rows = examples.__getitems__([2, 0, 1, 3])
+    batch = collate(rows, 3)
+    for number, (row, other) in enumerate(((0, 1), (1, 0), (2, 3), (3, 2))):
+        weight = rows[number // 2 * 2]["mixing_weight"]
+        assert 0.5 <= weight < 1
+        expected = weight * rows[row]["pixel_values"] + (1 - weight) * rows[other]["pixel_values"]
+        torch.testing.assert_close(batch["pixel_values"][number], expected)
+        labels = torch.zeros(3)
+        labels[rows[row]["label"]] += weight
+        labels[rows[other]["label"]] += 1 - weight
+        torch.testing.assert_close(batch["labels"][number], labels)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, {"mixup_alpha": 0.5}])
+def test_batches_are_the_same_for_any_number_of_processes(recipe):
+    contents = pictures(12)
+    order = [7, 2, 11, 4, 9, 0, 1, 8, 3, 10, 5, 6]
+    whole = collate(examples_of(contents, **recipe).__getitems__(order), 3)
+    for size in (2, 4, 6):
+        parts = [
+            collate(examples_of(contents, **recipe).__getitems__(order[first : first + size]), 3)
+            for first in range(0, 12, size)
+        ]
+        for name, values in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), values), (size, name)
 
 
 @pytest.mark.parametrize(("size", "eval_resize"), [(224, 256), (8, 10), ([8, 16], 20)])
@@ -490,6 +616,7 @@ WRONG_IMAGES = [
     (write_broken, "images", [], ["2 of ", "of 'images'", "odd/", ".png", "cannot be read", "mend or remove"]),
     (lambda path: write_images(path), "images", ["--eval_resize=7"], ["`eval_resize` is 7", "at least `image_size`, 8"]),
     (lambda path: write_images(path), "images", ["--mixup_alpha=-1"], ["`mixup_alpha` is -1.0", "at least 0"]),
+    (lambda path: write_images(path), "images", ["--mixup_alpha=0.2", "--per_device_train_batch_size=3"], ["`mixup_alpha` is 0.2", "`per_device_train_batch_size` is 3", "even"]),
     (lambda path: write_images(path), "images", ["--rand_augment_operations=-1"], ["`rand_augment_operations` is -1", "at least 0"]),
     (lambda path: write_images(path), "images", ["--rand_augment_magnitude=11"], ["`rand_augment_magnitude` is 11.0", "between 0 and 10"]),
     (lambda path: write_images(path, channels=4), "images", ["--num_channels=4", "--rand_augment_operations=2"], ["`rand_augment_operations` is 2", "`num_channels` is 4"]),

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,6 +297,15 @@ def test_page_says_what_was_measured(tmp_path, monkeypatch, capsys, bounds):
     call(low_rank.main, "--seeds", 0, 1, "--output_dir", folder)  # its own results are replaced, by the same
     again = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert again["start"] == results["start"] and again["gains"] == results["gains"]
+
+
+def test_command_writes_into_no_tracked_folder_unless_it_is_told_to(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(low_rank, "check_output", lambda folder: written.append(folder) or sys.exit())
+    with pytest.raises(SystemExit):
+        call(low_rank.main)
+    assert written == [Path("runs/low_rank")]
 
 
 def test_command_refuses_what_it_cannot_do(tmp_path, capsys):

@@ -3,21 +3,27 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 import training.publish
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification, DCAVisionConfig
 from tests.training.hub_server import Commit, HubServer, Repository, User
+from tests.training.tiny import TEXT_RUN, call, failure, refusal, write_room
+from training import causal_lm
 from training.errors import UserError, command, hub_error
 
 
@@ -468,6 +474,32 @@ def test_checkpoint_without_modelling_code_is_refused(main, run_copy):
     assert "cannot be read" in main(run_copy, "writer/x")
 
 
+def test_run_that_diverged_is_refused(main, run_copy):
+    (run_copy / "diverged.json").write_text("{}")
+    assert "became NaN or infinite" in main(run_copy, "writer/x")
+
+
+def test_altered_model_is_refused(main, run_copy):
+    record = {"model": {}, "data": {"dataset": "stdlib"}, "training": {"alteration": "decay_b_to_0"}}
+    (run_copy / "run.yaml").write_text(yaml.safe_dump(record))
+    assert "altered for a study ('decay_b_to_0')" in main(run_copy, "writer/x")
+
+
+def test_card_of_other_figures_is_refused(main, run_copy):
+    (run_copy / "all_results.json").write_text('{"eval_loss": 2.25}')
+    metrics = [{"type": "loss", "value": 3.5}]
+    index = [{"name": "x", "results": [{"task": {"type": "text-generation"}, "dataset": {}, "metrics": metrics}]}]
+    (run_copy / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': index})}---\n# A model\n")
+    line = main(run_copy, "writer/x")
+    assert "a loss of 3.5" in line and "all_results.json 2.25" in line
+
+
+def test_any_token_is_kept_back(main, run_copy):
+    (run_copy / "notes.txt").write_text(f"login with {READ_TOKEN}")
+    line = main(run_copy, "writer/x")
+    assert "notes.txt holds an access token" in line and READ_TOKEN not in line
+
+
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "user/na me", "user/-x"])
 def test_name_that_no_model_can_have_is_refused(main, text_run, repo_id):
     assert repr(repo_id) in main(text_run, repo_id)
@@ -529,6 +561,277 @@ def test_command_lets_faults_of_the_code_pass():
 
     with pytest.raises(TypeError, match="a fault"):
         main()
+
+
+@pytest.fixture
+def here(hub, monkeypatch):
+    """The hub, to which this process talks, too, and someone who may write."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+def refused(capsys, *arguments):
+    """The sentence with which the command ends in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        call(training.publish.main, *arguments)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_branch_is_published_and_main_stays(here, run_copy, capsys):
+    with open(run_copy / "README.md", "a") as card:
+        card.write(
+            'model = X.from_pretrained("runs/text", trust_remote_code=True)\ny = Y.from_pretrained("runs/text")\n'
+        )
+    call(training.publish.main, run_copy, "writer/branches")
+    repository = here.repositories["writer/branches"]
+    before = list(repository.commits)
+    (run_copy / "all_results.json").write_text('{"perplexity": 9}')
+    for revision in ("experiment", "experiments/2"):  # which are both made
+        capsys.readouterr()
+        call(training.publish.main, run_copy, "writer/branches", f"--revision={revision}")
+        url, line = capsys.readouterr().out.splitlines()
+        assert url == f"{here.url}/writer/branches/tree/{revision}"
+        assert f'from_pretrained("writer/branches", revision="{revision}", trust_remote_code=True)' in line
+    (run_copy / "all_results.json").write_text('{"perplexity": 8}')
+    call(training.publish.main, run_copy, "writer/branches", "--revision=experiment")
+    assert repository.commits == before
+    messages = [commit.message for commit in repository.branches["experiment"]]
+    assert messages == [*(commit.message for commit in before), "Publish text", "Publish text"]
+    files = repository.branches["experiment"][-1].files
+    assert (
+        files["all_results.json"]
+        == b'{"perplexity": 8}'
+        != repository.branches["experiments/2"][-1].files["all_results.json"]
+    )
+    card = files["README.md"].decode()
+    assert 'X.from_pretrained("writer/branches", revision="experiment", trust_remote_code=True)' in card
+    assert 'Y.from_pretrained("writer/branches", revision="experiment")' in card
+    assert "revision" not in before[-1].files["README.md"].decode()
+
+
+def test_main_can_be_named(here, run_copy):
+    call(training.publish.main, run_copy, "writer/main", "--revision=main")
+    assert "model.safetensors" in here.repositories["writer/main"].commits[-1].files
+    assert here.repositories["writer/main"].branches == {}
+
+
+@pytest.mark.parametrize(("revision", "word"), [("v1", "no branch"), ("0" * 40, "no branch"), ("a b", "status 400")])
+def test_revision_that_is_no_branch_is_refused(here, run_copy, capsys, revision, word):
+    first = Commit("0" * 40, "initial commit", {})
+    here.repositories["writer/tagged"] = Repository(False, [first], tags={"v1": first})
+    line = refused(capsys, run_copy, "writer/tagged", f"--revision={revision}")
+    assert word in line and (revision in line)
+    assert here.repositories["writer/tagged"] == Repository(False, [first], tags={"v1": first})
+
+
+def test_what_another_model_left_is_not_taken_for_a_part_of_the_new_one(here, run_copy):
+    call(training.publish.main, run_copy, "writer/mixed")
+    commits = here.repositories["writer/mixed"].commits
+    theirs = {"LICENSE": b"mine", "onnx/model.onnx": b"mine", "notes.txt": b"mine", "old.gguf": b"mine"}
+    outdated = {
+        "adapter_config.json": b"{}",
+        "chat_template.jinja": b"old",
+        "vocab.txt": b"old",
+        "eval_results.json": b"{}",
+        "runs/old/events.out.tfevents.1": b"old",
+    }
+    commits.append(Commit("2" * 40, "by hand", {**commits[-1].files, **theirs, **outdated}))
+    (run_copy / "all_results.json").write_text('{"perplexity": 9}')
+    call(training.publish.main, run_copy, "writer/mixed")
+    assert theirs.items() <= commits[-1].files.items()
+    assert not outdated.keys() & commits[-1].files.keys()
+    assert ".gitattributes" in commits[-1].files
+
+
+def test_model_that_is_not_of_this_project_is_not_replaced(here, run_copy, capsys):
+    llama = Commit("0" * 40, "Llama", {"config.json": b"{}", "model.safetensors": b"theirs", "README.md": b"Theirs"})
+    here.repositories["writer/llama"] = Repository(False, [llama])
+    line = refused(capsys, run_copy, "writer/llama")
+    assert "holds a model that was not published by this command" in line and "another revision" in line
+    # A branch is another place; what it began with is not lost.
+    call(training.publish.main, run_copy, "writer/llama", "--revision=dca")
+    assert here.repositories["writer/llama"].commits == [llama]
+    assert "configuration_dca.py" in here.repositories["writer/llama"].branches["dca"][-1].files
+
+
+def test_files_of_which_nothing_is_known_stay_here(here, run_copy):
+    for name in ("nohup.out", "slurm-1.log", "emissions.csv", "x.pt", "wandb/run.wandb"):
+        (run_copy / name).parent.mkdir(exist_ok=True)
+        (run_copy / name).write_text("who knows")
+    call(training.publish.main, run_copy, "writer/known")
+    assert b"who knows" not in here.repositories["writer/known"].commits[-1].files.values()
+
+
+def test_local_path_in_an_unexpected_file_is_refused(here, run_copy, capsys):
+    (run_copy / "tokenizer_config.json").write_text(json.dumps({"vocab_file": f"{run_copy}/vocab.txt"}))
+    line = refused(capsys, run_copy, "writer/path")
+    assert "tokenizer_config.json holds a path below" in line and state(here, "writer/path") == []
+
+
+def test_nothing_that_is_published_tells_of_the_machine(here, tmp_path, monkeypatch):
+    room = tmp_path / "telling-folder"
+    room.mkdir()
+    write_room(room)
+    monkeypatch.chdir(room)
+    monkeypatch.setattr(socket, "gethostname", lambda: "telling-host.example.org")
+    monkeypatch.setenv("HOME", str(room))
+    data = ("--dataset=telling-data/text.jsonl", f"--eval_dataset={room}/held_out.jsonl", "--report_to=tensorboard")
+    best = ("--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=2", "--metric_for_best_model=loss")
+    (room / "telling-data").mkdir()
+    (room / "text.jsonl").rename(room / "telling-data" / "text.jsonl")
+    call(causal_lm.main, TEXT_RUN, f"--output_dir={room}/telling-runs/first", "--max_steps=4", *data, *best)
+    first = ("--initial_checkpoint=telling-runs/first", "--tokenizer=telling-runs/first")
+    call(causal_lm.main, TEXT_RUN, "--output_dir=telling-runs/second", "--max_steps=4", *first, *data, *best)
+    monkeypatch.chdir(tmp_path)  # where nothing of it is found by the names that the run has
+    for name in ("first", "second"):
+        before = snapshot(room)
+        call(training.publish.main, room / "telling-runs" / name, f"writer/{name}-model")
+        assert snapshot(room) == before
+        files = here.repositories[f"writer/{name}-model"].commits[-1].files
+        for path, content in files.items():
+            assert "telling" not in path and b"telling" not in content, path
+            assert str(tmp_path).encode() not in content, path
+        assert files["README.md"].decode().count(f"{name}-model") == 4  # title, index, and twice in the code
+        record = yaml.safe_load(files["run.yaml"])
+        assert record["data"]["dataset"] == "text.jsonl" and record["training"]["learning_rate"] == 0.01
+        assert json.loads(files["trainer_state.json"])["best_model_checkpoint"].startswith("checkpoint-")
+        logs = [path for path in files if "tfevents" in path]
+        assert len(logs) == 2
+        losses = []
+        for path in logs:
+            log = tmp_path / "logs" / name / path
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(files[path])
+            read = EventAccumulator(str(log)).Reload()
+            assert read.Tags()["tensors"] == []
+            losses += [
+                value.step for tag in read.Tags()["scalars"] if tag == "train/loss" for value in read.Scalars(tag)
+            ]
+        assert losses == [1, 2, 3, 4]
+
+
+def runs_in(folder, monkeypatch):
+    write_room(folder)
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "words"),
+    [
+        (["--hub_model_id=writer/public", "--hub_private_repo=true"], TOKEN, ["writer/public exists and is public"]),
+        (
+            ["--hub_model_id=writer/private", "--hub_private_repo=false"],
+            TOKEN,
+            ["writer/private exists and is private"],
+        ),
+        (["--hub_model_id=somebody/model"], TOKEN, ["write access", "status 403"]),
+        (["--hub_model_id=somebody/new"], TOKEN, ["write access", "somebody"]),
+        (["--hub_model_id=writer/public"], READ_TOKEN, ["write access", "status 403"]),
+        (["--hub_model_id=writer/public"], WRONG_TOKEN, ["does not accept", "status 401"]),
+        (["--hub_model_id=writer/public"], ODD_TOKEN, ["characters"]),
+        (["--hub_model_id=writer/public"], "", ["no access token"]),
+        (["--hub_model_id=writer/public", "--hub_revision=v1"], TOKEN, ["'v1'", "is no branch"]),
+        (["--hub_model_id=writer/public", "--hub_revision=refs/pr/1"], TOKEN, ["'refs/pr/1'", "is no branch"]),
+        (["--hub_model_id=writer/public", "--hub_revision=a b"], TOKEN, ["status 400"]),
+        (["--hub_model_id=writer/theirs"], TOKEN, ["not published by this command"]),
+        (["--hub_model_id=a/b/c"], TOKEN, ["'a/b/c'"]),
+        (["--hub_model_id=https://huggingface.co/writer/x"], TOKEN, ["'https://huggingface.co/writer/x'"]),
+        (["--output_dir=my run"], TOKEN, ["'my run'"]),
+    ],
+)
+def test_run_that_could_not_be_published_is_not_started(here, tmp_path, monkeypatch, capsys, options, token, words):
+    first = Commit("0" * 40, "initial commit", {})
+    theirs = Commit("0" * 40, "Llama", {"config.json": b"{}"})
+    before = {
+        "writer/public": Repository(False, [first], tags={"v1": first}),
+        "writer/private": Repository(True, [first]),
+        "writer/theirs": Repository(False, [theirs]),
+        "somebody/model": here.repositories["somebody/model"],
+    }
+    monkeypatch.setattr(here, "repositories", dict(before))
+    runs_in(tmp_path, monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", token)
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, "--output_dir=run", "--push_to_hub", *options)
+    assert not [word for word in words if word not in line], line
+    assert not [secret for secret in SECRETS if secret in line]
+    assert here.repositories == before
+
+
+def test_run_is_published_on_its_branch(here, tmp_path, monkeypatch, capsys):
+    runs_in(tmp_path, monkeypatch)
+    push = (
+        "--max_steps=1",
+        "--push_to_hub",
+        "--hub_revision=experiment",
+        "--hub_private_repo=true",
+        "--hub_always_push",
+    )
+    call(causal_lm.main, TEXT_RUN, "--output_dir=tiny-run", *push)  # its name, among the writer's
+    repository = here.repositories["writer/tiny-run"]
+    assert repository.private and len(repository.commits) == 1
+    assert len(repository.branches["experiment"]) == 2
+    assert "model.safetensors" in repository.branches["experiment"][-1].files
+    assert f"{here.url}/writer/tiny-run/tree/experiment" in capsys.readouterr().out
+    record = yaml.safe_load((tmp_path / "tiny-run" / "run.yaml").read_text())["training"]
+    assert record["hub_revision"] == "experiment" and "hub_model_id" not in record
+
+
+def test_push_that_fails_after_the_training_says_how_to_publish_the_run(here, tmp_path, monkeypatch, capsys):
+    runs_in(tmp_path, monkeypatch)
+    options = ("--push_to_hub", "--hub_model_id=writer/late", "--hub_revision=b", "--max_steps=1")
+    with here.failing("POST .*/commit/", status=403):
+        line = failure(capsys, causal_lm.main, TEXT_RUN, "--output_dir=run", *options)
+    assert "The run in run is complete" in line and "status 403" in line
+    assert "`python -m training.publish run writer/late --revision b`" in line
+    call(training.publish.main, "run", "writer/late", "--revision", "b")
+    assert "model.safetensors" in here.repositories["writer/late"].branches["b"][-1].files
+
+
+def test_run_that_is_resumed_and_not_finished_is_not_published(here, tmp_path, monkeypatch, capsys):
+    runs_in(tmp_path, monkeypatch)
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(causal_lm.run_models.__globals__["RunTrainer"], "evaluate", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # with new weights in the folder already
+            call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=3", "--resume_from_checkpoint")
+    assert "has no README.md: only the folder of a finished run" in refused(capsys, "run", "writer/unfinished")
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=3", "--resume_from_checkpoint")
+    call(training.publish.main, "run", "writer/finished")
+    assert b"trained for 3 steps" in here.repositories["writer/finished"].commits[-1].files["README.md"]
+
+
+def test_log_that_was_cut_off_is_published_as_far_as_it_goes(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_text("args", "a secret")
+        for step in range(3):
+            writer.add_scalar("loss", 1.5, step)
+    (log,) = tmp_path.iterdir()
+    whole = training.publish.published_log(log)
+    assert b"secret" in log.read_bytes() and b"secret" not in whole
+    log.write_bytes(log.read_bytes()[:-5])
+    cut = training.publish.published_log(log)
+    assert whole.startswith(cut) and 0 < len(cut) < len(whole)
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        *[(path, "x.jsonl") for path in ("/home/me/x.jsonl", "~/x.jsonl", "../x.jsonl", "a/b/x.jsonl")],
+        *[("data/x.jsonl", "x.jsonl"), ("data/*.txt", "*.txt"), ("there/corpus", "corpus")],
+        *[(name, name) for name in ("user/corpus", "stdlib", "x.jsonl", "https://host/x.jsonl", 3, None, True)],
+    ],
+)
+def test_what_is_a_local_path(tmp_path, value, name):
+    (tmp_path / "there" / "corpus").mkdir(parents=True)
+    assert training.publish.public_name({"field": [value]}, tmp_path / "runs" / "text") == {"field": [name]}
 
 
 def test_tokens_are_sent_in_the_authorization_header_of_the_api_alone(hub, pushed):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -29,7 +31,7 @@ from transformers import (
 from modeling_dca import DCAForCausalLM, DCAForImageClassification
 from tests.training.hub_server import Commit, HubServer, Repository, User
 from tests.training.tiny import call, documents, failure, snapshot
-from training import retrofit
+from training import publish, retrofit
 from training.tokenizer import train_tokenizer
 
 
@@ -73,7 +75,7 @@ runpy.run_module("training.retrofit", run_name="__main__", alter_sys=True)
 # Several commands in one process, and how each ended.
 SEVERAL = """
 import json, sys
-from training import retrofit
+from training import publish, retrofit
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["retrofit", *arguments]
     try:
@@ -430,7 +432,8 @@ def test_from_the_hub(sources, tmp_path):
         ["reader/llama", "none", "--revision=v9"],
     ]
     with HubServer({TOKEN: User("reader")}) as hub:
-        first, last = Commit("0" * 40, "first", files), Commit("1" * 40, "last", {**files, "README.md": b"A model"})
+        card = b"---\nlicense: other\nlicense_name: fair\nlicense_link: LICENSE\nbase_model: reader/older\n---\n# A model\n"
+        first, last = Commit("0" * 40, "first", files), Commit("1" * 40, "last", {**files, "README.md": card})
         for content in files.values():
             hub.store(hashlib.sha256(content).hexdigest(), content)
         hub.repositories["reader/llama"] = Repository(False, [first, last])
@@ -457,3 +460,66 @@ def test_from_the_hub(sources, tmp_path):
         model = DCAForCausalLM.from_pretrained(tmp_path / name)
         assert model.config.last_k == last_k
         assert AutoTokenizer.from_pretrained(tmp_path / name)("deep")["input_ids"]
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.base_model == "reader/llama" and data.license == "other" and data.license_name == "fair"
+    assert data.license_link == "https://huggingface.co/reader/llama/blob/main/LICENSE"
+    other = (tmp_path / "other" / "README.md").read_text()
+    assert f"(revision `{'0' * 40}`)" in other and "base_model: reader/llama" in other
+    assert "license" not in ModelCard(other).data.to_dict() and "states none that could be read" in other
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_card(converted, sources, name):
+    card = ModelCard.load(converted / name / "README.md")
+    assert not re.search(r"\{\{|\}\}|\{%|%\}|Undefined|\bNone\b|\n{4,}", card.content)
+    assert str(sources) not in card.content and sources.name not in card.content
+    task, scheme = ("text-generation", "dca") if name == "text" else ("image-classification", "grn_v2")
+    assert card.data.pipeline_tag == task and card.data.library_name == "transformers"
+    assert {"deep-cross-attention", scheme} <= set(card.data.tags)
+    assert card.data.base_model is None and card.data.license is None and card.data.eval_results is None
+    added = [
+        weight.numel()
+        for file in (converted / name).glob("*.safetensors")
+        for key, weight in load_file(file).items()
+        if key.split(".")[-2] in retrofit.ADDED
+    ]
+    assert f"{sum(added):,} of its" in card.text and "**not trained**" in card.text
+    assert f"A trained `{'LlamaForCausalLM' if name == 'text' else 'ViTForImageClassification'}` with" in card.text
+    assert f"with the `{'2-dca' if name == 'text' else 'grn_v2'}` residual scheme" in card.text
+    assert "the logits differed by" in card.text and "but for the order of sums." in card.text
+    assert ("greedy generations were equal" in card.text) == (name == "text")
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_code_of_a_card_runs(converted, name, monkeypatch, capsys):
+    monkeypatch.chdir(converted)
+    (code,) = re.findall(r"```python\n(.*?)```", Path(name, "README.md").read_text(), flags=re.DOTALL)
+    assert code.count(f'from_pretrained("{name}"') == 2
+    exec(code, names := {})
+    trained = [key for key, weight in names["model"].named_parameters() if weight.requires_grad]
+    assert trained and all(key.split(".")[-2] in retrofit.ADDED for key in trained)
+
+
+def test_card_tells_license_and_what_is_not_exact(room):
+    Path("llama/README.md").write_text("---\nlicense: mit\nbase_model: somebody/base\n---\n# Llama\n")
+    call(retrofit.main, "llama", "out", "--dtype=bfloat16")
+    card = ModelCard.load("out/README.md")
+    assert card.data.license == "mit" and card.data.base_model == "somebody/base"
+    assert "and the rounding of weights to bfloat16" in card.text and "were not compared" in card.text
+
+
+@pytest.mark.parametrize("name", ["text", "image"])
+def test_converted_model_can_be_published(converted, name):
+    folder = converted / name
+    files = publish.published_files(folder)
+    publish.read_config(folder)
+    publish.check_run(folder)
+    operations = publish.additions(folder, files, "writer/dca", None)
+    assert {path.name for path in folder.iterdir()} == {operation.path_in_repo for operation in operations}
+    (card,) = [operation.path_or_fileobj for operation in operations if operation.path_in_repo == "README.md"]
+    assert card.count(b'from_pretrained("writer/dca"') == 2 and b"\n# dca\n" in card
+
+
+def test_all_files_can_be_read_by_the_same_people(converted):
+    for name in ("text", "image"):
+        assert len({path.stat().st_mode for path in (converted / name).iterdir()}) == 1

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_dca import DCAForCausalLM
 from tests.training.hub_server import HubServer, User
 from tests.training.tiny import (
+    IMAGE_RUN,
     TEXT_RUN,
     TRAINING,
     assert_same_weights,
@@ -27,13 +29,14 @@ from tests.training.tiny import (
     refusal,
     snapshot,
     weights,
+    write_images,
     write_jsonl,
     write_room,
 )
-from training import causal_lm
+from training import altered, causal_lm, image_classification, trainer
 from training.comparison import read_member
 from training.study import read_runs
-from training.trainer import NonFiniteGuard
+from training.trainer import NonFiniteGuard, RunTrainer
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -244,6 +247,14 @@ def test_run_is_not_resumed_as_another(room, capsys, arguments, words):
     assert not [word for word in words if word not in line], line
 
 
+@pytest.mark.parametrize("content", [b"", b"model: [", b"\xff", b"model: {}\ndata: {}\n", b"model: {}\nmodel: {}\n"])
+def test_run_with_a_damaged_record_is_not_resumed(comparison, room, capsys, content):
+    shutil.copytree(comparison[0] / "run", room / "run")
+    (room / "run" / "run.yaml").write_bytes(content)
+    line = refusal(capsys, causal_lm.main, *COMPARISON, "--resume_from_checkpoint")
+    assert "run/run.yaml is damaged" in line and "--overwrite" in line
+
+
 def test_folder_of_another_run_is_left_alone_unless_it_is_to_be_overwritten(room, capsys):
     call(causal_lm.main, TEXT_RUN, "--output_dir=run")
     line = refusal(capsys, causal_lm.main, TEXT_RUN, "--output_dir=run", "--seed=2")
@@ -353,6 +364,30 @@ def test_weights_are_not_looked_at_in_every_step(room, monkeypatch):
     assert taken == [0, 0, 3, 0, 0, 3]
 
 
+def test_losses_that_nobody_looks_at_are_not_kept_for_ever(room, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "LOSSES_KEPT", 4)
+    kept, on_step_end = [], NonFiniteGuard.on_step_end
+
+    def counted(self, *args, **kwargs):
+        kept.append(len(self.trainer.losses))
+        on_step_end(self, *args, **kwargs)
+
+    monkeypatch.setattr(NonFiniteGuard, "on_step_end", counted)
+    silent = (TEXT_RUN, "--logging_strategy=no", "--save_strategy=no")
+    call(causal_lm.main, *silent, "--output_dir=run", "--max_steps=10")
+    assert kept == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+
+    def change(model, output):
+        output.loss = output.loss * math.nan
+        return output
+
+    # Nor is a loss overlooked that is not finite in the last step, where nothing is logged or saved.
+    spoil(monkeypatch, 6, change)
+    line = failure(capsys, causal_lm.main, *silent, "--output_dir=last")
+    assert "loss became NaN or infinite at step 6" in line
+    assert not (room / "last" / "model.safetensors").exists()
+
+
 def command(hub, folder, *arguments, **environment):
     """The text command in a process of its own, as someone who has nothing but access to `hub`."""
     environment = {
@@ -418,6 +453,190 @@ def test_run_that_may_not_be_published_is_not_started(hub, tmp_path):
     assert READ_TOKEN not in line and completed.stdout == ""
     assert snapshot(tmp_path / "room") == before
     assert "writer/no" not in hub.repositories
+
+
+def memory_for(patch, examples, first_step=1):
+    """Have a training that takes more examples at a time run out of memory, from its step of that number on."""
+    training_step = RunTrainer.training_step
+
+    def limited(self, model, inputs, *args, **kwargs):
+        loss = training_step(self, model, inputs, *args, **kwargs)
+        if len(inputs["input_ids"]) > examples and self.state.global_step + 1 >= first_step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    patch.setattr(RunTrainer, "training_step", limited)
+
+
+STEPS_OF_8 = (TEXT_RUN, "--global_batch_size=8", "--attention_dropout=0.1", "--report_to=tensorboard")
+
+
+# Also where it is found out when some steps are done.
+@pytest.mark.parametrize(("first_step", "kind"), [(4, ()), (1, ("--streaming", "--stream_lanes=4"))])
+def test_batch_that_fits_into_memory_leaves_the_steps_as_they_are(room, monkeypatch, first_step, kind):
+    expected, found = room / "expected", room / "found"
+    call(causal_lm.main, *STEPS_OF_8, *kind, "--output_dir=expected", "--per_device_train_batch_size=2")
+    memory_for(monkeypatch, 2, first_step)
+    steps = record_training(monkeypatch)
+    options = ("--output_dir=found", "--per_device_train_batch_size=8", "--auto_find_batch_size")
+    call(causal_lm.main, *STEPS_OF_8, *kind, *options)
+    assert_same_weights(expected, found)
+    assert [len(step.input_ids) for step in steps[-24:]] == [2] * 24
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (expected, found)]
+    assert states[0]["train_batch_size"] == states[1]["train_batch_size"] == 2
+    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    counted = [state["stateful_callbacks"]["Throughput"]["attributes"]["examples"] for state in states]
+    assert counted[0] == counted[1] == 5 * 8 * 16  # all steps but the first
+    arguments = torch.load(found / "training_args.bin", weights_only=False)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (2, 4)
+    read = [read_member(read_runs([Path(name)], None).members[0]) for name in ("expected", "found")]
+    assert read[0]["examples"] == read[1]["examples"] == 6 * 8 * 16
+    assert "| `gradient_accumulation_steps` | 4 |" in (found / "README.md").read_text()
+
+    # A run that is resumed goes on with the batch that was found.
+    options = (*options, "--resume_from_checkpoint=found/checkpoint-4")
+    call(causal_lm.main, *STEPS_OF_8, *kind, *options)
+    assert_same_weights(expected, found)
+
+
+def test_batch_that_is_no_part_of_a_step_is_not_taken(room, monkeypatch):
+    memory_for(monkeypatch, 7)
+    steps = record_training(monkeypatch)
+    options = ("--global_batch_size=12", "--per_device_train_batch_size=12", "--auto_find_batch_size")
+    call(causal_lm.main, TEXT_RUN, *options, "--output_dir=run", "--max_steps=2")
+    assert [len(step.input_ids) for step in steps] == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("option", [[], ["--auto_find_batch_size"]])
+def test_memory_that_suffices_for_no_batch_is_told(room, capsys, monkeypatch, option):
+    memory_for(monkeypatch, 0)
+    line = failure(capsys, causal_lm.main, TEXT_RUN, "--output_dir=run", *option)
+    assert f"with {1 if option else 4} as `per_device_train_batch_size`: lower it" in line
+
+
+def test_memory_that_does_not_suffice_to_evaluate_is_told(room, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(RunTrainer, "prediction_step", fail)
+    options = ("--auto_find_batch_size", "--eval_strategy=steps", "--eval_steps=2")
+    line = failure(capsys, causal_lm.main, TEXT_RUN, "--output_dir=run", *options)
+    assert "with 4 as `per_device_eval_batch_size`: lower it" in line
+
+
+def test_checkpoint_of_the_model_alone_is_not_resumed_but_started_from(room, capsys):
+    options = (TEXT_RUN, "--save_only_model")
+    call(causal_lm.main, *options, "--output_dir=run")
+    for named in ("--resume_from_checkpoint", "--resume_from_checkpoint=run/checkpoint-2"):
+        line = refusal(capsys, causal_lm.main, *options, "--output_dir=run", named)
+        step = named[-1] if named[-1].isdigit() else "6"
+        start = f"--initial_checkpoint=run/checkpoint-{step}"
+        for word in (f"run/checkpoint-{step} cannot be resumed", "without its optimizer", "`save_only_model`", start):
+            assert word in line
+    # What the sentence says can be done.
+    call(causal_lm.main, TEXT_RUN, "--output_dir=new", start, "--learning_rate=0", "--max_steps=1")
+    assert_same_weights(room / "new", room / "run" / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--learning_rate=0.02", ["0.01 as `learning_rate`, not 0.02"]),
+        ("--weight_decay=0", ["0.1 as `weight_decay`, not 0.0"]),
+        ("--optim=sgd", ["None as `optim`, not 'sgd'"]),
+        ("--adam_beta1=0.5", ["0.9 as `adam_beta1`, not 0.5"]),
+    ],
+)
+def test_run_is_not_resumed_with_what_its_checkpoints_would_replace(room, capsys, option, words):
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=2")
+    arguments = (TEXT_RUN, "--output_dir=run", "--resume_from_checkpoint")
+    line = refusal(capsys, causal_lm.main, *arguments, option)
+    assert not [word for word in words if word not in line], line
+    call(causal_lm.main, *arguments, "--learning_rate=0.01", "--adam_beta1=0.9", "--max_steps=3")  # as before
+
+
+@pytest.mark.parametrize("main", [causal_lm.main, altered.main])
+def test_smoothed_labels_are_those_of_the_next_token(room, main):
+    """Whatever the class of the model is called, by whose name the Trainer would know how to shift labels."""
+    altered_part = ["--alteration=literal_gate"] if main is altered.main else []
+    with pytest.MonkeyPatch.context() as patch:
+        steps = record_training(patch)
+        call(main, TEXT_RUN, "--output_dir=run", "--label_smoothing_factor=0.1", "--learning_rate=0", *altered_part)
+    model = DCAForCausalLM.from_pretrained(room / "run").eval()
+    tokens = torch.tensor(steps[0].input_ids)
+    with torch.no_grad():
+        log_probabilities = model(tokens).logits[:, :-1].log_softmax(-1)
+    likelihood = log_probabilities.gather(-1, tokens[:, 1:, None]).mean()
+    expected = -0.9 * likelihood - 0.1 * log_probabilities.mean()
+    assert steps[0].loss == pytest.approx(expected.item(), rel=1e-5)
+    # What is held out has the loss that other runs have, too.
+    figures = results(room / "run")
+    assert figures["eval_loss"] == pytest.approx(math.log(figures["eval_perplexity"]), rel=1e-5)
+
+
+def test_smoothed_labels_are_summed_over_batches_as_one(room):
+    options = (TEXT_RUN, "--label_smoothing_factor=0.1", "--global_batch_size=8")
+    for size in (2, 8):
+        call(causal_lm.main, *options, f"--output_dir=run-{size}", f"--per_device_train_batch_size={size}")
+    histories = [json.loads((room / f"run-{size}" / "trainer_state.json").read_text()) for size in (2, 8)]
+    losses = [[entry["loss"] for entry in each["log_history"] if "loss" in entry] for each in histories]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_smoothed_labels_leave_the_held_out_loss_of_images_as_it_is(room):
+    write_images(room / "images")
+    for factor in (0, 0.5):
+        options = ("--learning_rate=0", f"--label_smoothing_factor={factor}", f"--output_dir=run-{factor}")
+        call(image_classification.main, IMAGE_RUN, *options, "--max_steps=1")
+    assert results(room / "run-0.5")["eval_loss"] == results(room / "run-0")["eval_loss"]
+    assert results(room / "run-0.5")["train_loss"] != results(room / "run-0")["train_loss"]
+
+
+def test_what_is_held_out_is_whole_where_batches_that_are_not_are_dropped(room):
+    for option in ("true", "false"):
+        options = ("--learning_rate=0", "--max_steps=1", f"--dataloader_drop_last={option}")
+        call(causal_lm.main, TEXT_RUN, *options, f"--output_dir=run-{option}")
+    assert results(room / "run-true")["eval_loss"] == results(room / "run-false")["eval_loss"]
+
+
+def test_epoch_in_order_is_filled_up_to_whole_steps(room, monkeypatch):
+    steps = record_training(monkeypatch)
+    options = ("--train_sampling_strategy=sequential", "--global_batch_size=96", "--per_device_train_batch_size=96")
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=2", *options)
+    first, second = (step.input_ids for step in steps)
+    assert len(first) == len(second) == 96
+    assert second[132 - 96 :] == first[: 2 * 96 - 132]
+
+
+def test_training_arguments_can_be_read_without_the_command(room):
+    """In a process of its own, that the command was, too, and in one that has transformers alone."""
+    line = [sys.executable, "-m", "training.causal_lm", TEXT_RUN, "--output_dir=run", "--global_batch_size=8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run(line, cwd=room, env=environment, check=True, capture_output=True, timeout=120)
+    read = (
+        "import sys, torch; arguments = torch.load(sys.argv[1], weights_only=False); "
+        "print(type(arguments).__module__, arguments.learning_rate, arguments.global_batch_size, arguments.device); "
+        "assert 'training' not in sys.modules"
+    )
+    for file in ("run/training_args.bin", "run/checkpoint-2/training_args.bin"):
+        line = [sys.executable, "-c", read, str(room / file)]
+        environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+        completed = subprocess.run(line, cwd=room, env=environment, capture_output=True, text=True, timeout=120)
+        assert completed.stdout == "transformers.training_args 0.01 8 cpu\n", completed.stderr
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
+def test_files_of_a_run_can_be_read_by_those_who_can_read_the_others(room, mask):
+    before = os.umask(mask)
+    try:
+        call(causal_lm.main, TEXT_RUN, "--output_dir=run")
+    finally:
+        os.umask(before)
+    files = [path for path in (room / "run").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+    assert {"run/model.safetensors", "run/checkpoint-2/model.safetensors"} <= {str(p.relative_to(room)) for p in files}
 
 
 def test_streamed_run(room):

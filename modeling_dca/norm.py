@@ -1,0 +1,102 @@
+"""The norms: Llama's, which keeps less for the backward pass here, Gemma's, and the layer norm."""
+
+import torch
+from torch import nn
+
+from .configuration_dca import DCAConfig
+from .grn_fused import autograd_alone, backward_alone, differentiable_gradients
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Llama's root mean square norm, in float32 whatever the type of its input, as plain PyTorch."""
+    dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + eps)
+    return weight * hidden_states.to(dtype)
+
+
+def fused_rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """[`rms_norm`] in one operation where there is one, which rounds as that does."""
+    if hidden_states.dtype == weight.dtype == torch.float32:
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+    return rms_norm(hidden_states, weight, eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """
+    [`rms_norm`] that keeps nothing but its input for the backward pass. It is for its kept bytes, not for speed: with 12
+    layers of width 512 and 512 tokens, DCA keeps 257 MiB instead of 306 in float32, 228 instead of 277 under autocast
+    and 130 instead of 179 in bfloat16; the transformer 196 instead of 221, 197 instead of 222 and 99 instead of 124.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.eps = eps
+        return fused_rms_norm(hidden_states, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_states, weight = ctx.saved_tensors
+        if not (torch.compiler.is_compiling() or backward_alone(grad)):
+            return *differentiable_gradients(lambda *x: (rms_norm(*x, ctx.eps),), ctx.saved_tensors, (grad,)), None
+        widened, grad = hidden_states.float(), grad.float()
+        inverse_rms = torch.rsqrt(widened.pow(2).mean(-1, keepdim=True).add_(ctx.eps))
+        normalized = widened * inverse_rms
+        product = grad * normalized
+        input_grad = weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = product.flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            projection = product.mul_(weight).mean(-1, keepdim=True)
+            input_grad = torch.mul(grad, weight, out=product).addcmul_(normalized, projection, value=-1)
+            input_grad = input_grad.mul_(inverse_rms).to(hidden_states.dtype)
+        return input_grad, weight_grad, None
+
+
+class DCARMSNorm(nn.Module):
+    """Root mean square norm over the last dimension, as in Llama."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not autograd_alone(hidden_states, self.weight):
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        function = RMSNormFunction.apply if torch.is_grad_enabled() else fused_rms_norm
+        return function(hidden_states, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class DCAZeroCenteredRMSNorm(nn.Module):
+    """Root mean square norm over the last dimension whose weight is kept as its deviation from 1, as in Gemma."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        widened = hidden_states.float()
+        normalized = widened * torch.rsqrt(widened.pow(2).mean(-1, keepdim=True) + self.eps)
+        # Gemma rounds once, after the weight; Llama before and after.
+        return (normalized * (1.0 + self.weight.float())).type_as(hidden_states)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+NORMS = {"rms_norm": DCARMSNorm, "layer_norm": nn.LayerNorm, "zero_centered_rms_norm": DCAZeroCenteredRMSNorm}
+
+
+def build_norm(config: DCAConfig, size: int) -> nn.Module:
+    """The norm that `config.norm_type` names, over the last dimension, of width `size`."""
+    return NORMS[config.norm_type](size, eps=config.norm_eps)
+
+
+__all__ = ["NORMS", "DCARMSNorm", "DCAZeroCenteredRMSNorm", "build_norm"]
