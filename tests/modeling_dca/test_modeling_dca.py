@@ -1,5 +1,6 @@
 """Language models: the maths of the whole model, what transformers does with it, and the trip through the Hub."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from operator import getitem
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +49,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
+import modeling_dca
 from modeling_dca import (
     ALL_GRN_FUNCTIONS,
     DCAConfig,
@@ -1222,6 +1225,21 @@ def test_the_code_goes_with_the_configuration(tmp_path, model_class):
         assert sorted(path.name for path in (tmp_path / folder).glob("*.py")) == code
         saved = json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
         assert saved == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+
+
+def test_code_takes_nothing_from_other_models_files():
+    # It is saved with checkpoints, and other models' files change with every release.
+    files = sorted(Path(modeling_dca.__file__).parent.glob("*.py"))
+    imported = {
+        module
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for module in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert len(files) > 5 and "transformers.modeling_utils" in imported
+    others = {module for module in imported if module.startswith("transformers.models")}
+    assert others <= {"transformers.models.auto"}
 
 
 def test_all_schemes_are_tested():
