@@ -6,7 +6,7 @@ from functools import reduce
 import torch
 from torch import nn
 from transformers.utils import logging
-from transformers.utils.generic import GeneralInterface
+from transformers.utils.generic import GeneralInterface, maybe_autocast
 
 from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
 
@@ -105,7 +105,7 @@ def generalized_residual(
             total = torch.addcmul(total, b[output, i], entries[i])
         outputs.append(total)
     if gate is not None:
-        with torch.autocast(entries[0].device.type, enabled=False):
+        with maybe_autocast(entries[0].device.type, enabled=False):
             for entry in entries:
                 inverse_rms = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
                 pre_activation = nn.functional.linear(entry, gate.to(compute_dtype)) * inverse_rms

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -25,14 +26,9 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import AutoModel, modeling_auto
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -149,19 +145,67 @@ def build_embedding(config: DCAConfig) -> nn.Embedding:
     return DCAScaledEmbedding(*sizes, config.embedding_multiplier)
 
 
-class DCARotaryEmbedding(PhiRotaryEmbedding):
+class DCARotaryEmbedding(nn.Module):
     """Llama's rotary embedding for all or, with a `partial_rotary_factor`, for the first features of each head."""
 
+    def __init__(self, config: DCAConfig):
+        super().__init__()
+        self.config = config
+        # What transformers looks for where the frequencies depend on the length.
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        init_frequencies = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            init_frequencies = ROPE_INIT_FUNCTIONS[self.rope_type]
+        frequencies, self.attention_scaling = init_frequencies(config)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
 
-def apply_partial_rotary_pos_emb(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first `cos.shape[-1]` features of `query` and `key`, `(batch, heads, sequence, head_dim)` each."""
+    @staticmethod
+    def compute_default_rope_parameters(config: DCAConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """The frequencies of the `"default"` type, and what cosine and sine are multiplied by."""
+        width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float) / width
+        return (1.0 / config.rope_parameters["rope_theta"] ** exponents).to(device), 1.0
+
+    @dynamic_rope_update
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, `(batch, sequence, width)` each, for `position_ids`; type and device of `hidden_states`."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the first `cos.shape[-1]` features of `states` `(batch, heads, sequence, head_dim)`."""
     width = cos.shape[-1]
-    if width == query.shape[-1]:
-        return apply_rotary_pos_emb(query, key, cos, sin)
-    rotated = apply_rotary_pos_emb(query[..., :width], key[..., :width], cos, sin)
-    return tuple(torch.cat((part, whole[..., width:]), dim=-1) for part, whole in zip(rotated, (query, key)))
+    rotated, rest = states[..., :width], states[..., width:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    return torch.cat((rotated, rest), dim=-1) if width < states.shape[-1] else rotated
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as plain PyTorch, which returns its weights, too; the interface is that of transformers."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 def sincos_embedding(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -184,8 +228,18 @@ class DCAMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
-class DCAGatedMLP(LlamaMLP):
+class DCAGatedMLP(nn.Module):
     """Feed-forward module with gating, as in Llama."""
+
+    def __init__(self, config: DCAConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class DCAAttention(nn.Module):
@@ -231,7 +285,7 @@ class DCAAttention(nn.Module):
         value_states = self.v_proj(value_input).view(hidden_shape).transpose(1, 2)
 
         if position_embeddings is not None and self.use_rope:
-            query_states, key_states = apply_partial_rotary_pos_emb(query_states, key_states, *position_embeddings)
+            query_states, key_states = (rotate(states, *position_embeddings) for states in (query_states, key_states))
 
         if cache is not None:
             # (That of continuous batching tells the attention function what it needs.)
@@ -578,7 +632,11 @@ class DCAModel(DCAPreTrainedModel):
 
         self._check_recording(kwargs)
         stack = ResidualStack(hidden_states, self.config.max_stack_entries)
-        for layer_type, decoder_layer in zip(self.config.layer_types, self.layers):
+        layers = self.layers[: self.config.num_hidden_layers]
+        if len(layers) < len(self.layers) and isinstance(cache, DynamicCache):
+            # Early exit: before 5.23 a cache cannot be cropped that has layers which nothing was written to.
+            del cache.layers[len(layers) :]
+        for layer_type, decoder_layer in zip(self.config.layer_types, layers):
             output, *stack.entries = decoder_layer(
                 *stack.entries,
                 attention_mask=mask_mapping[layer_type],
@@ -590,7 +648,11 @@ class DCAModel(DCAPreTrainedModel):
             )
             stack.append(output)
 
-        hidden_states, _ = self.residual(*stack.entries)
+        if len(layers) < len(self.layers) and self.residual.delta is not None:
+            delta = self.residual.delta[:, : len(stack.entries)]
+            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack.entries))
+        else:
+            hidden_states, _ = self.residual(*stack.entries)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):

@@ -63,8 +63,8 @@ def origin(source: str, revision: str | None = None) -> dict:
     """
     on_the_hub = not Path(source).exists()
     try:
-        card = hf_hub_download(source, "README.md", revision=revision) if on_the_hub else Path(source, "README.md")
-        theirs = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        card = Path(hf_hub_download(source, "README.md", revision=revision) if on_the_hub else f"{source}/README.md")
+        theirs = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, HTTPError, yaml.YAMLError):  # it has none, or none that can be had or read
         theirs = {}
     told = {name: theirs.get(name) for name in ("license", "license_name", "license_link", "base_model")}
@@ -95,6 +95,7 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         {name: read_json(path / "trainer_state.json")["log_history"] for name, path in models.items()},
         folder / LOSS_CURVE,
     )
+    state = read_json(folder / "trainer_state.json")
     weights = read_json(folder / DEPTH_WEIGHTS_DATA)
     if weights:
         draw_depth_weights(weights, folder / DEPTH_WEIGHTS)
@@ -107,7 +108,8 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
     if run.initial_checkpoint is not None:
         metadata = origin(run.initial_checkpoint)
         if "model_license" in run.named["training"]:
-            metadata["license"] = arguments["model_license"]
+            others = {name: value for name, value in metadata.items() if not name.startswith("license")}
+            metadata = {**others, "license": arguments["model_license"]}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=note["task"],
@@ -139,7 +141,8 @@ def write_card(folder: Path, run: Run, note: dict) -> None:
         results=results,
         parameters={name: count_parameters(path) for name, path in models.items()},
         verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
-        steps=read_json(folder / "trainer_state.json")["global_step"],
+        steps=state["global_step"],
+        best_step=state.get("best_global_step") if arguments["load_best_model_at_end"] else None,
         hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
         config=run.config,
         alteration=arguments.get("alteration"),  # which only `training.altered` has

@@ -12,6 +12,7 @@ import glob
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetBuildError, DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from tqdm.auto import tqdm
 
 from training import files as files_module
 from training.errors import UserError, innermost_message
@@ -123,6 +125,11 @@ def load_splits(
         raise UserError(f"`eval_fraction` is {arguments.eval_fraction}; it must lie between 0 and 1.")
     if not 0 <= arguments.split_seed < 2**32:
         raise UserError(f"`split_seed` is {arguments.split_seed}; it must lie between 0 and {2**32 - 1}.")
+    if arguments.eval_split is not None and arguments.eval_dataset is not None:
+        raise UserError(
+            f"Both `eval_split`, {arguments.eval_split!r}, and `eval_dataset`, {arguments.eval_dataset!r}, say what is held "
+            "out: leave one of them out."
+        )
     if arguments.dataset in built_in:
         for name in ("eval_split", "eval_dataset"):
             if getattr(arguments, name) is not None:
@@ -136,6 +143,8 @@ def load_splits(
         train = load(arguments.dataset, arguments.train_split, streaming=streaming)
     held_out = {"streaming": held_out_streaming, "is_held_out": True, "alone": held_out_only}
     if arguments.eval_dataset is not None:
+        if train is not None:
+            _warn_of_shared_files(arguments, formats)
         return train, load(arguments.eval_dataset, None, **held_out)
     if arguments.eval_split is not None:
         return train, load(arguments.dataset, arguments.eval_split, **held_out)
@@ -156,6 +165,20 @@ def hold_out(data: Dataset, arguments: DataArguments, seed: int, classes: str | 
             f"({innermost_message(error)})"
         ) from error
     return parts["train"], parts["test"]
+
+
+def _warn_of_shared_files(arguments: DataArguments, formats: tuple[str, ...]) -> None:
+    """Tell of local files that are both trained on and held out, which may be what is wanted."""
+    parts = _local_parts(arguments.dataset, formats) or {}, _local_parts(arguments.eval_dataset, formats) or {}
+    used = re.findall(r"\w+", arguments.train_split)
+    train = {os.path.realpath(file) for split, files in parts[0].items() if split in used for file in files}
+    shared = sorted(train & {os.path.realpath(file) for files in parts[1].values() for file in files})
+    if shared and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        tqdm.write(
+            f"warning: {len(shared)} of the files of `eval_dataset` are trained on, too, {shared[0]!r} for one: what is measured "
+            "on them says nothing about other data.",
+            file=sys.stderr,
+        )
 
 
 def _load(

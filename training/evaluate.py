@@ -265,6 +265,8 @@ def parse(argv: list[str]) -> tuple[str, DataArguments, EvaluationArguments, Pre
             # (Before the split had a seed of its own, it was the run's.)
             run_data = {"split_seed": training.get("seed", 42), **run["data"]}
             defaults = {name: value for name, value in run_data.items() if name in kept}
+            if "eval_split" in given:
+                defaults.pop("eval_dataset", None)
             if "per_device_eval_batch_size" in training:
                 defaults["batch_size"] = training["per_device_eval_batch_size"]
             if training.get("use_cpu"):

@@ -47,13 +47,15 @@ OF_A_MODEL = [
     *("*tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
     *("chat_template*", "*_results.json", STATE, RECORD, "depth_weights.*", "loss_curve.*"),
 ]
-LOGS = "runs/*tfevents*"
+LOGS = "*tfevents*"
 #: What only the models of this project have.
 OWN_CODE = "configuration_dca.py"
 
 #: What local data may end in, and no name on the Hub does.
 DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst"}
 HUB_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+#: Fields of configurations that may hold the path of what was loaded.
+PATH_FIELD = re.compile(r"(\w*_)?name_or_path|\w+_file")
 #: Where a run was, and where it is published, is no part of how it is repeated.
 NOT_REPEATED = re.compile("output_dir|push_to_hub|hub_.+")
 
@@ -207,12 +209,23 @@ def published_record(run: Path) -> bytes:
     return yaml.safe_dump(public_name(record, run), sort_keys=False).encode()
 
 
-def published_state(run: Path) -> bytes:
-    """The state of the training, in which the best checkpoint has no path."""
-    content = (run / STATE).read_bytes()
-    state = json.loads(content)
-    best = state.get("best_model_checkpoint")
-    return json.dumps({**state, "best_model_checkpoint": Path(best).name}, indent=2).encode() if best else content
+def published_fields(file: Path, run: Path) -> bytes:
+    """A configuration, or the state of the training, in which what was loaded from a local path, or saved there, has none."""
+
+    def cleaned(fields):
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: Path(value).name
+            if isinstance(value, str)
+            and (name.endswith("checkpoint") or (PATH_FIELD.fullmatch(name) and is_local_path(value, run)))
+            else cleaned(value)
+            for name, value in fields.items()
+        }
+
+    content = file.read_bytes()
+    fields = json.loads(content)
+    return content if cleaned(fields) == fields else json.dumps(cleaned(fields), indent=2).encode()
 
 
 def published_log(file: Path) -> bytes:
@@ -242,7 +255,7 @@ def published_log(file: Path) -> bytes:
 def published_path(file: str) -> str:
     """Where a file is on the Hub. TensorBoard calls folders and files by the host, too."""
     if fnmatch(file, LOGS):
-        file = re.sub(r"^(runs/[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d)_[^/]+", r"\1", file)
+        file = re.sub(r"(?<=/)([A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d)_[^/]+(?=/)", r"\1", file)
         file = re.sub(r"(tfevents\.\d+)\..+(\.\d+\.\d+)$", r"\1\2", file)
     return file
 
@@ -257,8 +270,12 @@ def additions(run: Path, files: list[str], repo_id: str, revision: str | None) -
     rewritten = {
         "README.md": lambda: published_card(run, repo_id, revision),
         RECORD: lambda: published_record(run),
-        STATE: lambda: published_state(run),
         **{file: lambda file=file: published_log(run / file) for file in files if fnmatch(file, LOGS)},
+        **{
+            file: lambda file=file: published_fields(run / file, run)
+            for file in files
+            if fnmatch(file, "*config.json") or file == STATE
+        },
     }
     folders = [folder for folder in (run.resolve(), Path.home().resolve()) if len(folder.parts) > 2]
     operations = []

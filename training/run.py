@@ -237,6 +237,12 @@ def check_hub(arguments: RunArguments) -> None:
     Raises:
         [`UserError`]: the Hub cannot be reached, or the run could not be published there as it is to be.
     """
+    for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
+        if getattr(arguments, name, None) and "trackio" not in arguments.report_to:
+            raise UserError(
+                f"`{name}` is {getattr(arguments, name)!r}, but `report_to` does not name 'trackio': add it, or leave "
+                f"`{name}` out."
+            )
     if arguments.push_to_hub and arguments.should_save:
         repo_id = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
         # (With its whole name, which the trainer would ask for once more.)

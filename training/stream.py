@@ -141,8 +141,7 @@ class SharedReads:
     """
 
     def __init__(self, stream: "TextStream", lanes: Collection[int]):
-        self.stream, self.lanes = stream, frozenset(lanes)
-        self.capacity = 2 * max(stream.shuffle_buffer, READ_BATCH) * len(self.lanes)
+        self.stream, self.lanes = stream, lanes
         self.open: dict[int, weakref.WeakSet[_Read]] = defaultdict(
             weakref.WeakSet
         )  # by file; gone when no lane reads it
@@ -154,14 +153,20 @@ class SharedReads:
             if read is None or row < read.first:
                 read = next((each for each in self.open[shard] if each.first <= row <= each.end), None)
             if read is None:
-                packed = self.stream.packed
-                batches = read_shard(packed.data, packed.column, shard, row)
-                read = _Read(batches, row, lambda row: self.stream.lane_of(shard, row) in self.lanes, self.capacity)
-                self.open[shard].add(read)
+                read = self._start(shard, row)
             if row == read.end and not read.advance():
                 return
             row, documents = read.documents(row)
             yield from documents
+
+    def _start(self, shard: int, row: int) -> _Read:
+        packed, lane_of = self.stream.packed, self.stream.lane_of
+        lanes = frozenset(self.stream.lanes_of(shard)).intersection(self.lanes)
+        capacity = 2 * max(self.stream.shuffle_buffer, READ_BATCH) * len(lanes) if len(lanes) > 1 else 0
+        batches = read_shard(packed.data, packed.column, shard, row)
+        read = _Read(batches, row, lambda index: lane_of(shard, index) in lanes, capacity)
+        self.open[shard].add(read)
+        return read
 
 
 class TextStream:
@@ -199,6 +204,11 @@ class TextStream:
     def _shuffle(self, values: list, *place: int) -> None:
         if self.shuffle_buffer > 1:
             random.Random(" ".join(map(str, (self.seed, *place)))).shuffle(values)
+
+    def lanes_of(self, shard: int) -> range:
+        """The lanes that have a part of a file."""
+        lanes = self.num_lanes
+        return range(shard * lanes // self.num_files, ((shard + 1) * lanes - 1) // self.num_files + 1)
 
     def lane_of(self, shard: int, row: int) -> int:
         """The lane that has a row of a file."""

@@ -69,10 +69,11 @@ def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBas
         raise UserError(
             f"The tokenizer {name_or_path!r} has no end-of-text token (`eos_token`) to part documents with."
         )
-    if len(tokenizer) > vocab_size:
+    # (There may be numbers that no token has.)
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if size > vocab_size:
         raise UserError(
-            f"`vocab_size` is {vocab_size}, but the tokenizer {name_or_path!r} has {len(tokenizer)} tokens: "
-            f"give {len(tokenizer)} or more."
+            f"`vocab_size` is {vocab_size}, but the tokenizer {name_or_path!r} has {size} tokens: give {size} or more."
         )
     return tokenizer
 

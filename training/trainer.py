@@ -385,6 +385,7 @@ class RunTrainer(Trainer):
             repo_id, revision = self.args.hub_model_id, self.args.hub_revision
             try:
                 publish(self.folder, repo_id, self.args.hub_private_repo, revision)
+                self.callback_handler.on_push_begin(self.args, self.state, self.control)  # a Space of the logs, say
             except UserError as error:
                 options = "".join(
                     [f" --revision {revision}" if revision else "", " --private" if self.args.hub_private_repo else ""]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.utils.output_capturing
+from accelerate import init_empty_weights
 from functorch.compile import make_boxed_func
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
@@ -704,6 +705,14 @@ def test_prompt_lookup_and_assisted_generation_equal_greedy(fields):
     assert generate(model, input_ids, assistant_model=tiny_model(**fields)) == expected
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+@pytest.mark.parametrize("fields", [*GENERATED[:3], {"sliding_window": 3}, {"last_k": 3}], ids=name_of)
+def test_early_exit_assists_and_leaves_the_model_as_it_was(fields, blocks):
+    model, input_ids = tiny_model(**fields), random_ids(1, 5)
+    assert generate(model, input_ids, assistant_early_exit=blocks) == greedy(model, input_ids)
+    assert model.config.num_hidden_layers == 5
+
+
 @pytest.mark.parametrize("position_embedding", ["rope", "learned", "sincos", "none"])
 def test_generation_of_a_left_padded_batch(position_embedding):
     model = tiny_model(position_embedding=position_embedding, last_k=1)
@@ -872,6 +881,21 @@ def test_resize_token_embeddings(tied, size):
 
 
 # How it runs
+
+
+@pytest.mark.parametrize("fields", ALL_SCHEMES + [LAYER_NORM, {"norm_type": "zero_centered_rms_norm"}], ids=name_of)
+def test_runs_on_the_meta_device(fields):
+    with torch.device("meta"):
+        model, input_ids = DCAForCausalLM(tiny_config(**fields)), torch.zeros(2, 6, dtype=torch.long)
+        outputs = model(input_ids, labels=input_ids)
+        outputs.loss.backward()
+    assert outputs.logits.is_meta and outputs.logits.shape == (2, 6, VOCABULARY)
+    for parameter in model.parameters():
+        assert parameter.is_meta and parameter.grad.shape == parameter.shape
+    # Without memory, but with buffers (the frequencies of the rotary positions).
+    with init_empty_weights():
+        model = DCAForCausalLM(tiny_config(**fields))
+    assert model(input_ids).logits.is_meta
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -288,6 +288,17 @@ def test_half_precision(dtype):
     assert_close(logits, exact(random_images()).logits, 6 * 12**0.5 * torch.finfo(dtype).eps / 2)
 
 
+@pytest.mark.parametrize("embedding", EMBEDDINGS, ids=name_of)
+def test_runs_on_the_meta_device(embedding):
+    with torch.device("meta"):
+        model = DCAForImageClassification(tiny_model(DCAForImageClassification, **embedding).config)
+        size = (2, model.config.num_channels, *model.config.image_height_width)
+        outputs = model(torch.zeros(size), labels=torch.zeros(2, dtype=torch.long))
+        outputs.loss.backward()
+    assert outputs.logits.is_meta and outputs.logits.shape == (2, model.config.num_labels)
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "model_class, auto_class",
     [(DCAVisionModel, AutoModel), (DCAForImageClassification, AutoModelForImageClassification)],

@@ -14,7 +14,7 @@ from modeling_dca import DCAForCausalLM
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, image, weights, write_images, write_jsonl
 from training import causal_lm, image_classification
 from training.arguments import parse_run
-from training.card import METRICS, _verdict, write_card
+from training.card import METRICS, _verdict, origin, write_card
 from training.text import TextDataArguments
 
 
@@ -219,16 +219,25 @@ def test_card_tells_what_the_run_started_from(comparison, room):
     assert "somewhere" not in card.content.replace('from_pretrained("run"', "")
 
     # What it was made from has a license of its own, which the run keeps unless it names another.
-    (start / "README.md").write_text("---\nlicense: llama3\nbase_model: somebody/base\n---\n# Llama\n")
+    (start / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: fair\nbase_model: somebody/base\n---\n# Llama\n"
+    )
     call(causal_lm.main, TEXT_RUN, "--output_dir=second", *options)
     card = ModelCard.load("second/README.md")
-    assert card.data.license == "llama3" and card.data.base_model == "somebody/base"
+    assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "fair", "somebody/base")
     assert "[somebody/base](https://huggingface.co/somebody/base)" in card.text
+    call(causal_lm.main, TEXT_RUN, "--output_dir=third", *options, "--model_license=mit")
+    data = ModelCard.load("third/README.md").data.to_dict()
+    assert data["license"] == "mit" and "license_name" not in data and data["base_model"] == "somebody/base"
     (start / "README.md").unlink()
-    call(causal_lm.main, TEXT_RUN, "--output_dir=third", *options)
-    assert ModelCard.load("third/README.md").data.license is None
-    call(causal_lm.main, TEXT_RUN, "--output_dir=fourth", *options, "--model_license=mit")
-    assert ModelCard.load("fourth/README.md").data.license == "mit"
+    assert origin(str(start)) == {}
+
+
+def test_card_tells_which_weights_it_is_of(room):
+    best = ("--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=2", "--metric_for_best_model=loss")
+    # (The largest loss is the first.)
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", *best, "--greater_is_better=true")
+    assert "trained for 6 steps.\nThese are the weights after step 2, which were chosen by" in card_of(room / "run")
 
 
 def test_card_tells_no_path(room):

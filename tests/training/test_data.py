@@ -294,6 +294,21 @@ def test_split_of_the_hub_is_loaded_alone(monkeypatch, split):
     assert held_out["text"][:] == TEXTS[:4]
 
 
+def test_files_that_are_trained_on_and_held_out_are_told_of(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    load(tmp_path / "[ab].txt", eval_dataset=str(tmp_path / "c.txt"))
+    assert "warning" not in capsys.readouterr().err
+    load(tmp_path, eval_dataset=str(tmp_path / "b.txt"))
+    line = capsys.readouterr().err
+    assert "warning: 1 of the files of `eval_dataset` are trained on, too" in line and "b.txt" in line
+
+
+def test_what_is_held_out_is_named_once(tmp_path):
+    with pytest.raises(UserError, match="Both `eval_split`, 'test', and `eval_dataset`, 'x.txt'"):
+        load(tmp_path, eval_split="test", eval_dataset="x.txt")
+
+
 def test_split_has_a_seed_of_its_own(room, capsys):
     (room / TEXT_RUN).write_text((room / TEXT_RUN).read_text().replace("  eval_dataset: held_out.jsonl\n", ""))
     options = (TEXT_RUN, "--output_dir=run", "--eval_fraction=0.2")

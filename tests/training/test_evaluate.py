@@ -254,6 +254,9 @@ def test_split_that_is_evaluated_on_is_loaded_alone(in_room, monkeypatch):
     (in_room / "texts" / "train" / "a.jsonl").write_text("no json")
     assert figures("vit", "--dataset=splits", "--eval_split=test")["examples"] == 6
     assert figures("llama", "--dataset=texts", "--eval_split=test")["examples"] > 0
+    # It is named instead of what a run had held out.
+    found = figures("run", "--eval_split=train[:20]")
+    assert found["data"]["eval_dataset"] is None and found["data"]["eval_split"] == "train[:20]"
 
 
 def test_run_from_before_the_split_had_a_seed_is_evaluated_on_what_it_held_out(room):

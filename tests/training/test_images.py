@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -551,6 +554,27 @@ def test_batches_are_the_same_for_any_number_of_processes(recipe):
         ]
         for name, values in whole.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), values), (size, name)
+
+
+@pytest.mark.slow
+def test_processes_train_on_mixed_images_as_one_does(room):
+    write_images(room / "images", count=30)
+    options = ["--mixup_alpha=0.5", "--horizontal_flip", "--rand_augment_operations=1", "--random_crop", "--use_cpu"]
+    losses = []
+    for processes, batch in ((1, 8), (1, 2), (2, 4), (2, 2)):
+        launch = (
+            ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+        )
+        sizes = ["--global_batch_size=8", f"--per_device_train_batch_size={batch}", "--overwrite", "--output_dir=run"]
+        line = [sys.executable, "-m", *launch, "training.image_classification", IMAGE_RUN, *options, *sizes]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        completed = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+        assert completed.returncode == 0, completed.stderr
+        history = json.loads((room / "run" / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert len(losses[0]) == 6
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("size", "eval_resize"), [(224, 256), (8, 10), ([8, 16], 20)])

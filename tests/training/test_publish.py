@@ -743,6 +743,7 @@ def runs_in(folder, monkeypatch):
         (["--hub_model_id=a/b/c"], TOKEN, ["'a/b/c'"]),
         (["--hub_model_id=https://huggingface.co/writer/x"], TOKEN, ["'https://huggingface.co/writer/x'"]),
         (["--output_dir=my run"], TOKEN, ["'my run'"]),
+        (["--trackio_space_id=writer/logs"], TOKEN, ["`trackio_space_id` is 'writer/logs'", "`report_to`"]),
     ],
 )
 def test_run_that_could_not_be_published_is_not_started(here, tmp_path, monkeypatch, capsys, options, token, words):
@@ -804,6 +805,25 @@ def test_run_that_is_resumed_and_not_finished_is_not_published(here, tmp_path, m
     call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_steps=3", "--resume_from_checkpoint")
     call(training.publish.main, "run", "writer/finished")
     assert b"trained for 3 steps" in here.repositories["writer/finished"].commits[-1].files["README.md"]
+
+
+def test_configuration_that_tells_where_it_came_from(here, run_copy):
+    path = "/data/telling/llama"
+    for file in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((run_copy / file).read_text())
+        fields |= {"_name_or_path": path, "tokenizer_file": f"{path}/x", "residual_config": {"name_or_path": path}}
+        fields |= {"id2label": {"0": "/m/01g317", "1": "a/b/c"}, "base_model_name_or_path": "user/model"}
+        (run_copy / file).write_text(json.dumps(fields))
+    (run_copy / "logs").mkdir()
+    shutil.move(run_copy / "runs" / "events.out.tfevents", run_copy / "logs" / "events.out.tfevents.12.host.34.0")
+    call(training.publish.main, run_copy, "writer/origin")
+    files = here.repositories["writer/origin"].commits[-1].files
+    for file in ("config.json", "tokenizer_config.json"):
+        published = json.loads(files[file])
+        assert published["_name_or_path"] == published["residual_config"]["name_or_path"] == "llama"
+        assert published["tokenizer_file"] == "x" and published["base_model_name_or_path"] == "user/model"
+        assert published["id2label"] == {"0": "/m/01g317", "1": "a/b/c"}
+    assert not [path for path, content in files.items() if b"telling" in content or "host" in path]
 
 
 def test_log_that_was_cut_off_is_published_as_far_as_it_goes(tmp_path):

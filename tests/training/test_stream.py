@@ -251,10 +251,13 @@ def counted(monkeypatch):
 def test_file_is_read_once_for_all_lanes_of_a_process(tmp_path, monkeypatch, files, lanes, processes, shuffle_buffer):
     stream = stream_of(numbers(tmp_path, *[600 // files] * files), lanes, shuffle_buffer)
     opened, rows = counted(monkeypatch)
+    kept, advance = [], stream_module._Read.advance
+    monkeypatch.setattr(stream_module._Read, "advance", lambda self: advance(self) and not kept.append(len(self.kept)))
     training = Training(stream, lanes // processes, processes)
     seen = list(itertools.chain(*(training.step() for _ in range(600 // lanes))))
     assert sorted(document for document, _ in seen) == list(range(600))
     assert len(opened) == files * processes and len(rows) == len(set(rows)) * processes == 600 * processes
+    assert lanes > files or max(kept) == 1  # nothing is kept for others where there are none
 
 
 def test_lanes_that_are_far_apart_read_on_their_own(tmp_path, monkeypatch):

@@ -2,11 +2,11 @@
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.training.tiny import documents
 from training.errors import UserError
-from training.tokenizer import END_OF_TEXT, PADDING, load_tokenizer, train_tokenizer
+from training.tokenizer import END_OF_TEXT, PADDING, load_tokenizer, plain_tokens, train_tokenizer
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -79,6 +79,53 @@ def test_tokenizer_is_loaded_from_a_path(tokenizer, tmp_path):
     assert len(load_tokenizer(str(tmp_path), 301)) == 300
     with pytest.raises(UserError, match="`vocab_size` is 299, .* has 300 tokens: give 300 or more"):
         load_tokenizer(str(tmp_path), 299)
+
+
+def test_tokenizer_whose_numbers_have_gaps_needs_the_greatest(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 9}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), 10).eos_token_id == 9
+    with pytest.raises(UserError, match="`vocab_size` is 9, .* give 10 or more"):
+        load_tokenizer(str(tmp_path), 9)
+
+
+# Special tokens that are written out
+
+
+def word_level(eos):
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 1, eos: 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos, unk_token="?")
+
+
+def unigram(eos):
+    pieces = [("?", 0.0), (eos, 0.0), *((piece, -3.0) for piece in "</s>a")]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token=eos, unk_token="?"
+    )
+
+
+def byte_level(eos):
+    tokenizer = train_tokenizer(iter(TEXTS), 300, 64)
+    tokenizer.add_special_tokens({"eos_token": eos})
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_level, word_level, unigram, lambda eos: ByT5Tokenizer(eos_token=eos)])
+def test_no_text_becomes_a_special_token(make):
+    tokenizer = make("</s>")
+    texts = ["a</s>a", "</s>", "a </s> a </s></s>", "a", ""]
+    encoded = plain_tokens(tokenizer, texts)
+    assert not [ids for ids in encoded if tokenizer.eos_token_id in ids]
+    # What has none in it is read as ever.
+    assert encoded[3:] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[3:]]
+    if make not in (word_level, unigram):  # which do not know all of it
+        assert [tokenizer.decode(ids) for ids in encoded] == texts
+
+
+def test_text_that_can_only_be_read_as_a_special_token_is_refused():
+    with pytest.raises(UserError, match="has 'b' in its text, which its tokenizer can only read as its special token"):
+        plain_tokens(word_level("b"), ["a b a"])
 
 
 def test_tokenizer_that_cannot_be_loaded(tmp_path):
