@@ -1,0 +1,171 @@
+"""Models leave PyTorch's eager mode as programs that run where neither transformers nor this package is installed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers.dynamic_module_utils
+from test_modeling_dca import assert_close, random_ids, tiny_model
+from torch import nn
+from torch.export import Dim
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from modeling_dca import ALL_GRN_FUNCTIONS, DCAForImageClassification, DCAVisionConfig, generalized_residual
+from modeling_dca.grn import find_implementation
+
+
+class Logits(nn.Module):
+    """The model as a function of tensors alone, as transformers' exporters wrap one; outputs of its own classes need it."""
+
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, **inputs):
+        return self.model(**inputs, **self.options).logits
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0]))
+
+
+def padded(batch, length):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, -3:] = 0
+    return {"input_ids": random_ids(batch, length), "attention_mask": mask}
+
+
+def language_model(**options):
+    return Logits(tiny_model(num_hidden_layers=2, **options).eval(), use_cache=False)
+
+
+def classifier(**options):
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    return Logits(DCAForImageClassification(DCAVisionConfig(**sizes, **options)).eval())
+
+
+#: A model, inputs to export it with, their sizes that are free, and other inputs to run the program with.
+CASES = {
+    "language model": (language_model, {"input_ids": random_ids(2, 7)}, (0, 1), {"input_ids": random_ids(3, 12)}),
+    "language model with a mask": (language_model, padded(2, 7), (0, 1), padded(3, 12)),
+    "classifier": (classifier, {"pixel_values": images(2, 3, 8, 8)}, (0,), {"pixel_values": images(5, 3, 8, 8)}),
+}
+
+
+def free_sizes(inputs, free):
+    return {"inputs": {name: dict.fromkeys(free, Dim.DYNAMIC) for name in inputs}}
+
+
+RUN = """
+import sys
+
+sys.modules["transformers"] = sys.modules["modeling_dca"] = None  # makes the imports fail
+import torch
+
+torch.save(torch.export.load("program.pt2").module()(**torch.load("inputs.pt")), "outputs.pt")
+"""
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_an_exported_program_needs_torch_alone(tmp_path, case, strict):
+    build, inputs, free, others = CASES[case]
+    model = build()
+    program = torch.export.export(model, (), inputs, dynamic_shapes=free_sizes(inputs, free), strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save(others, tmp_path / "inputs.pt")
+    result = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_close(torch.load(tmp_path / "outputs.pt"), model(**others), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_onnx_runs_what_is_exported(tmp_path, case):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    build, inputs, free, others = CASES[case]
+    model = build()
+    program = torch.onnx.export(
+        model, (), kwargs=inputs, dynamic_shapes=free_sizes(inputs, free), dynamo=True, verbose=False
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (logits,) = session.run(None, {name: values.numpy() for name, values in others.items()})
+    assert_close(torch.from_numpy(logits), model(**others), 1e-5)
+
+
+def test_a_named_implementation_is_exported_as_its_operators():
+    program = torch.export.export(language_model(grn_implementation="cpu"), (), {"input_ids": random_ids(2, 7)})
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(ALL_GRN_FUNCTIONS["cpu"].operators[0]) == 3
+    assert find_implementation("auto", torch.device("cpu")) is not generalized_residual  # afterwards
+
+
+# Operators, and the code that comes with checkpoints
+
+
+@pytest.fixture
+def checkpoint_code(tmp_path, monkeypatch):
+    """Loads the code of a checkpoint's folder, which it makes, beside the package that is installed."""
+    modules = str(tmp_path / "modules")
+    for name in ("HF_MODULES_CACHE", "TRANSFORMERS_DYNAMIC_MODULE_NAME"):
+        assert hasattr(transformers.dynamic_module_utils, name)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    before = set(sys.modules)
+    others = [name for name in before if name.startswith("transformers_modules")]
+    for name in others:
+        monkeypatch.delitem(sys.modules, name)
+
+    def load(folder, change=lambda text: text):
+        path = tmp_path / folder
+        tiny_model(num_hidden_layers=1).save_pretrained(path)
+        code = path / "grn_cpu.py"
+        code.write_text(change(code.read_text()))
+        model = get_class_from_dynamic_module("modeling_dca.DCAForCausalLM", str(path)).from_pretrained(path).eval()
+        return model, sys.modules[type(model).__module__].generalized_residual_cpu.operators
+
+    yield load
+    for name in set(sys.modules) - before:
+        if name.startswith("transformers_modules"):
+            del sys.modules[name]
+
+
+def test_operators_do_not_depend_on_the_folder(checkpoint_code):
+    input_ids = random_ids(2, 5)
+    expected = tiny_model(num_hidden_layers=1)(input_ids).logits
+    installed = ALL_GRN_FUNCTIONS["cpu"].operators[0].name()
+    assert installed.startswith("modeling_dca::cpu_")
+    for folder in ("lr=0.001", "größe 1 (neu)", "class"):
+        model, (forward, _) = checkpoint_code(folder)
+        # The same code has the same name, and a number that tells that it is a copy.
+        assert forward.name().removesuffix("_forward").startswith(installed.removesuffix("_forward"))
+        assert forward is not ALL_GRN_FUNCTIONS["cpu"].operators[0]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for function in (model, compiled):
+            assert_close(function(input_ids, use_cache=False).logits, expected, 1e-5)
+
+
+def test_each_code_has_its_own_operators(checkpoint_code):
+    def twice(text):
+        # (What is computed at once, as the few tokens here are.)
+        changed = text.replace("return outputs.sum(1)", "return 2 * outputs.sum(1)")
+        assert changed != text
+        return changed
+
+    stack, delta, gate = [torch.ones(2, 3)], torch.zeros(1, 1, 3), torch.zeros(1, 3)
+    (_, (same, _)), (_, (doubled, _)) = checkpoint_code("same"), checkpoint_code("changed", twice)
+    installed = ALL_GRN_FUNCTIONS["cpu"].operators[0]
+    assert [operator(stack, delta, gate).sum().item() for operator in (installed, same, doubled)] == [6, 6, 12]
+    code = {operator.name().split("_")[2] for operator in (installed, same, doubled)}
+    assert len(code) == 2 and len({installed, same, doubled}) == 3
+
+
+def test_the_names_of_operators_are_those_of_other_processes():
+    program = "import modeling_dca; print(modeling_dca.ALL_GRN_FUNCTIONS['cpu'].operators[0].name())"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == ALL_GRN_FUNCTIONS["cpu"].operators[0].name(), result.stderr[-3000:]
