@@ -55,7 +55,6 @@ BOUNDS = {
     "ddp_bucket_cap_mb": (1, math.inf),
     "ddp_timeout": (1, 10**9),  # more than 30 years, and less than a date can hold
     "learning_rate": (0, math.inf),
-    "gate_learning_rate_scale": (0, math.inf),
     "warmup_steps": (0, math.inf),
     "weight_decay": (0, math.inf),
     "adam_epsilon": (0, math.inf),
@@ -108,10 +107,6 @@ class RunArguments(TrainingArguments):
             "help": "The examples of a training step over all devices; `gradient_accumulation_steps` follows from it, "
             "whatever the number of devices. An epoch is filled up to whole steps, with examples drawn again."
         },
-    )
-    gate_learning_rate_scale: float = dataclasses.field(
-        default=1.0,
-        metadata={"help": "What the learning rate is multiplied by for the gates `w` of the generalized residuals."},
     )
     overwrite: bool = dataclasses.field(
         default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}

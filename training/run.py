@@ -46,7 +46,7 @@ if is_torch_xla_available():
 
 # Fields that a run which is resumed has from its checkpoint, or, with others, cannot take from there.
 OF_THE_OPTIMIZER = (
-    *("learning_rate", "gate_learning_rate_scale", "weight_decay"),
+    *("learning_rate", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 

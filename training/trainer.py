@@ -171,20 +171,6 @@ class RunTrainer(Trainer):
             args.per_device_train_batch_size = batch_size
         return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        scale = self.args.gate_learning_rate_scale
-        if is_new and scale != 1:
-            parameters = (self.model if model is None else model).named_parameters()
-            gates = {parameter for name, parameter in parameters if name.endswith("residual.gate")}
-            for group in list(optimizer.param_groups):
-                slow = [parameter for parameter in group["params"] if parameter in gates]
-                if slow:
-                    group["params"] = [parameter for parameter in group["params"] if parameter not in gates]
-                    optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * scale})
-        return optimizer
-
     def _get_train_sampler(self, train_dataset=None):
         sampler, batch = super()._get_train_sampler(train_dataset), self.args.global_batch_size
         if batch is None or sampler is None:
