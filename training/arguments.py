@@ -346,23 +346,19 @@ def known_fields(model_class, data_class, training_class) -> dict[str, list[str]
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """A loader that refuses a key that is there twice, of which the other one would be lost."""
+    """A loader that refuses a key that is there twice, of which the first would be lost."""
 
-    def construct_mapping(self, node, deep=False):
-        if isinstance(node, yaml.MappingNode):
-            keys = [
-                self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
-            ]
-            for index, key in enumerate(keys):
-                if key in keys[:index]:
-                    mark = node.start_mark
-                    raise yaml.constructor.ConstructorError(
-                        "while constructing a mapping",
-                        mark,
-                        f"found the key {key!r} twice",
-                        node.value[index][0].start_mark,
-                    )
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.composer.ComposerError(
+                    "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
+                )
+            seen.add(name)
+        return node
 
 
 def load_yaml(text: str) -> Any:
