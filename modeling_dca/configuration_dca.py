@@ -221,6 +221,19 @@ class DCAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.position_embedding != "rope":
             self.rope_parameters = None
+        self._is_made = True
+
+    def __setattr__(self, key, value):
+        # What followed from a field follows from what it is set to, too.
+        followers = self._followers() if getattr(self, "_is_made", False) and key in self.own_fields() else ()
+        super().__setattr__(key, value)
+        for name in followers:
+            if name != key:
+                super().__setattr__(name, self._following_fields().get(name))
+
+    def _followers(self) -> set[str]:
+        """The names of the fields that are what follows from others."""
+        return {name for name, value in self._following_fields().items() if getattr(self, name) == value}
 
     def _following_fields(self) -> dict:
         """What the fields that follow from others are where they are not given."""
@@ -255,8 +268,7 @@ class DCAConfig(PreTrainedConfig):
             kept = {"rope_theta", "partial_rotary_factor"} & saved.rope_parameters.keys()
             own = {name: saved.rope_parameters[name] for name in kept}
             fields["rope_parameters"] = own | fields["rope_parameters"]
-        follows = {name for name, value in saved._following_fields().items() if getattr(saved, name) == value}
-        fields = {name: value for name, value in config_dict.items() if name not in follows} | fields
+        fields = {name: value for name, value in config_dict.items() if name not in saved._followers()} | fields
         result = super().from_dict(fields, **kwargs)
         # For the message where the weights do not fit them.
         (result[0] if isinstance(result, tuple) else result)._overrides = overrides
@@ -273,7 +285,8 @@ class DCAConfig(PreTrainedConfig):
         # How to compute is the machine's matter, not the checkpoint's.
         output = super().to_dict()
         output.pop("grn_implementation", None)
-        output.pop("_overrides", None)
+        for name in ("_overrides", "_is_made"):
+            output.pop(name, None)
         if getattr(RESIDUAL_SCHEMES.get(self.residual_scheme), "gated", False):
             output["gate_norm"] = GATE_NORM
         return output

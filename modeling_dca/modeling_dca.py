@@ -6,6 +6,7 @@ Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connectio
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
@@ -92,6 +93,10 @@ def named_arguments(forward: Callable) -> Callable:
         if name in parameters and (cache := kwargs.pop(other, None)) is not None:
             if kwargs.get(name) is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+            if other != CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"`{other}` is deprecated: `cache` is its name since transformers 5.24.", FutureWarning, 2
+                )
             kwargs[name] = cache
         unknown = () if paged else [key for key in kwargs if key not in known]
         for key in unknown:
@@ -628,6 +633,13 @@ class DCAModel(DCAPreTrainedModel):
             self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
         # The mask looks in them for packed sequences, and waits for the device to do so.
         given_position_ids = position_ids
+        if position_ids is None and "flash" not in str(self.config._attn_implementation):
+            for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"`{name}` is given without `position_ids`, by which the attention "
+                        f"{self.config._attn_implementation!r} tells packed sequences apart: give these, too."
+                    )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
@@ -654,8 +666,8 @@ class DCAModel(DCAPreTrainedModel):
         self._check_recording(kwargs)
         stack = ResidualStack(hidden_states, self.config.max_stack_entries)
         layers = self.layers[: self.config.num_hidden_layers]
-        if len(layers) < len(self.layers) and isinstance(cache, DynamicCache):
-            # Early exit: before 5.23 a cache cannot be cropped that has layers which nothing was written to.
+        if isinstance(cache, DynamicCache) and len(cache.layers) > len(layers):
+            # Early exit: a cache cannot be cropped that has layers which nothing is written to.
             del cache.layers[len(layers) :]
         for layer_type, decoder_layer in zip(self.config.layer_types, layers):
             output, *stack.entries = decoder_layer(

@@ -501,7 +501,12 @@ def test_models_take_the_cache_by_either_name(model_class, name, recwarn):
     with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names"):
         model(input_ids[:, :1], **{name: cache, other: DynamicCache(config=model.config)})
     assert cache.get_seq_length() == 8
-    assert [str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)] == []
+    # Who uses the old name is told so where transformers does; nobody is told of what the models do among themselves.
+    told = {str(warning.message) for warning in recwarn if "deprecated" in str(warning.message)}
+    old = name == "past_key_values" and CACHE_NAME == "cache"
+    assert told == (
+        {"`past_key_values` is deprecated: `cache` is its name since transformers 5.24."} if old else set()
+    )
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
@@ -602,7 +607,11 @@ def test_what_transformers_passes_to_any_model_is_taken(model_class):
     if model_class in HEADS:
         lengths = torch.tensor([0, 5], dtype=torch.int32)
         packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
-        torch.testing.assert_close(model(**inputs, **packed)[0], model(**inputs)[0])
+        positions = torch.arange(5).expand(2, 5)
+        torch.testing.assert_close(model(**inputs, **packed, position_ids=positions)[0], model(**inputs)[0])
+        for name in ("cu_seq_lens_q", "seq_idx"):
+            with pytest.raises(ValueError, match=f"`{name}` is given without `position_ids`"):
+                model(**inputs, **{name: lengths})
 
 
 def test_the_loss_gets_what_it_takes():
@@ -1199,8 +1208,8 @@ def test_fields_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
 def test_a_configuration_that_was_changed_is_validated_where_a_model_is_made(model_class):
     for name, value, message in [
         ("last_k", 0, "`last_k` is 0"),
-        ("num_hidden_layers", 6, "`layer_types` has 5 entries"),
-        ("sliding_window", 2, "holds no 'sliding_attention'"),
+        ("layer_types", ["full_attention"] * 6, "`layer_types` has 6 entries"),
+        ("layer_types", ["sliding_attention"] * 5, "needs `sliding_window`"),
         ("residual_scheme", "grn_2", "did you mean 'grn_v2'"),
     ]:
         config = tiny_config()
@@ -1209,6 +1218,21 @@ def test_a_configuration_that_was_changed_is_validated_where_a_model_is_made(mod
             model_class(config)
         with pytest.raises(StrictDataclassError, match=message):
             HEADS[model_class].from_config(config)
+
+
+def test_what_followed_from_a_field_follows_from_what_it_is_set_to():
+    config = tiny_config(intermediate_size=None)
+    config.sliding_window = 2
+    config.num_hidden_layers = 3
+    assert config.layer_types == ["sliding_attention"] * 3 and len(DCAForCausalLM(config).model.layers) == 3
+    config.hidden_size = 32
+    assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (128, 8, 2)
+    config.update({"sliding_window": None, "num_hidden_layers": 4})
+    assert config.layer_types == ["full_attention"] * 4
+    assert config.to_dict() == DCAConfig(**config.to_dict()).to_dict() and "_is_made" not in config.to_dict()
+    config.layer_types = ["full_attention", "sliding_attention"] * 2
+    config.sliding_window = 8
+    assert config.layer_types == ["full_attention", "sliding_attention"] * 2
 
 
 @pytest.mark.parametrize("model_class", [DCAForCausalLM, DCAForImageClassification])
