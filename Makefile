@@ -1,22 +1,27 @@
 VENV ?= .venv
 PYTHON ?= python3
+OLDEST_VENV ?= .venv-oldest
 XLA_VENV ?= .venv-xla
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all test-xla lint format clean
+.PHONY: help setup demo test test-all test-oldest test-versions test-xla lint format clean
 
 help:
 	@echo "make demo      train a small DCA language model and image classifier (about 5 minutes on 2 cores)"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run the slow tests, too"
+	@echo "make test-versions  run the tests of the library, and quick ones of training, with the oldest and the newest supported"
+	@echo "               transformers, datasets, accelerate, peft and huggingface_hub"
 	@echo "make test-xla  run the tests of TPU readiness on the CPU, in an environment of their own (several GB)"
 	@echo "make setup     build $(VENV) alone"
 	@echo "make lint      check style and format; make format mends them"
 
+install = test -x $(1)/bin/python || $(PYTHON) -m venv $(1); \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable ".[$(3)]"
+
 # One environment, grown by what is asked for: the `test` extra holds the `training` extra.
 $(VENV)/.training $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	$(call install,$(VENV),constraints.txt,$*)
 	touch $@
 
 setup: $(VENV)/.training $(VENV)/.test
@@ -41,6 +46,20 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist lo
 
 test: $(VENV)/.test
 	$(PYTEST)
+
+# What is likeliest to depend on a release of transformers or of what it stands on.
+VERSION_TESTS := tests/modeling_dca tests/test_configuration.py \
+	$(addprefix tests/training/test_,arguments.py data.py evaluate.py publish.py retrofit.py run.py tokenizer.py)
+
+$(OLDEST_VENV)/.test: pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST_VENV),constraints-oldest.txt,test)
+	touch $@
+
+test-oldest: $(OLDEST_VENV)/.test
+	$(subst $(BIN),$(OLDEST_VENV)/bin,$(PYTEST)) $(VERSION_TESTS)
+
+test-versions: test-oldest $(VENV)/.test
+	$(PYTEST) $(VERSION_TESTS)
 
 test-all: $(VENV)/.test
 	$(PYTEST) -m "not gpu and not xla"
@@ -79,4 +98,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(XLA_VENV) *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(XLA_VENV) *.egg-info build .pytest_cache .ruff_cache

@@ -23,7 +23,7 @@ class ResidualScheme(NamedTuple):
 
     outputs: int  # generalized residuals per block: one shared by queries, keys and values, or one for each
     elementwise: bool  # `b` has an element per feature rather than one for the whole entry
-    gated: bool  # `relu(w . f_i)` is added to `b`
+    gated: bool  # `relu(w . n(f_i))` is added to `b`
 
 
 #: The schemes by name; `standard` is the plain residual sum and learns nothing.
@@ -34,6 +34,11 @@ RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
     "grn_v3": ResidualScheme(outputs=1, elementwise=True, gated=True),
     "dca": ResidualScheme(outputs=3, elementwise=True, gated=True),
 }
+
+
+#: The norm through which gates see entries, as `config.json` names it where there are gates. One without a name is of
+#: release 0.1, whose gates saw entries as they are.
+GATE_NORM = "rms"
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -196,6 +201,12 @@ class DCAConfig(PreTrainedConfig):
     residual_config: dict | None = None
 
     def __post_init__(self, **kwargs):
+        gate_norm = kwargs.pop("gate_norm", GATE_NORM)
+        if gate_norm != GATE_NORM:
+            raise ValueError(
+                f"`gate_norm` is {gate_norm!r}, but the gates of this release see entries through {GATE_NORM!r}: load the "
+                "model with the code that it carries, or with the release of modeling-dca that wrote it."
+            )
         for name, value in self._following_fields().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -263,6 +274,8 @@ class DCAConfig(PreTrainedConfig):
         output = super().to_dict()
         output.pop("grn_implementation", None)
         output.pop("_overrides", None)
+        if getattr(RESIDUAL_SCHEMES.get(self.residual_scheme), "gated", False):
+            output["gate_norm"] = GATE_NORM
         return output
 
     @property

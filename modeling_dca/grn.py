@@ -75,6 +75,22 @@ def check_inputs(stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch
         )
 
 
+def gates_of(entry: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """
+    What gates add to `b` of an entry, `relu(w . n(f))`, where `n` divides by the root mean square over the features.
+
+    Args:
+        entry (`torch.Tensor` of shape `(..., d)`): `f`.
+        gate (`torch.Tensor` of shape `(outputs, d)`): `w`.
+
+    Returns:
+        A tensor `(..., outputs)`. Its derivative where the gate is at exactly 0 is that of an open one.
+    """
+    inverse_rms = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
+    # clamp, and not relu: its gradient at exactly 0 is 1, so that a gate that starts at zero can learn.
+    return (nn.functional.linear(entry, gate) * inverse_rms).clamp(min=0)
+
+
 def generalized_residual(
     stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
@@ -107,10 +123,7 @@ def generalized_residual(
     if gate is not None:
         with maybe_autocast(entries[0].device.type, enabled=False):
             for entry in entries:
-                inverse_rms = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
-                pre_activation = nn.functional.linear(entry, gate.to(compute_dtype)) * inverse_rms
-                # clamp, and not relu: its gradient at exactly 0 is 1, so that a gate that starts at zero can learn.
-                open_gates = pre_activation.clamp(min=0)
+                open_gates = gates_of(entry, gate.to(compute_dtype))
                 for output, total in enumerate(outputs):
                     outputs[output] = torch.addcmul(total, open_gates[..., output, None], entry)
     return tuple(output.to(dtype) for output in outputs)
@@ -196,6 +209,10 @@ class GeneralizedResidual(nn.Module):
         else:
             outputs = implementation(stack, self.delta, self.gate)
         return *outputs, stack
+
+    def gates(self, entry: torch.Tensor, index: int) -> torch.Tensor:
+        """What the gates add to `b` of an entry `(..., hidden_size)`, the stack's at `index`: `(..., outputs)`, in float32."""
+        return gates_of(entry.float(), self.gate.float())
 
     def spans(self) -> list[tuple[int, int]]:
         """The first and the last output that each entry holds (output 0 is the model's input): the second may be merged of many."""

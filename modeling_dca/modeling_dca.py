@@ -375,6 +375,24 @@ class BlockInputRecorder(OutputRecorder):
     num_hidden_layers_key: str = "num_residual_inputs"
 
 
+def _check_gates(model: PreTrainedModel, name: str | os.PathLike | None, kwargs: dict) -> None:
+    """Raises `ValueError` where the checkpoint `name` has gates, other than zero, that saw entries as they are."""
+    gates = [module.gate for module in model.modules() if isinstance(module, GeneralizedResidual)]
+    if name is None or all(gate is None or not gate.is_meta and not gate.any() for gate in gates):
+        return
+    of_the_hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    try:
+        saved, _ = model.config.get_config_dict(name, **{key: kwargs[key] for key in of_the_hub if key in kwargs})
+    except OSError:
+        return  # weights alone, of which the caller has the configuration
+    if "gate_norm" not in saved:
+        raise ValueError(
+            f"The gates of {str(name)!r} are those of modeling-dca 0.1, which saw entries as they are: this release would "
+            "make another model of them. Load it with the code that it carries (`trust_remote_code=True`, in a process "
+            "that does not import `modeling_dca`), or with modeling-dca 0.1."
+        )
+
+
 class DCAPreTrainedModel(PreTrainedModel):
     """What all DCA models share: initialization, loading, saving, and what transformers may do with them."""
 
@@ -452,13 +470,16 @@ class DCAPreTrainedModel(PreTrainedModel):
         As in transformers.
 
         Raises:
-            `ValueError`: the weights do not fit a field of the configuration that is among the arguments.
+            `ValueError`: the weights do not fit a field of the configuration that is among the arguments, or gates are
+            those of release 0.1.
         """
         overrides = {name: kwargs[name] for name in cls.config_class.own_fields() & kwargs.keys()}
         # (The Auto classes make the configuration first.)
         overrides |= getattr(kwargs.get("config"), "_overrides", {})
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            _check_gates(result[0] if isinstance(result, tuple) else result, pretrained_model_name_or_path, kwargs)
+            return result
         except RuntimeError as error:
             if not overrides or "ignore_mismatched_sizes" not in str(error):
                 raise

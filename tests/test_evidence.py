@@ -20,13 +20,10 @@ STUDIES = sorted(
 )
 #: Fields in which the variants of a study may differ: they are what it is about.
 APART = {
-    **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration", "gate_learning_rate_scale"}),
+    **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration"}),
     "learning_rate": {"learning_rate"},
     "paper_scale/learning_rate": {"learning_rate"},
-    **dict.fromkeys(
-        ("k_at_the_best_rate", "rates_128"),
-        {"residual_scheme", "last_k", "gate_learning_rate_scale", "learning_rate"},
-    ),
+    "k_at_the_best_rate": {"residual_scheme", "last_k", "learning_rate"},
 }
 
 
@@ -76,7 +73,7 @@ def test_models_can_be_built(name):
 def test_every_study_has_its_like_at_the_papers_shape():
     small = {name for name in STUDIES if "/" not in name}
     # (The best rate of the paper's shape is not known, and `ablation` and `width` have their like.)
-    small -= {"k_at_the_best_rate", "ablation_128", "rates_128", "width_96"}
+    small -= {"k_at_the_best_rate", "ablation_128", "width_96"}
     assert {name.removeprefix("paper_scale/") for name in STUDIES if "/" in name} == small
     for name in small - {"learning_rate"}:
         variants, of_paper = (

@@ -8,14 +8,14 @@ All else is as in `training.causal_lm`. The alterations are in `ALTERATIONS` bel
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from modeling_dca import ALL_GRN_FUNCTIONS, DCAConfig, DCAForCausalLM, GeneralizedResidual, generalized_residual
+from modeling_dca import DCAConfig, DCAForCausalLM, GeneralizedResidual
 from modeling_dca.configuration_dca import nearest_name
+from modeling_dca.grn import GATE_NORM_EPS
 from training.arguments import Run, parse_run
 from training.causal_lm import CausalLMArguments, train_language_model
 from training.errors import UserError, command
@@ -29,27 +29,84 @@ class AlteredForCausalLM(DCAForCausalLM):
     _auto_map = {}
 
 
-def literal_generalized_residual(
-    stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """[`generalized_residual`] with `torch.relu`, whose gradient at exactly 0 is 0."""
-    outputs = list(generalized_residual(stack, delta))
-    for entry in () if gate is None else stack:
-        open_gates = torch.relu(nn.functional.linear(entry, gate))
-        for index in range(len(outputs)):
-            outputs[index] = outputs[index] + open_gates[..., index, None] * entry
-    return tuple(outputs)
+class AlteredGate(GeneralizedResidual):
+    """A generalized residual in plain PyTorch, whose gate is of another form."""
+
+    def pre_activations(self, entry: torch.Tensor) -> torch.Tensor:
+        """`w . n(f)` of an entry `(..., hidden_size)`: `(..., outputs)`."""
+        scale = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
+        return nn.functional.linear(entry, self.gate) * scale
+
+    def weight(self, b: torch.Tensor, pre_activation: torch.Tensor) -> torch.Tensor:
+        """What an entry is multiplied by, of `b` `(hidden_size,)` and `pre_activation` `(..., 1)`."""
+        raise NotImplementedError
+
+    def forward(self, *stack: torch.Tensor) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
+        outputs = [0.0] * len(self.delta)
+        for i, entry in enumerate(stack):
+            pre_activations = self.pre_activations(entry)
+            for output, delta in enumerate(self.delta[:, i]):
+                weight = self.weight(1 + delta, pre_activations[..., output, None])
+                outputs[output] = outputs[output] + weight * entry
+        return *outputs, stack
+
+    def gates(self, entry: torch.Tensor, index: int) -> torch.Tensor:
+        pre_activations = self.pre_activations(entry.float())
+        added = [
+            (self.weight(1 + delta, pre_activations[..., output, None]) - (1 + delta)).mean(-1)
+            for output, delta in enumerate(self.delta[:, index])
+        ]
+        return torch.stack(added, dim=-1)
 
 
-ALL_GRN_FUNCTIONS.register("literal", literal_generalized_residual)
+class DeadGate(AlteredGate):
+    """Zero behind `torch.relu`, whose gradient at exactly 0 is 0: the gate never learns (method, the first reading)."""
+
+    def weight(self, b, pre_activation):
+        return b + torch.relu(pre_activation)
 
 
-class LiteralGateForCausalLM(AlteredForCausalLM):
-    """Gates as the paper writes them, zero behind a `relu`."""
+class RawGate(AlteredGate):
+    """`b + relu(w . f)`: the gate sees the entry as it is, and grows with it (the second reading)."""
+
+    def pre_activations(self, entry):
+        return nn.functional.linear(entry, self.gate)
+
+    def weight(self, b, pre_activation):
+        return b + pre_activation.clamp(min=0)  # clamp: open at exactly 0
+
+
+class BiasInsideGate(AlteredGate):
+    """`relu(b + w . n(f))`: live at the start by itself, and no weight is negative (the fourth reading)."""
+
+    def weight(self, b, pre_activation):
+        return (b + pre_activation).clamp(min=0)
+
+
+class AlteredGateForCausalLM(AlteredForCausalLM):
+    """A model whose gates are all of another form."""
+
+    gate_class: type[AlteredGate]
 
     def __init__(self, config: DCAConfig):
-        config.grn_implementation = "literal"
         super().__init__(config)
+        if self.model.residual.gate is None:
+            raise ValueError(f"`residual_scheme` is {config.residual_scheme!r}, which has no gate to alter.")
+        for module in (*self.model.layers, self.model):
+            whole = module.residual
+            module.residual = self.gate_class(config, whole.num_blocks, outputs=len(whole.delta))
+
+
+class DeadGateForCausalLM(AlteredGateForCausalLM):
+    gate_class = DeadGate
+
+
+class RawGateForCausalLM(AlteredGateForCausalLM):
+    gate_class = RawGate
+
+
+class BiasInsideGateForCausalLM(AlteredGateForCausalLM):
+    gate_class = BiasInsideGate
 
 
 class RandomGateForCausalLM(AlteredForCausalLM):
@@ -129,7 +186,9 @@ class DecayOfB(TrainerCallback):
 
 #: By name: the model, and callbacks of the trainer.
 ALTERATIONS = {
-    "literal_gate": (LiteralGateForCausalLM, ()),
+    "dead_gate": (DeadGateForCausalLM, ()),
+    "raw_gate": (RawGateForCausalLM, ()),
+    "bias_inside_gate": (BiasInsideGateForCausalLM, ()),
     "random_gate": (RandomGateForCausalLM, ()),
     "last_4": (LastFourForCausalLM, ()),
     "input_and_last_3": (InputAndLastThreeForCausalLM, ()),

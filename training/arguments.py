@@ -55,7 +55,6 @@ BOUNDS = {
     "ddp_bucket_cap_mb": (1, math.inf),
     "ddp_timeout": (1, 10**9),  # more than 30 years, and less than a date can hold
     "learning_rate": (0, math.inf),
-    "gate_learning_rate_scale": (0, math.inf),
     "warmup_steps": (0, math.inf),
     "weight_decay": (0, math.inf),
     "adam_epsilon": (0, math.inf),
@@ -108,10 +107,6 @@ class RunArguments(TrainingArguments):
             "help": "The examples of a training step over all devices; `gradient_accumulation_steps` follows from it, "
             "whatever the number of devices. An epoch is filled up to whole steps, with examples drawn again."
         },
-    )
-    gate_learning_rate_scale: float = dataclasses.field(
-        default=1.0,
-        metadata={"help": "What the learning rate is multiplied by for the gates `w` of the generalized residuals."},
     )
     overwrite: bool = dataclasses.field(
         default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}
@@ -351,23 +346,19 @@ def known_fields(model_class, data_class, training_class) -> dict[str, list[str]
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """A loader that refuses a key that is there twice, of which the other one would be lost."""
+    """A loader that refuses a key that is there twice, of which the first would be lost."""
 
-    def construct_mapping(self, node, deep=False):
-        if isinstance(node, yaml.MappingNode):
-            keys = [
-                self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
-            ]
-            for index, key in enumerate(keys):
-                if key in keys[:index]:
-                    mark = node.start_mark
-                    raise yaml.constructor.ConstructorError(
-                        "while constructing a mapping",
-                        mark,
-                        f"found the key {key!r} twice",
-                        node.value[index][0].start_mark,
-                    )
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.composer.ComposerError(
+                    "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
+                )
+            seen.add(name)
+        return node
 
 
 def load_yaml(text: str) -> Any:

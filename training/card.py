@@ -25,7 +25,6 @@ HYPER_PARAMETERS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
-    "gate_learning_rate_scale",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",

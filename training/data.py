@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
@@ -209,7 +210,8 @@ def _load(
                 arguments.dataset_config,
                 split=split,
                 revision=arguments.dataset_revision,
-                streaming=streaming or (alone and "[" not in split),  # (a stream cannot be cut)
+                # (A stream cannot be cut, and is not read from the cache.)
+                streaming=streaming or (alone and "[" not in split and not datasets.config.HF_HUB_OFFLINE),
             )
             if isinstance(data, IterableDataset) and not streaming:
                 data = _kept(data, columns)
@@ -374,8 +376,10 @@ def _documents(
         if not set(names) <= set(parts):
             raise ValueError(f"A stream is read of whole splits. Should be one of {list(parts)}.")
         files = [file for name in names for file in parts[name]]
-        for file in files if not is_held_out else ():
-            next(read_file(file, column), None)  # what does not have the column is known before the training starts
+        for number, file in enumerate(files if not is_held_out else ()):
+            # What does not have the column is known before the training starts. (Of text, that would be to read all of it.)
+            if number == 0 or ending(file) != ".txt":
+                next(read_file(file, column), None)
         return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "column": column})
     loaded = {name: _document_set(files, column) for name, files in parts.items()}
     instructions = ReadInstruction.from_spec(split).to_absolute({name: len(data) for name, data in loaded.items()})

@@ -40,7 +40,7 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
         One dictionary for each input of each block, from the first block on: `block` (from 1), `input` ("q", "k", "v",
         or "q, k, v" where they share one), and lists over the entries: `outputs` (the numbers of the first and the
         last output that the entry holds; the model's input is number 0), `b` (mean over the features) and `gate`
-        (mean of `relu(w . f_i)` over all tokens).
+        (mean of `relu(w . n(f_i))` over all tokens).
     """
     residuals = [layer.residual for layer in model.base_model.layers]
     if residuals[0].delta is None:
@@ -50,8 +50,7 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
     def record_gates(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
         entries = [stack[i] for i in getattr(residual, "chosen", range(len(stack)))]  # (see `training.altered`)
         # (tokens, outputs, entries) of this batch
-        opened = [(entry.float() @ residual.gate.float().T).clamp(min=0).flatten(0, -2) for entry in entries]
-        opened = torch.stack(opened, dim=-1)
+        opened = torch.stack([residual.gates(entry, i).flatten(0, -2) for i, entry in enumerate(entries)], dim=-1)
         gates[residual].append((opened.sum(dim=0), len(opened)))
 
     hooks = [residual.register_forward_pre_hook(record_gates) for residual in residuals if residual.gate is not None]

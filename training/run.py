@@ -46,7 +46,7 @@ if is_torch_xla_available():
 
 # Fields that a run which is resumed has from its checkpoint, or, with others, cannot take from there.
 OF_THE_OPTIMIZER = (
-    *("learning_rate", "gate_learning_rate_scale", "weight_decay"),
+    *("learning_rate", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 
@@ -83,10 +83,10 @@ def check_output_folder(arguments: RunArguments) -> None:
         for model_folder in filter(None, (folder, arguments.baseline and folder / arguments.baseline)):
             resumed = checkpoint_to_resume(model_folder, checkpoint)
             if resumed is not None:
-                check_state(resumed)
-                check_sharding(resumed, uses_fsdp(arguments))
                 if arguments.should_save:  # one process reads all of it
                     check_checkpoint(resumed)
+                check_state(resumed)
+                check_sharding(resumed, uses_fsdp(arguments))
     elif folder.exists() and any(folder.iterdir()):
         if not holds_run:
             raise UserError(f"{named}, which holds files that are not of a run: name another folder.")

@@ -105,9 +105,8 @@ class _Read:
     def __init__(self, batches: Iterator[tuple[int, list]], row: int, of: Callable[[int], bool], capacity: int):
         self.batches, self.of, self.capacity = batches, of, capacity
         self.first = self.end = row  # what is kept begins with the one row, and what comes next is the other
-        self.kept: deque[tuple[int, int, list[tuple[int, Any]]]] = (
-            deque()
-        )  # rows from, rows to, documents with their rows
+        # Of each batch its first row, the row after it, and the documents with their rows.
+        self.kept: deque[tuple[int, int, list[tuple[int, Any]]]] = deque()
         self.num_kept = 0
 
     def advance(self) -> bool:
@@ -142,9 +141,9 @@ class SharedReads:
 
     def __init__(self, stream: "TextStream", lanes: Collection[int]):
         self.stream, self.lanes = stream, lanes
-        self.open: dict[int, weakref.WeakSet[_Read]] = defaultdict(
-            weakref.WeakSet
-        )  # by file; gone when no lane reads it
+        # By file; gone when no lane reads it, but the last of a file that lanes share: another may come to it yet.
+        self.open: dict[int, weakref.WeakSet[_Read]] = defaultdict(weakref.WeakSet)
+        self.last: dict[int, _Read] = {}
 
     def documents(self, shard: int, row: int) -> Iterator[tuple[int, Any]]:
         """The documents of the lanes in a file from a row on, with their rows."""
@@ -166,6 +165,8 @@ class SharedReads:
         batches = read_shard(packed.data, packed.column, shard, row)
         read = _Read(batches, row, lambda index: lane_of(shard, index) in lanes, capacity)
         self.open[shard].add(read)
+        if len(lanes) > 1:
+            self.last[shard] = read
         return read
 
 

@@ -171,20 +171,6 @@ class RunTrainer(Trainer):
             args.per_device_train_batch_size = batch_size
         return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        scale = self.args.gate_learning_rate_scale
-        if is_new and scale != 1:
-            parameters = (self.model if model is None else model).named_parameters()
-            gates = {parameter for name, parameter in parameters if name.endswith("residual.gate")}
-            for group in list(optimizer.param_groups):
-                slow = [parameter for parameter in group["params"] if parameter in gates]
-                if slow:
-                    group["params"] = [parameter for parameter in group["params"] if parameter not in gates]
-                    optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] * scale})
-        return optimizer
-
     def _get_train_sampler(self, train_dataset=None):
         sampler, batch = super()._get_train_sampler(train_dataset), self.args.global_batch_size
         if batch is None or sampler is None:
@@ -310,23 +296,17 @@ class RunTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         if output_dir is not None:
-            return super().save_model(output_dir, _internal_call)
+            with self._plain_arguments():
+                return super().save_model(output_dir, _internal_call)
         unfinished = self.folder / UNFINISHED / "model"
         with told_if_not_written("The trained model", self.folder), self.whole_weights():
             # (The trainer would publish a run that is not yet whole.)
-            super().save_model(str(unfinished), _internal_call=True)
+            with self._plain_arguments():
+                super().save_model(str(unfinished), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 move_finished(unfinished, self.folder)
             self.accelerator.wait_for_everyone()
-
-    def _save(self, *args, **kwargs):
-        with self._plain_arguments():
-            super()._save(*args, **kwargs)
-
-    def _save_tpu(self, *args, **kwargs):
-        with self._plain_arguments():
-            super()._save_tpu(*args, **kwargs)
 
     @contextlib.contextmanager
     def _plain_arguments(self) -> Iterator[None]:

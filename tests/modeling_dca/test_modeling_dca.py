@@ -1,5 +1,6 @@
 """Language models: the maths of the whole model, what transformers does with it, and the trip through the Hub."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from operator import getitem
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +49,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
+import modeling_dca
 from modeling_dca import (
     ALL_GRN_FUNCTIONS,
     DCAConfig,
@@ -1224,6 +1227,21 @@ def test_the_code_goes_with_the_configuration(tmp_path, model_class):
         assert saved == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
 
 
+def test_code_takes_nothing_from_other_models_files():
+    # It is saved with checkpoints, and other models' files change with every release.
+    files = sorted(Path(modeling_dca.__file__).parent.glob("*.py"))
+    imported = {
+        module
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for module in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert len(files) > 5 and "transformers.modeling_utils" in imported
+    others = {module for module in imported if module.startswith("transformers.models")}
+    assert others <= {"transformers.models.auto"}
+
+
 def test_all_schemes_are_tested():
     assert {scheme["residual_scheme"] for scheme in ALL_SCHEMES} == set(RESIDUAL_SCHEMES)
 
@@ -1371,3 +1389,36 @@ def test_checkpoint_runs_where_the_package_is_not_installed(loaded_elsewhere, so
     assert results[source].keys() == expected.keys()
     for name, result in results[source].items():
         assert_close(result, expected[name], 1e-6)
+
+
+@pytest.mark.parametrize("load", [DCAForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_gates_of_the_first_release_are_refused(tmp_path, load):
+    """Its configurations do not say through which norm gates see entries."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    new = json.loads(file.read_text())
+    old = {name: value for name, value in new.items() if name != "gate_norm"}
+    assert new["gate_norm"] == "rms"
+    file.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="those of modeling-dca 0.1.*Load it with the code that it carries"):
+        load(tmp_path)
+    # A configuration that is at hand says nothing of the checkpoint.
+    with pytest.raises(ValueError, match="those of modeling-dca 0.1"):
+        DCAForCausalLM.from_pretrained(tmp_path, config=model.config)
+    # Gates of zero compute the same in both.
+    for name, parameter in model.named_parameters():
+        if name.endswith("residual.gate"):
+            torch.nn.init.zeros_(parameter)
+    model.save_pretrained(tmp_path)
+    file.write_text(json.dumps(old))
+    assert torch.equal(load(tmp_path)(random_ids(2, 4)).logits, model(random_ids(2, 4)).logits)
+    # One of a later release is not guessed at.
+    file.write_text(json.dumps(new | {"gate_norm": "other"}))
+    with pytest.raises(ValueError, match="`gate_norm` is 'other'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["standard", "grn_v1", "grn_v2"])
+def test_where_there_are_no_gates_nothing_is_said_of_them(scheme):
+    assert "gate_norm" not in DCAConfig(residual_scheme=scheme).to_dict()

@@ -12,19 +12,20 @@ from modeling_dca import (
     DCAConfig,
     DCAForCausalLM,
     GeneralizedResidual,
-    generalized_residual,
 )
 from tests.training.tiny import TEXT_RUN, assert_same_weights, call, failure, refusal, weights
 from training import altered, causal_lm, compare, study
 from training.altered import (
     ALTERATIONS,
+    BiasInsideGate,
     ChosenResidual,
+    DeadGate,
     DecayOfB,
     InputAndLastThreeForCausalLM,
     LastFourForCausalLM,
-    LiteralGateForCausalLM,
     RandomGateForCausalLM,
-    literal_generalized_residual,
+    RawGate,
+    RawGateForCausalLM,
 )
 from training.depth_weights import measure_depth_weights
 from training.trainer import RunTrainer
@@ -53,42 +54,56 @@ def residuals_of(model):
     return [*(layer.residual for layer in model.model.layers), model.model.residual]
 
 
-# The literal gate
+# Gates of other forms
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("width", [1, 8])
-def test_literal_gate_computes_the_same(outputs, width):
+@pytest.mark.parametrize("scheme", ["grn_v3", "dca"])
+@pytest.mark.parametrize("gate_class", [DeadGate, RawGate, BiasInsideGate])
+def test_altered_gates_against_a_computation_by_hand(gate_class, scheme):
     torch.manual_seed(0)
-    stack = [torch.randn(2, 5, 8) for _ in range(4)]
-    delta, gate = torch.randn(outputs, 4, width), torch.randn(outputs, 8)
-    for each in (gate, None):
-        expected = generalized_residual(stack, delta, each)
-        found = literal_generalized_residual(stack, delta, each)
-        assert len(found) == outputs
-        torch.testing.assert_close(found, expected)
+    residual = gate_class(DCAConfig(**SIZES, residual_scheme=scheme), num_blocks=2)
+    for parameter in residual.parameters():
+        torch.nn.init.normal_(parameter)
+    stack = [5 * torch.randn(2, 3, 16) for _ in range(3)]
+    *outputs, kept = residual(*stack)
+    assert kept == tuple(stack) and len(outputs) == len(residual.gate)
+    for output, result in enumerate(outputs):
+        expected = torch.zeros_like(result)
+        for i, entry in enumerate(stack):
+            b = 1 + residual.delta[output, i]
+            seen = entry if gate_class is RawGate else entry / (entry.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            pre_activation = (residual.gate[output] * seen).sum(-1, keepdim=True)
+            if gate_class is BiasInsideGate:
+                weight = torch.relu(b + pre_activation)
+            else:
+                weight = b + torch.relu(pre_activation)
+            expected = expected + weight * entry
+            added = (weight - b).mean(-1)
+            torch.testing.assert_close(residual.gates(entry, i)[..., output], added, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_literal_gate_of_zero_has_no_gradient():
+@pytest.mark.parametrize("gate_class", [DeadGate, RawGate, BiasInsideGate])
+def test_gates_at_their_start(gate_class):
+    """All are the plain sum, and all but the dead one learn."""
     torch.manual_seed(0)
-    stack = [torch.randn(2, 5, 8) for _ in range(3)]
-    for function, dead in ((literal_generalized_residual, True), (generalized_residual, False)):
-        delta, gate = torch.zeros(3, 3, 8, requires_grad=True), torch.zeros(3, 8, requires_grad=True)
-        sum(output.square().sum() for output in function(stack, delta, gate)).backward()
-        assert (gate.grad == 0).all() == dead and delta.grad.abs().min() > 0
-    # One that is not zero learns as it does in the other.
-    gradients = []
-    for function in (literal_generalized_residual, generalized_residual):
-        gate = torch.linspace(-1, 1, 24).reshape(3, 8).requires_grad_()
-        sum(output.square().sum() for output in function(stack, torch.zeros(3, 3, 8), gate)).backward()
-        gradients.append(gate.grad)
-    torch.testing.assert_close(*gradients)
+    residual = gate_class(DCAConfig(**SIZES), num_blocks=2)
+    stack = [torch.randn(2, 3, 16) for _ in range(3)]
+    *outputs, _ = residual(*stack)
+    for output in outputs:
+        torch.testing.assert_close(output, sum(stack))
+    sum(output.square().sum() for output in outputs).backward()
+    assert (residual.gate.grad == 0).all() == (gate_class is DeadGate) and residual.delta.grad.abs().min() > 0
 
 
-def test_literal_gate_is_that_of_its_model_alone():
-    model = model_of(LiteralGateForCausalLM)
-    assert {each.config.grn_implementation for each in residuals_of(model)} == {"literal"}
-    assert DCAConfig(**SIZES).grn_implementation == "auto"
+def test_altered_gates_are_those_of_all_blocks_and_of_the_output():
+    model = model_of(RawGateForCausalLM)
+    assert all(type(residual) is RawGate for residual in residuals_of(model))
+    assert [tuple(residual.delta.shape) for residual in residuals_of(model)] == [
+        tuple(residual.delta.shape) for residual in residuals_of(model_of(DCAForCausalLM))
+    ]
+    with pytest.raises(ValueError, match="'grn_v2', which has no gate to alter"):
+        model_of(RawGateForCausalLM, residual_scheme="grn_v2")
 
 
 # The random gate
@@ -159,7 +174,8 @@ def test_chosen_outputs_by_hand(model_class, scheme):
             expected = 0
             for position, i in enumerate(seen):
                 b = 1 + residual.delta[index, position]
-                gate = 0 if residual.gate is None else (outputs[i] @ residual.gate[index]).relu()[..., None]
+                seen_by_gate = outputs[i] / (outputs[i].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+                gate = 0 if residual.gate is None else (seen_by_gate @ residual.gate[index]).relu()[..., None]
                 expected = expected + (b + gate) * outputs[i]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -217,7 +233,8 @@ def test_depth_weights_of_chosen_outputs(model_class):
         residual, index = model.model.layers[each["block"] - 1].residual, "qkv".index(each["input"])
         seen = SEEN[model_class][each["block"] - 1]
         assert each["outputs"] == [(i, i) for i in seen] and len(each["b"]) == len(seen)
-        gates = torch.stack([(outputs[i] @ residual.gate[index]).relu().mean() for i in seen])
+        normed = [outputs[i] / (outputs[i].square().mean(-1, keepdim=True) + 1e-6).sqrt() for i in seen]
+        gates = torch.stack([(entry @ residual.gate[index]).relu().mean() for entry in normed])
         torch.testing.assert_close(torch.tensor(each["gate"]), gates.detach(), rtol=1e-4, atol=1e-6)
 
 
@@ -338,9 +355,9 @@ def test_without_alteration_it_is_causal_lm(room):
     assert len(gates) == 3 and all(gate.any() for gate in gates)
 
 
-def test_literal_gate_stays_shut_in_a_run(room):
+def test_dead_gate_stays_shut_in_a_run(room):
     """GRN-v3 is then GRN-v2."""
-    call(altered.main, TEXT_RUN, *RUN, "--residual_scheme=grn_v3", "--alteration=literal_gate")
+    call(altered.main, TEXT_RUN, *RUN, "--residual_scheme=grn_v3", "--alteration=dead_gate")
     options = ("--output_dir=v2", "--residual_scheme=grn_v2", "--grn_implementation=eager")
     call(causal_lm.main, TEXT_RUN, *RUN, *options)
     found, expected = weights(room / "run"), weights(room / "v2")
@@ -388,7 +405,7 @@ def test_chosen_outputs_in_a_run(room, alteration, seen):
             ["--alteration=random_gates"],
             ["`alteration` is 'random_gates'", "did you mean 'random_gate'?", *ALTERATIONS],
         ),
-        (["--alteration=x"], ["`alteration` is 'x'; Known: literal_gate, "]),
+        (["--alteration=x"], ["`alteration` is 'x'; Known: dead_gate, "]),
         (["--alteration=last_4", "--residual_scheme=standard"], ["'last_4'", "'standard'", "`residual_scheme`"]),
         (["--alteration=last_4", "--baseline=standard"], ["'last_4'", "leave `baseline` out"]),
         (["--alteration=no_decay_of_b", "--baseline=grn_v1"], ["'no_decay_of_b'", "leave `baseline` out"]),
@@ -423,7 +440,7 @@ def write_study(**changes):
         "fields": {"max_steps": 2},
         "baseline": "DCA",
         "seeds": [0],
-        "variants": {"DCA": {}, "dead gate": {"alteration": "literal_gate"}},
+        "variants": {"DCA": {}, "dead gate": {"alteration": "dead_gate"}},
     }
     Path("study.yaml").write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
 
@@ -439,7 +456,7 @@ def test_study_of_altered_models(room, monkeypatch):
     monkeypatch.setattr(compare, "start", start)
     write_study()
     call(compare.main, "study.yaml")
-    assert started == [("altered", None), ("altered", "literal_gate")]
+    assert started == [("altered", None), ("altered", "dead_gate")]
     folder = room / "runs" / "study"
     found = json.loads((folder / "comparison.json").read_text())
     assert [(run["variant"], run["eval_loss"]) for run in found["runs"]] == [
@@ -447,7 +464,7 @@ def test_study_of_altered_models(room, monkeypatch):
         for name in ("DCA", "dead gate")
     ]
     command = found["runs"][1]["command"]
-    assert command.startswith("python -m training.altered ") and "--alteration=literal_gate" in command
+    assert command.startswith("python -m training.altered ") and "--alteration=dead_gate" in command
     for name, dead in (("DCA", False), ("dead gate", True)):
         gates = [value for key, value in weights(folder / name / "seed-0").items() if key.endswith("residual.gate")]
         assert len(gates) == 3 and any(gate.any() for gate in gates) != dead
@@ -461,9 +478,9 @@ def test_study_of_altered_models(room, monkeypatch):
 
 
 def test_study_refuses_an_unknown_alteration(room, capsys):
-    write_study(variants={"DCA": {}, "dead": {"alteration": "literal_gates"}})
+    write_study(variants={"DCA": {}, "dead": {"alteration": "dead_gates"}})
     line = failure(capsys, compare.main, "study.yaml")
-    assert "'dead'" in line and "did you mean 'literal_gate'?" in line and not Path("runs").exists()
+    assert "'dead'" in line and "did you mean 'dead_gate'?" in line and not Path("runs").exists()
 
 
 def test_study_of_another_command_has_no_alteration(room):

@@ -278,9 +278,13 @@ def test_key_that_is_there_twice_is_refused_on_the_command_line(room, capsys):
 
 
 def test_merged_key_of_yaml_may_be_overridden(room):
-    shared = "&shared {hidden_size: 32, num_attention_heads: 2}"
-    (room / "run.yaml").write_text(f"data: {{}}\nmodel:\n  <<: {shared}\n  hidden_size: 64\n")
-    assert parse("run.yaml").config.hidden_size == 64
+    shared = "&shared {<<: {hidden_size: 32, num_attention_heads: 2}, hidden_size: 48}"
+    (room / "run.yaml").write_text(
+        f"training: {{lr_scheduler_kwargs: {{inner: {shared}}}}}\nmodel:\n  <<: *shared\n  hidden_size: 64\n"
+    )
+    run = parse("run.yaml")
+    assert run.config.hidden_size == 64 and run.config.num_attention_heads == 2
+    assert run.training.lr_scheduler_kwargs == {"inner": {"hidden_size": 48, "num_attention_heads": 2}}
 
 
 def test_file_that_is_not_there_is_refused(room, capsys):
@@ -527,7 +531,7 @@ def test_error_of_a_configuration_names_its_field():
         ),
         (["--lr_scheduler_type=cosine_with_min_lr"], ["'cosine_with_min_lr'", "min_lr or min_lr_rate should be set"]),
         (
-            ['--lr_scheduler_kwargs={"timescale": 0}'],
+            ["--lr_scheduler_type=inverse_sqrt", '--lr_scheduler_kwargs={"timescale": 0}'],
             ["{'timescale': 0} as `lr_scheduler_kwargs`", "division by zero"],
         ),
         (['--lr_scheduler_kwargs={"timescale": "x"}'], ["{'timescale': 'x'} as `lr_scheduler_kwargs`"]),

@@ -131,7 +131,6 @@ def test_card_tells_how_the_run_was_trained(text_run):
         ("max_steps", 6),
         ("per_device_train_batch_size", 4),
         ("learning_rate", 0.01),
-        ("gate_learning_rate_scale", 1),
         ("lr_scheduler_type", "inverse_sqrt"),
         ("weight_decay", 0.1),
         ("adam_beta2", 0.98),

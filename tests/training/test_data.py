@@ -277,8 +277,10 @@ def test_hidden_files_are_left_out_and_links_to_folders_followed(tmp_path):
         load(tmp_path / "data", eval_dataset=str(tmp_path / "data"))
 
 
+@pytest.mark.parametrize("offline", [False, True])
 @pytest.mark.parametrize("split", ["test", "test[:3]", "train+test"])
-def test_split_of_the_hub_is_loaded_alone(monkeypatch, split):
+def test_split_of_the_hub_is_loaded_alone(monkeypatch, split, offline):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
     asked = []
     rows = {"text": TEXTS[:5], "other": [1] * 5}
 
@@ -289,8 +291,8 @@ def test_split_of_the_hub_is_loaded_alone(monkeypatch, split):
     monkeypatch.setattr(training.data, "load_dataset", load_dataset)
     arguments = TextDataArguments("user/corpus", eval_split=split, max_eval_documents=4)
     train, held_out = load_text(arguments, held_out_only=True)
-    # (A stream is of whole splits.)
-    assert train is None and asked == [(split, "[" not in split)]
+    # (A stream is of whole splits, and not from the cache.)
+    assert train is None and asked == [(split, "[" not in split and not offline)]
     assert held_out["text"][:] == TEXTS[:4]
 
 

@@ -77,7 +77,8 @@ def test_depth_weights(scheme, last_k):
         if scheme in ("dca", "grn_v3"):
             for position, entry in enumerate(entries):
                 tokens = torch.cat([sum(batch[output] for output in entry).flatten(0, 1) for batch in outputs])
-                gates[position] = (tokens @ residual.gate[index]).relu().mean()
+                seen = tokens / (tokens.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+                gates[position] = (seen @ residual.gate[index]).relu().mean()
             assert gates.max() > 0
         torch.testing.assert_close(torch.tensor(each["gate"]), gates, rtol=1e-4, atol=1e-6)
     json.dumps(weights)  # they are saved so

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -167,6 +168,7 @@ def test_only_images_and_classes_are_read_of_parquet(tmp_path, column):
 
 
 def test_images_held_out_are_loaded_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     asked = []
     rows = [{"bytes": encoded(noise(number), "JPEG"), "path": f"{number}.jpg"} for number in range(4)]
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"]), "other": Value("string")})

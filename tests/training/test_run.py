@@ -199,40 +199,6 @@ def test_run_is_resumed_for_more_steps(room):
     assert json.loads((room / "run" / "trainer_state.json").read_text())["global_step"] == 8
 
 
-def one_step(room, folder, *arguments):
-    """The weights after a single step of AdamW at its full learning rate, and without weight decay."""
-    step = ("--max_steps=1", "--warmup_steps=0", "--lr_scheduler_type=constant", "--weight_decay=0")
-    call(causal_lm.main, TEXT_RUN, f"--output_dir={folder}", *step, *arguments)
-    return weights(room / folder)
-
-
-def test_gates_have_a_learning_rate_of_their_own(room):
-    plain, slow = one_step(room, "plain"), one_step(room, "slow", "--gate_learning_rate_scale=0.25")
-    gates = {name for name in plain if name.endswith("residual.gate")}
-    assert len(gates) == 3
-    for name in plain:
-        if name in gates:
-            # Adam's first step is the learning rate, up to its epsilon.
-            assert plain[name].abs().max() > 0.9 * TRAINING["learning_rate"]
-            torch.testing.assert_close(slow[name], 0.25 * plain[name])
-        else:
-            assert torch.equal(slow[name], plain[name])
-
-
-def test_gates_have_their_share_of_the_schedule_and_of_the_decay_also_when_resumed(room):
-    arguments = (TEXT_RUN, "--output_dir=run", "--gate_learning_rate_scale=0.25")
-    call(causal_lm.main, *arguments)
-    (room / "run").rename(room / "whole")
-    call(causal_lm.main, *arguments, "--max_steps=4")
-    call(causal_lm.main, *arguments, "--resume_from_checkpoint")
-    assert_same_weights(room / "run", room / "whole")
-    for step in (2, 4, 6):
-        groups = torch.load(room / "run" / f"checkpoint-{step}" / "optimizer.pt")["param_groups"]
-        decayed, _, gates = groups
-        assert len(gates["params"]) == 3 and gates["weight_decay"] == decayed["weight_decay"] == 0.1
-        assert gates["lr"] == pytest.approx(0.25 * decayed["lr"]) and gates["lr"] > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -559,7 +525,7 @@ def test_run_is_not_resumed_with_what_its_checkpoints_would_replace(room, capsys
 @pytest.mark.parametrize("main", [causal_lm.main, altered.main])
 def test_smoothed_labels_are_those_of_the_next_token(room, main):
     """Whatever the class of the model is called, by whose name the Trainer would know how to shift labels."""
-    altered_part = ["--alteration=literal_gate"] if main is altered.main else []
+    altered_part = ["--alteration=dead_gate"] if main is altered.main else []
     with pytest.MonkeyPatch.context() as patch:
         steps = record_training(patch)
         call(main, TEXT_RUN, "--output_dir=run", "--label_smoothing_factor=0.1", "--learning_rate=0", *altered_part)

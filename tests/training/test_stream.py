@@ -246,7 +246,7 @@ def counted(monkeypatch):
     return opened, rows
 
 
-@pytest.mark.parametrize("shuffle_buffer", [1, 10])
+@pytest.mark.parametrize("shuffle_buffer", [1, 10, 1000])
 @pytest.mark.parametrize(("files", "lanes", "processes"), [(1, 6, 1), (1, 6, 2), (2, 6, 1), (3, 3, 1)])
 def test_file_is_read_once_for_all_lanes_of_a_process(tmp_path, monkeypatch, files, lanes, processes, shuffle_buffer):
     stream = stream_of(numbers(tmp_path, *[600 // files] * files), lanes, shuffle_buffer)
