@@ -669,9 +669,9 @@ def test_files_of_which_nothing_is_known_stay_here(here, run_copy):
 
 
 def test_local_path_in_an_unexpected_file_is_refused(here, run_copy, capsys):
-    (run_copy / "tokenizer_config.json").write_text(json.dumps({"vocab_file": f"{run_copy}/vocab.txt"}))
+    (run_copy / "all_results.json").write_text(json.dumps({"of": f"{run_copy}/x"}))
     line = refused(capsys, run_copy, "writer/path")
-    assert "tokenizer_config.json holds a path below" in line and state(here, "writer/path") == []
+    assert "all_results.json holds a path below" in line and state(here, "writer/path") == []
 
 
 def test_nothing_that_is_published_tells_of_the_machine(here, tmp_path, monkeypatch):
