@@ -470,7 +470,7 @@ class DCAPreTrainedModel(PreTrainedModel):
                 module.requires_grad_(True)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Self:
         """
         As in transformers.
 
