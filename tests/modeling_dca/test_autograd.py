@@ -296,16 +296,19 @@ def test_nothing_is_computed_for_what_is_frozen():
             grn_cpu.backward(output_grads, [], stack, delta, gate, needed)
         return counter.names
 
+    def products(names):
+        return names.count("mm"), names.count("addmm_")
+
+    # For each entry: its pre-activations, what the gate learns from it, and what it gets through the gate.
     everything = operations(*[True] * 6)
+    assert products(everything) == (4, 4 + 4)
     no_delta = operations(*[True] * 4, False, True)
-    assert everything.count("sum") - no_delta.count("sum") == 4 * 3  # over the tokens
-    no_gate = operations(*[True] * 5, False)
-    assert (everything.count("addmm_"), no_gate.count("addmm_")) == (4, 0)
-    one_less = operations(False, *[True] * 5)
-    # Its first product takes the place of a sum with what came in, the other two and three of the gate are added.
-    assert everything.count("addcmul_") - one_less.count("addcmul_") == 2 + 3
-    alone = operations(False, False, False, True, False, False)
-    assert alone.count("mm") == 1 and alone.count("addcmul_") == 2 + 3
+    assert everything.count("sum") - no_delta.count("sum") == 4  # over the tokens
+    assert products(operations(*[True] * 5, False)) == (4, 4)
+    assert products(operations(False, *[True] * 5)) == (4, 4 + 3)
+    assert products(operations(False, False, False, True, False, False)) == (1, 1)
+    delta_alone = operations(*[False] * 4, True, False)
+    assert products(delta_alone) == (0, 0) and (delta_alone.count("sum"), delta_alone.count("addcmul_")) == (4, 0)
 
 
 def test_frozen_models_train_what_is_left():
