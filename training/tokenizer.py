@@ -47,6 +47,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],  # models of this family take no types of tokens
         clean_up_tokenization_spaces=False,
     )
 
