@@ -10,10 +10,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils import _python_dispatch
 from torch.utils.flop_counter import register_flop_formula
 
 from .grn import check_inputs, find_implementation, generalized_residual, output_dtype
+
+
+def _nothing(*args) -> bool:
+    return False
+
+
+# torch has no public way to ask these. A release that has them no more must not keep a checkpoint from loading.
+transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", _nothing)
+is_in_torch_dispatch_mode = getattr(_python_dispatch, "is_in_torch_dispatch_mode", _nothing)
+is_of_batched_grads = getattr(torch._C._functorch, "is_legacy_batchedtensor", _nothing)
 
 
 def autograd_alone(*tensors: Tensor | None) -> bool:
@@ -25,8 +35,8 @@ def autograd_alone(*tensors: Tensor | None) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transforms_are_active()
+        or getattr(forward_ad, "_current_level", -1) >= 0
         or any(type(tensor) not in (Tensor, nn.Parameter, type(None)) for tensor in tensors)
     )
 
@@ -35,7 +45,7 @@ def backward_alone(*grads: Tensor) -> bool:
     """Whether nothing but the backward pass of eager autograd looks into what is computed with these gradients."""
     if torch.is_grad_enabled() or not autograd_alone(*grads):
         return False
-    return not any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)  # of `is_grads_batched`
+    return not any(is_of_batched_grads(grad) for grad in grads)
 
 
 class FusedGeneralizedResidual:
@@ -102,7 +112,7 @@ class FusedGeneralizedResidual:
             raise ValueError(
                 f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
             )
-        compiling = torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        compiling = torch.compiler.is_compiling() and not transforms_are_active()
         if not (compiling or autograd_alone(*stack, delta, gate)):
             return generalized_residual(stack, delta, gate), tuple(stack)
         inputs = (*stack, delta) if gate is None else (*stack, delta, gate)
@@ -126,10 +136,12 @@ class _Chained(torch.autograd.Function):
         ctx.save_for_backward(delta, gate, *stack)
         ctx.set_materialize_grads(False)
         forward, _ = implementation.forward_and_backward()
-        # A detached entry is no view to autograd, but shares its count of changes in place: to change it then is an error
-        # in the backward pass, as it is for the reference, and not before.
-        needed = ctx.needs_input_grad[3:]
-        return *_separate(forward(stack, delta, gate)), *(entry.detach() for entry, own in zip(stack, needed) if own)
+        later = [entry for entry, own in zip(stack, ctx.needs_input_grad[3:]) if own]
+        if not torch.compiler.is_compiling():
+            # A detached entry is no view to autograd, but shares its count of changes in place: to change it then is an
+            # error in the backward pass, as it is for the reference, and not before.
+            later = [entry.detach() for entry in later]
+        return *_separate(forward(stack, delta, gate)), *later
 
     @staticmethod
     def backward(ctx, *grads):

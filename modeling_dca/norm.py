@@ -2,10 +2,9 @@
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .configuration_dca import DCAConfig
-from .grn_fused import autograd_alone, backward_alone, differentiable_gradients
+from .grn_fused import autograd_alone, backward_alone, differentiable_gradients, is_in_torch_dispatch_mode
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
