@@ -202,7 +202,9 @@ def gradients(model):
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("policy", [*CheckpointPolicy, save_products], ids=str)
+@pytest.mark.parametrize(
+    "policy", [*CheckpointPolicy, save_products], ids=lambda policy: getattr(policy, "name", None) or policy.__name__
+)
 def test_selective_checkpointing(policy):
     function = policy if callable(policy) else lambda *args, **kwargs: policy
     context_fn = partial(create_selective_checkpoint_contexts, function)
