@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from .grn import GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
+from .norm import inverse_rms
 
 
 # Up to here the time goes into the number of operations and not into memory: so in decoding.
 MAX_ELEMENTS_AT_ONCE = 2**16
 
 
-def inverse_rms(entries: Tensor) -> Tensor:
-    """`1 / sqrt(mean(f^2) + GATE_NORM_EPS)` over the last dimension, which it drops."""
-    norms = torch.linalg.vector_norm(entries, dim=-1)
-    return norms.square_().div_(entries.shape[-1]).add_(GATE_NORM_EPS).rsqrt_()
+def pre_activations(entry: Tensor, gate: Tensor) -> Tensor:
+    """`w . n(f)` of an entry `(tokens, d)`: `(tokens, outputs)`."""
+    return (entry @ gate.mT).mul_(inverse_rms(entry, GATE_NORM_EPS).unsqueeze(1))
 
 
 @torch.autocast("cpu", enabled=False)
@@ -31,8 +31,8 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
         stack = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
         open_gates = 0.0
         if gate is not None:
-            pre_activations = nn.functional.linear(stack, gate).mul_(inverse_rms(stack).unsqueeze(2))
-            open_gates = pre_activations.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
+            seen = nn.functional.linear(nn.functional.rms_norm(stack, (width,), eps=GATE_NORM_EPS), gate)
+            open_gates = seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
         outputs = ((1 + delta).unsqueeze(2) + open_gates) * stack
         return outputs.sum(1).view(len(delta), *shape).to(dtype)
 
@@ -45,8 +45,8 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
         else:
             outputs.addcmul_(b[:, i], entry)
         if gate is not None:
-            open_gates = (gate @ entry.mT).mul_(inverse_rms(entry)).clamp_(min=0)
-            outputs.addcmul_(open_gates.unsqueeze(2), entry)
+            open_gates = pre_activations(entry, gate).clamp_(min=0)
+            outputs.addcmul_(open_gates.mT.unsqueeze(2), entry)
     return outputs.view(len(delta), *shape).to(dtype)
 
 
@@ -63,11 +63,11 @@ def backward(
     *of_entries, of_delta, of_gate = needed if gate is not None else (*needed, False)
     compute_dtype = torch.promote_types(output_dtype(stack), torch.float32)
     tokens, width = math.prod(shape[:-1]), shape[-1]
-    output_grads = torch.stack([grad.reshape(tokens, width) for grad in output_grads]).to(compute_dtype)
+    output_grads = [grad.reshape(tokens, width).to(compute_dtype) for grad in output_grads]
     b = 1 + delta.to(compute_dtype)
     b_grad = torch.empty_like(b)
     summed = 1 if b.shape[-1] == width else (1, 2)
-    product = torch.empty_like(output_grads)
+    products = b.new_empty((len(b), tokens, width))
     if gate is not None:
         gate_dtype, gate = gate.dtype, gate.to(compute_dtype)
         gate_grad = torch.zeros_like(gate)
@@ -77,9 +77,10 @@ def backward(
         gated = gate is not None and (of_entry or of_gate)
         dtype, entry = entry.dtype, entry.reshape(tokens, width).to(compute_dtype)
         if of_delta or gated:
-            torch.mul(output_grads, entry, out=product)
+            for grad, product in zip(output_grads, products):
+                torch.mul(grad, entry, out=product)
         if of_delta:
-            torch.sum(product, summed, keepdim=True, out=b_grad[:, i : i + 1])
+            torch.sum(products, summed, keepdim=True, out=b_grad[:, i : i + 1])
         if of_entry:
             if entry_grads:  # what came in is not ours to write to
                 total = entry_grads[i].reshape(tokens, width).to(compute_dtype)
@@ -89,18 +90,18 @@ def backward(
             for factor, grad in zip(b[1:, i], output_grads[1:]):
                 total.addcmul_(factor, grad)
         if gated:
-            scale = inverse_rms(entry)
-            pre_activations = (gate @ entry.mT).mul_(scale)
+            scale = inverse_rms(entry, GATE_NORM_EPS)
+            seen = (entry @ gate.mT).mT.mul_(scale)
             # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
-            pre_activation_grads = product.sum(2).masked_fill_(pre_activations < 0, 0).mul_(scale)
+            seen_grads = products.sum(2).masked_fill_(seen < 0, 0).mul_(scale)
         if gated and of_gate:
-            gate_grad.addmm_(pre_activation_grads, entry)
+            gate_grad.addmm_(seen_grads, entry)
         if gated and of_entry:
-            for factor, grad in zip(pre_activations.clamp(min=0).unsqueeze(2), output_grads):
+            for factor, grad in zip(seen.clamp(min=0).unsqueeze(2), output_grads):
                 total.addcmul_(factor, grad)
-            total.addmm_(pre_activation_grads.mT, gate)
+            total.addmm_(seen_grads.mT, gate)
             # n(f) = f * scale(f): the part of the gradient along f goes with the scale.
-            along = pre_activations.mul_(pre_activation_grads).sum(0).mul_(scale).div_(-width)
+            along = seen.mul_(seen_grads).sum(0).mul_(scale).div_(-width)
             total.addcmul_(along.unsqueeze(1), entry)
         if of_entry:
             grads.append(total.view(shape).to(dtype))

@@ -211,8 +211,9 @@ def test_selective_checkpointing(policy):
     for model in models():
         expected = gradients(model.train())
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
+        # (The norms are plain PyTorch there, and round otherwise.)
         for result, value in zip(gradients(model), expected):
-            assert_close(result, value, 1e-6)
+            assert_close(result, value, 1e-5)
 
 
 def test_a_policy_of_selective_checkpointing_names_our_operators(monkeypatch):
