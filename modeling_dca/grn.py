@@ -50,20 +50,20 @@ class ResidualStack:
 
 def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
     """The widest type of the stack's entries: under autocast the model's input is wider than what blocks return."""
-    return reduce(torch.promote_types, (entry.dtype for entry in stack))
+    return reduce(torch.promote_types, {entry.dtype for entry in stack})
 
 
 def check_inputs(stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None) -> None:
     """Raises `ValueError` where the shapes are not those that [`generalized_residual`] takes."""
     if not stack:
         raise ValueError("`stack` is empty, but must hold the model's input at least.")
+    shape = stack[0].shape
     for i, entry in enumerate(stack):
-        if entry.shape != stack[0].shape:
+        if entry.shape != shape:
             raise ValueError(
-                f"Entry {i} of `stack` has shape {tuple(entry.shape)}, but must have that of the first, "
-                f"{tuple(stack[0].shape)}."
+                f"Entry {i} of `stack` has shape {tuple(entry.shape)}, but must have that of the first, {tuple(shape)}."
             )
-    entries, width = len(stack), stack[0].shape[-1]
+    entries, width = len(stack), shape[-1]
     if delta.ndim != 3 or delta.shape[1] != entries or delta.shape[2] not in (1, width):
         raise ValueError(
             f"`delta` has shape {tuple(delta.shape)}, but for {entries} entries of width {width} it must be "

@@ -1,7 +1,8 @@
 """Generalized residuals in eager mode on the CPU: few passes over memory that is written in place."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,25 @@ from .norm import inverse_rms
 MAX_ELEMENTS_AT_ONCE = 2**16
 
 
+def without_autocast(function: Callable) -> Callable:
+    """Types are chosen here. (To leave autocast takes as long as four small operations.)"""
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args)
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return wrapper
+
+
 def pre_activations(entry: Tensor, gate: Tensor) -> Tensor:
     """`w . n(f)` of an entry `(tokens, d)`: `(tokens, outputs)`."""
     return (entry @ gate.mT).mul_(inverse_rms(entry, GATE_NORM_EPS).unsqueeze(1))
 
 
-@torch.autocast("cpu", enabled=False)
+@without_autocast
 def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tensor:
     shape, dtype = stack[0].shape, output_dtype(stack)
     tokens, width = math.prod(shape[:-1]), shape[-1]
@@ -31,7 +45,7 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
         stack = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
         open_gates = 0.0
         if gate is not None:
-            seen = nn.functional.linear(nn.functional.rms_norm(stack, (width,), eps=GATE_NORM_EPS), gate)
+            seen = nn.functional.linear(stack, gate).mul_(inverse_rms(stack, GATE_NORM_EPS).unsqueeze(2))
             open_gates = seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
         outputs = ((1 + delta).unsqueeze(2) + open_gates) * stack
         return outputs.sum(1).view(len(delta), *shape).to(dtype)
@@ -50,7 +64,7 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
     return outputs.view(len(delta), *shape).to(dtype)
 
 
-@torch.autocast("cpu", enabled=False)
+@without_autocast
 def backward(
     output_grads: Sequence[Tensor],
     entry_grads: Sequence[Tensor],

@@ -50,6 +50,8 @@ GRNInterface.register("triton", generalized_residual_triton)
 CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 
 
+A_CACHE = (Cache, type(None))
+
 #: What any forward hands on to the parts of the model: what transformers has for all models, and what it adds itself.
 HANDED_ON = {
     *TransformersKwargs.__annotations__,
@@ -80,13 +82,15 @@ def named_arguments(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
+        if isinstance(kwargs.get(name), A_CACHE) and kwargs.keys() <= known:
+            return forward(self, *args, **kwargs)  # as blocks are called for each token
         for key in names:
             if isinstance(kwargs.get(key), (tuple, list, dict, torch.Tensor)):
                 raise TypeError(
                     f"`{key}` is a {type(kwargs[key]).__name__}; give a `Cache`, such as `DynamicCache()`."
                 )
         # That of continuous batching is of no such class, and comes with arguments that only it and the attention know.
-        paged = name in parameters and ("paged_cache" in kwargs or not isinstance(kwargs.get("cache"), Cache | None))
+        paged = name in parameters and ("paged_cache" in kwargs or not isinstance(kwargs.get("cache"), A_CACHE))
         if paged and CACHE_NAME != "cache" and "cache" in kwargs:
             # Before 5.24 it is the attention function's alone.
             kwargs["paged_cache"] = kwargs.pop("cache")
@@ -187,10 +191,10 @@ class DCARotaryEmbedding(nn.Module):
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the first `cos.shape[-1]` features of `states` `(batch, heads, sequence, head_dim)`."""
     width = cos.shape[-1]
-    rotated, rest = states[..., :width], states[..., width:]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    return torch.cat((rotated, rest), dim=-1) if width < states.shape[-1] else rotated
+    if width < states.shape[-1]:
+        return torch.cat((rotate(states[..., :width], cos, sin), states[..., width:]), dim=-1)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
 def eager_attention_forward(
