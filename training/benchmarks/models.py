@@ -27,7 +27,7 @@ PUBLISHED_MISSING = f"{PUBLISHED} is not installed: `pip install {PUBLISHED}` to
 #: Width of a head.
 HEAD_DIM = 64
 # Enough for the decoding to outweigh the prompt.
-PROMPT_TOKENS, NEW_TOKENS = 16, 32
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
 
 
 class Candidate:
