@@ -133,7 +133,7 @@ def train_language_model(run: Run, model_class: type[DCAForCausalLM], **trainer_
     if data.streaming:
         check_lanes(data.stream_lanes, run.training.world_size)
     baseline = config_of_baseline(run)
-    check_model(model_class, config)
+    check_model(model_class, config, run.training.device)
     check_optimizer(run.training)
     check_trainer(run.training)
     check_output_folder(run.training)

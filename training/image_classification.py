@@ -103,7 +103,7 @@ def main():
     )
     data, config = run.data, run.config
     baseline = config_of_baseline(run)
-    check_model(DCAForImageClassification, config)
+    check_model(DCAForImageClassification, config, run.training.device)
     check_optimizer(run.training)
     check_trainer(run.training)
     check_output_folder(run.training)

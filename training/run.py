@@ -22,6 +22,7 @@ from transformers.utils import is_torch_xla_available
 
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES, nearest_name
+from modeling_dca.grn import find_implementation
 from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments, read_record
 from training.card import DEPTH_WEIGHTS_DATA, read_json, write_card
 from training.checkpoints import (
@@ -101,9 +102,9 @@ def check_output_folder(arguments: RunArguments) -> None:
             raise UserError(f"{named}, which also holds the run {str(other)!r}: move that, or name another folder.")
 
 
-def check_model(model_class: type[PreTrainedModel], config: DCAConfig) -> None:
+def check_model(model_class: type[PreTrainedModel], config: DCAConfig, device: torch.device | None = None) -> None:
     """
-    See that a model can be built, without the memory for its weights.
+    See that a model can be built, without the memory for its weights, and, if given, computed on `device`.
 
     Raises:
         [`UserError`]: it cannot: with an unknown implementation, say, or rotary positions that lack a parameter.
@@ -113,6 +114,12 @@ def check_model(model_class: type[PreTrainedModel], config: DCAConfig) -> None:
             model_class(config)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"The model cannot be built: {type(error).__name__}: {innermost_message(error)}") from error
+    obstacle = device and getattr(find_implementation(config.grn_implementation, device), "obstacle", None)
+    if obstacle and (reason := obstacle(device)):
+        raise UserError(
+            f"`grn_implementation` is {config.grn_implementation!r}, which cannot run ({reason}): leave it out for the best "
+            "that can."
+        )
 
 
 def check_optimizer(arguments: RunArguments) -> None:

@@ -16,7 +16,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_dca import DCAForCausalLM
+from modeling_dca import DCAForCausalLM, grn_triton
 from tests.training.hub_server import HubServer, User
 from tests.training.tiny import (
     IMAGE_RUN,
@@ -636,3 +636,10 @@ def test_run_on_token_ids(room):
 def test_run_says_where_it_is(room, capsys):
     call(causal_lm.main, TEXT_RUN, "--max_steps=1")
     assert re.search(r"The run is complete: runs/text \(model card: runs/text/README.md\)", capsys.readouterr().out)
+
+
+def test_implementation_that_cannot_run_is_refused_before_the_training(room, monkeypatch, capsys):
+    monkeypatch.setattr(grn_triton, "INTERPRETED", False)
+    line = refusal(capsys, causal_lm.main, TEXT_RUN, "--grn_implementation=triton")
+    assert "`grn_implementation` is 'triton', which cannot run" in line and "leave it out" in line
+    assert not (room / "runs").exists()
