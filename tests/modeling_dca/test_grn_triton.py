@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_grn import SCHEMES, magnitudes, random_inputs
 from test_modeling_dca import assert_close, random_ids, tiny_model
 
+import modeling_dca
 from modeling_dca import generalized_residual, grn_triton
 from modeling_dca.grn import GATE_NORM_EPS, find_implementation
 from modeling_dca.grn_triton import generalized_residual_triton
@@ -352,10 +354,20 @@ def test_few_variants_of_the_kernels_are_compiled():
 
 
 COMPILE = """
+import pathlib, re, subprocess, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from modeling_dca import grn_triton
+
+MEASURED = list(map(int, sys.argv[1:]))
+
+def resources(compiled):
+    # The registers of a thread, and the bytes of what does not fit into them.
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    pathlib.Path("kernel.cubin").write_bytes(compiled.asm["cubin"])
+    text = subprocess.run([tool, "-res-usage", "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups()
 
 class Compile:
     def __init__(self, kernel):
@@ -384,11 +396,11 @@ class Compile:
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
         assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 * 1024
-        print(self.kernel.__name__)
+        print(self.kernel.__name__, *resources(compiled) if MEASURED else ())
 
 grn_triton.forward_kernel = Compile(grn_triton.forward_kernel)
 grn_triton.backward_kernel = Compile(grn_triton.backward_kernel)
-for dtypes, outputs, elementwise, gated, width in [
+for dtypes, outputs, elementwise, gated, width in [([torch.bfloat16] * 13, 3, True, True, width) for width in MEASURED] or [
     ([torch.float32] + 4 * [torch.bfloat16], 3, True, True, 512),
     ([torch.float32, torch.bfloat16] * 2, 3, True, True, 24),
     ([torch.bfloat16], 1, True, False, 1024),
@@ -409,15 +421,32 @@ for dtypes, outputs, elementwise, gated, width in [
 """
 
 
-def test_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter takes what the compiler does not; that needs no GPU."""
+def compile_kernels(folder, *widths):
+    """What the script above prints; of `widths`, the kernels of DCA in bfloat16 and their resources."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", COMPILE]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    paths = os.pathsep.join(filter(None, [str(Path(modeling_dca.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment |= {"TRITON_CACHE_DIR": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", COMPILE, *widths]
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split().count("forward_kernel") == 7 and result.stdout.split().count("backward_kernel") == 22
+    return result.stdout
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter takes what the compiler does not; that needs no GPU."""
+    printed = compile_kernels(tmp_path)
+    assert printed.split().count("forward_kernel") == 7 and printed.split().count("backward_kernel") == 22
+
+
+@pytest.mark.slow
+def test_kernels_of_dca_fit_into_the_registers(tmp_path):
+    """On Hopper, at the widths of real models; but for the backward pass at 4,096, which keeps some bytes elsewhere."""
+    widths = (576, 1024, 2048, 4096)
+    lines = [line.split() for line in compile_kernels(tmp_path, *map(str, widths)).splitlines()]
+    print(*zip((width for width in widths for _ in range(2)), lines), sep="\n")
+    assert [name for name, *_ in lines] == ["forward_kernel", "backward_kernel"] * len(widths)
+    assert [int(stack) for _, _, stack in lines[:-1]] == [0] * 7
 
 
 def test_obstacles(monkeypatch, caplog):
