@@ -209,9 +209,11 @@ def check_trainer(arguments: RunArguments) -> None:
 
 def _check_checkpointing(arguments: RunArguments) -> None:
     """Have what is to be recomputed for the backward pass recomputed once."""
-    name = "activation_checkpointing_kwargs"  # which older releases know as `gradient_checkpointing_kwargs`
+    # Its name, and the one that it has in older releases.
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    name = next(name for name in names if hasattr(arguments, name))
     options = dict(arguments.gradient_checkpointing_kwargs or {}) if arguments.gradient_checkpointing else {}
-    if hasattr(arguments, name):
+    if name == names[0]:
         every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
         if type(every) is not int or every < 1:
             raise UserError(f"`{name}` has {every!r} as `every_n_layers`; it must be at least 1.")

@@ -21,7 +21,17 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, failure, image, write_images, write_jsonl, write_room
+from tests.training.tiny import (
+    IMAGE_RUN,
+    TEXT_RUN,
+    call,
+    failure,
+    image,
+    need_image_processors,
+    write_images,
+    write_jsonl,
+    write_room,
+)
 from training import causal_lm, evaluate, image_classification
 from training.metrics import Perplexity
 from training.text import PackedBlocks, TextDataArguments, load_text
@@ -84,6 +94,8 @@ def figures(*arguments, output="figures.json"):
     ],
 )
 def test_run_is_evaluated_to_its_own_figures(in_room, kind, run, arguments):
+    if kind == "image":
+        need_image_processors()
     found, own = figures(run, *arguments), json.loads((in_room / run / "all_results.json").read_text())
     assert [found[key] for key in FIGURES[kind]] == [own[key] for key in FIGURES[kind]]
     assert found["model"] == ("DCAForCausalLM" if kind == "text" else "DCAForImageClassification")
@@ -131,6 +143,7 @@ def test_language_model_of_transformers(in_room, capsys, name, model_class):
 
 @torch.no_grad()
 def test_image_classifier_of_transformers(in_room):
+    need_image_processors()
     found = figures("vit", "--dataset=images", "--eval_dataset=images")
     model = ViTForImageClassification.from_pretrained("vit").eval()
     values = torch.tensor([list(image(value).getdata()) for value in range(60)]).view(60, 1, 8, 8) / 127.5 - 1
@@ -190,6 +203,7 @@ def test_checkpoint_without_a_tokenizer(in_room, capsys):
 
 
 def test_checkpoint_without_an_image_processor(in_room, capsys):
+    need_image_processors()
     copy_without(in_room, "vit", "preprocessor_config.json")
     line = failure(capsys, evaluate.main, "copy", "--dataset=images")
     assert "'copy' cannot be evaluated" in line and "processor" in line
@@ -218,6 +232,7 @@ def test_model_of_another_task(in_room, capsys):
 
 
 def test_classes_that_are_not_those_of_the_model(in_room, capsys):
+    need_image_processors()
     write_images(in_room / "others", classes=("a", "b", "c"))
     line = failure(capsys, evaluate.main, "vit", "--eval_dataset=others")
     assert "3 classes" in line and "'vit' tells 2 apart" in line
@@ -225,6 +240,7 @@ def test_classes_that_are_not_those_of_the_model(in_room, capsys):
 
 @torch.no_grad()
 def test_classes_go_by_their_names_where_the_model_knows_them(in_room, capsys):
+    need_image_processors()
     folder = copy_without(in_room, "vit")
     change(folder, "config.json", id2label={0: "odd", 1: "even"}, label2id={"odd": 0, "even": 1})
     values = torch.tensor([np.asarray(image(value)).tolist() for value in range(60)]).view(60, 1, 8, 8) / 127.5 - 1
@@ -244,6 +260,7 @@ def test_classes_go_by_their_names_where_the_model_knows_them(in_room, capsys):
 
 
 def test_split_that_is_evaluated_on_is_loaded_alone(in_room, monkeypatch):
+    need_image_processors()
     for split, count in (("train", 4), ("test", 6)):
         write_images(in_room / "splits" / split, count=count)
         (in_room / "texts" / split).mkdir(parents=True)

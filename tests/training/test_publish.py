@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 import training.publish
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification, DCAVisionConfig
 from tests.training.hub_server import Commit, HubServer, Repository, User
-from tests.training.tiny import TEXT_RUN, call, failure, refusal, write_room
+from tests.training.tiny import TEXT_RUN, call, failure, need_image_processors, refusal, write_room
 from training import causal_lm
 from training.errors import UserError, command, hub_error
 
@@ -247,6 +247,7 @@ def pushed(hub, text_run, vision_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(hub, pushed, tmp_path_factory):
     """What a stranger gets from the models, and the names of their classes."""
+    need_image_processors()
     stranger = tmp_path_factory.mktemp("stranger")
     (stranger / "load.py").write_text(LOAD)
     save_file({"input_ids": INPUT_IDS, "pixel_values": PIXEL_VALUES}, stranger / "inputs.safetensors")
@@ -425,6 +426,9 @@ def test_push_without_the_right_to(hub, text_run, tmp_path, token, repo_id, word
     assert snapshot(text_run) == before
 
 
+@pytest.mark.skipif(
+    huggingface_hub.__version__.startswith("1."), reason="older clients do not ask this hub for Xet storage"
+)
 def test_storage_that_is_out_of_reach(hub, text_run, tmp_path):
     # This hub has no Xet storage, for which the client asks unless told otherwise.
     completed = publish(hub, tmp_path, text_run, "writer/xet", HF_HUB_DISABLE_XET="0")
