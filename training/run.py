@@ -88,6 +88,7 @@ def check_output_folder(arguments: RunArguments) -> None:
                     check_checkpoint(resumed)
                 check_state(resumed)
                 check_sharding(resumed, uses_fsdp(arguments))
+                check_gates(resumed)
     elif folder.exists() and any(folder.iterdir()):
         if not holds_run:
             raise UserError(f"{named}, which holds files that are not of a run: name another folder.")
@@ -100,6 +101,21 @@ def check_output_folder(arguments: RunArguments) -> None:
         other = next((record.parent for record in folder.rglob(RECORD) if record.parent != folder), None)
         if other is not None:
             raise UserError(f"{named}, which also holds the run {str(other)!r}: move that, or name another folder.")
+
+
+def check_gates(checkpoint: Path) -> None:
+    """
+    Raises:
+        [`UserError`]: the checkpoint has gates of release 0.1, which would go on as another model.
+    """
+    file = checkpoint / "config.json"
+    config = read_json(file) if file.exists() else {}
+    scheme = RESIDUAL_SCHEMES.get(config.get("residual_scheme"))
+    if scheme is not None and scheme.gated and "gate_norm" not in config:
+        raise UserError(
+            f"{checkpoint} is of a run with modeling-dca 0.1, whose gates saw entries as they are: go on with that release, "
+            "or pass --overwrite to start again."
+        )
 
 
 def check_model(model_class: type[PreTrainedModel], config: DCAConfig, device: torch.device | None = None) -> None:

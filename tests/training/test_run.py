@@ -35,6 +35,8 @@ from tests.training.tiny import (
 )
 from training import altered, causal_lm, image_classification, trainer
 from training.comparison import read_member
+from training.errors import UserError
+from training.run import check_gates
 from training.study import read_runs
 from training.trainer import NonFiniteGuard, RunTrainer
 
@@ -643,3 +645,14 @@ def test_implementation_that_cannot_run_is_refused_before_the_training(room, mon
     line = refusal(capsys, causal_lm.main, TEXT_RUN, "--grn_implementation=triton")
     assert "`grn_implementation` is 'triton', which cannot run" in line and "leave it out" in line
     assert not (room / "runs").exists()
+
+
+def test_run_of_the_first_release_is_not_resumed(tmp_path):
+    """Its gates saw entries as they are, and would go on as another model."""
+    for fields in ({"residual_scheme": "grn_v2"}, {"residual_scheme": "dca", "gate_norm": "rms"}, None):
+        if fields is not None:
+            (tmp_path / "config.json").write_text(json.dumps(fields))
+        check_gates(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"residual_scheme": "dca"}))
+    with pytest.raises(UserError, match="of a run with modeling-dca 0.1.*--overwrite to start again"):
+        check_gates(tmp_path)
