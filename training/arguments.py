@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -86,6 +88,20 @@ FIXED = {
     "do_predict": (False, "a run has nothing to predict"),
     "restore_callback_states_from_checkpoint": (False, "what is to be restored is, in any case"),
 }
+
+
+def check_one_gpu(arguments: TrainingArguments) -> None:
+    """
+    Raises:
+        [`UserError`]: one process has several GPUs, over which the Trainer would spread it in a way that is not tested here.
+    """
+    if arguments.n_gpu > 1:
+        line = shlex.join(["-m", f"training.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+        raise UserError(
+            f"There are {arguments.n_gpu} GPUs, for which as many processes are needed: `accelerate launch --config_file "
+            f"configuration/accelerate/ddp.yaml --num_processes {arguments.n_gpu} {line}`; or let this one see one GPU alone, "
+            "with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 @dataclasses.dataclass

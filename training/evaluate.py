@@ -36,7 +36,7 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import modeling_dca  # noqa: F401 (registers the family with the Auto classes)
-from training.arguments import RECORD
+from training.arguments import RECORD, check_one_gpu
 from training.benchmarks.report import align
 from training.card import METRICS
 from training.causal_lm import evaluation_options
@@ -207,6 +207,7 @@ def evaluate(
                 report_to="none",
                 **precision,
             )
+            check_one_gpu(trainer_arguments)
             device = trainer_arguments.device.type
             if arguments.device not in (None, device):
                 raise UserError(

@@ -3,9 +3,7 @@
 import copy
 import dataclasses
 import json
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from transformers.utils import is_torch_xla_available
 from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES, nearest_name
 from modeling_dca.grn import find_implementation
-from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments, read_record
+from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments, check_one_gpu, read_record
 from training.card import DEPTH_WEIGHTS_DATA, read_json, write_card
 from training.checkpoints import (
     MANIFEST,
@@ -183,13 +181,7 @@ def check_trainer(arguments: RunArguments) -> None:
     Raises:
         [`UserError`]: it cannot, or what it would do then is not tested here.
     """
-    if arguments.n_gpu > 1:
-        line = shlex.join(["-m", f"training.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-        raise UserError(
-            f"There are {arguments.n_gpu} GPUs, for which a run needs as many processes: `accelerate launch --config_file "
-            f"configuration/accelerate/ddp.yaml --num_processes {arguments.n_gpu} {line}`; or let it see one GPU alone, with "
-            "CUDA_VISIBLE_DEVICES=0."
-        )
+    check_one_gpu(arguments)
     if arguments.fsdp and arguments.world_size == 1:
         raise UserError("`fsdp` is set, but there is one process alone: start several with `accelerate launch`.")
     if arguments.auto_find_batch_size:

@@ -327,3 +327,9 @@ def test_metric_is_that_of_the_project(in_room, monkeypatch):
     monkeypatch.setattr(Perplexity, "_compute", lambda self, **inputs: {"perplexity": 7.0, "bits_per_byte": 8.0})
     found = figures("llama", *TEXT_DATA)
     assert found["eval_perplexity"] == 7 and found["eval_bits_per_byte"] == 8
+
+
+def test_several_gpus_are_refused(in_room, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.TrainingArguments, "n_gpu", 2)
+    line = failure(capsys, evaluate.main, "run")
+    assert "2 GPUs" in line and "CUDA_VISIBLE_DEVICES=0" in line
