@@ -49,7 +49,7 @@ test: $(VENV)/.test
 
 # What is likeliest to depend on a release of transformers or of what it stands on.
 VERSION_TESTS := tests/modeling_dca tests/test_configuration.py \
-	$(addprefix tests/training/test_,arguments.py data.py evaluate.py publish.py retrofit.py run.py tokenizer.py)
+	$(addprefix tests/training/test_,arguments.py evaluate.py publish.py retrofit.py run.py tokenizer.py)
 
 $(OLDEST_VENV)/.test: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST_VENV),constraints-oldest.txt,test)
