@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .grn import GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
-from .norm import inverse_rms
+from .norm import inverse_rms, rms_norm, rms_norm_backward
 
 
 # Up to here the time goes into the number of operations and not into memory: so in decoding.
@@ -20,11 +20,11 @@ def without_autocast(function: Callable) -> Callable:
     """Types are chosen here. (To leave autocast takes as long as four small operations.)"""
 
     @functools.wraps(function)
-    def wrapper(*args):
+    def wrapper(*args, **kwargs):
         if not torch.is_autocast_enabled("cpu"):
-            return function(*args)
+            return function(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return wrapper
 
@@ -35,33 +35,45 @@ def pre_activations(entry: Tensor, gate: Tensor) -> Tensor:
 
 
 @without_autocast
-def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tensor:
+def forward(
+    stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None, norms: Sequence[Tensor] = (), eps: float = 0.0
+) -> Tensor:
     shape, dtype = stack[0].shape, output_dtype(stack)
     tokens, width = math.prod(shape[:-1]), shape[-1]
     compute_dtype = torch.promote_types(dtype, torch.float32)
     delta = delta.to(compute_dtype)
     gate = None if gate is None else gate.to(compute_dtype)
-    if len(delta) * len(stack) * tokens * width <= MAX_ELEMENTS_AT_ONCE:
+    num_outputs = len(delta)
+    results = stack[0].new_empty((num_outputs + len(norms), tokens, width), dtype=dtype)
+    normalized, rounded = results[: len(norms)], results[len(norms) :]
+    outputs = rounded if dtype == compute_dtype else torch.empty_like(rounded, dtype=compute_dtype)
+    if num_outputs * len(stack) * tokens * width <= MAX_ELEMENTS_AT_ONCE:
         stack = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
-        open_gates = 0.0
+        factors = (1 + delta).unsqueeze(2)
         if gate is not None:
             seen = nn.functional.linear(stack, gate).mul_(inverse_rms(stack, GATE_NORM_EPS).unsqueeze(2))
-            open_gates = seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
-        outputs = ((1 + delta).unsqueeze(2) + open_gates) * stack
-        return outputs.sum(1).view(len(delta), *shape).to(dtype)
-
-    b = (1 + delta).unsqueeze(2)
-    outputs = stack[0].new_empty((len(delta), tokens, width), dtype=compute_dtype)
-    for i, entry in enumerate(stack):
-        entry = entry.reshape(tokens, width).to(compute_dtype)
-        if i == 0:
-            torch.mul(b[:, i], entry, out=outputs)
-        else:
-            outputs.addcmul_(b[:, i], entry)
-        if gate is not None:
-            open_gates = pre_activations(entry, gate).clamp_(min=0)
-            outputs.addcmul_(open_gates.mT.unsqueeze(2), entry)
-    return outputs.view(len(delta), *shape).to(dtype)
+            factors = factors + seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
+        torch.sum(factors * stack, 1, out=outputs)
+    else:
+        b = (1 + delta).unsqueeze(2)
+        for i, entry in enumerate(stack):
+            entry = entry.reshape(tokens, width).to(compute_dtype)
+            if i == 0:
+                torch.mul(b[:, i], entry, out=outputs)
+            else:
+                outputs.addcmul_(b[:, i], entry)
+            if gate is not None:
+                open_gates = pre_activations(entry, gate).clamp_(min=0)
+                outputs.addcmul_(open_gates.mT.unsqueeze(2), entry)
+    if outputs is not rounded:
+        rounded.copy_(outputs)
+    if norms and dtype == torch.float32:
+        torch.mul(outputs, inverse_rms(outputs, eps).unsqueeze(2), out=normalized)
+        normalized.mul_(torch.stack(norms).unsqueeze(1))
+    else:
+        for i, norm in enumerate(norms):
+            normalized[i] = rms_norm(rounded[i], norm, eps)
+    return results.view(-1, *shape)
 
 
 @without_autocast
@@ -126,11 +138,19 @@ def backward(
     return grads
 
 
+@without_autocast
+def norm_backward(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor], norms: Sequence[Tensor], eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    results = [rms_norm_backward(output, norm, eps, grad) for output, norm, grad in zip(outputs, norms, grads)]
+    return [grad for grad, _ in results], [grad for _, grad in results]
+
+
 def obstacle(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"the tensors are on {device}, and it is for those of the CPU"
 
 
-generalized_residual_cpu = FusedGeneralizedResidual("cpu", forward, backward, obstacle)
+generalized_residual_cpu = FusedGeneralizedResidual("cpu", forward, backward, norm_backward, obstacle)
 
 
 __all__ = ["generalized_residual_cpu"]

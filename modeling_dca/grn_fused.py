@@ -8,44 +8,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .autograd import (
+    autograd_alone,
+    backward_alone,
+    differentiable_gradients,
+    is_in_torch_dispatch_mode,
+    transforms_are_active,
+)
 from .grn import check_inputs, find_implementation, generalized_residual, output_dtype
-
-
-def _nothing(*args) -> bool:
-    return False
-
-
-# torch has no public way to ask these. A release that has them no more must not keep a checkpoint from loading.
-transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", _nothing)
-is_in_torch_dispatch_mode = getattr(_python_dispatch, "is_in_torch_dispatch_mode", _nothing)
-is_of_batched_grads = getattr(torch._C._functorch, "is_legacy_batchedtensor", _nothing)
-
-
-def autograd_alone(*tensors: Tensor | None) -> bool:
-    """
-    Whether eager autograd is all that looks into what is computed with these tensors. If not, it should be plain PyTorch:
-    under `torch.compile`, `torch.func`, derivatives in forward mode and `torch.jit.trace`, and for tensors of other
-    classes, such as `DTensor`.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or transforms_are_active()
-        or getattr(forward_ad, "_current_level", -1) >= 0
-        or any(type(tensor) not in (Tensor, nn.Parameter, type(None)) for tensor in tensors)
-    )
-
-
-def backward_alone(*grads: Tensor) -> bool:
-    """Whether nothing but the backward pass of eager autograd looks into what is computed with these gradients."""
-    if torch.is_grad_enabled() or not autograd_alone(*grads):
-        return False
-    return not any(is_of_batched_grads(grad) for grad in grads)
+from .norm import rms_norm
 
 
 class FusedGeneralizedResidual:
@@ -58,11 +32,14 @@ class FusedGeneralizedResidual:
 
     Args:
         name (`str`): what `config.grn_implementation` calls it.
-        forward (callable): `forward(stack, delta, gate)` returns the outputs as one contiguous tensor
-            `(outputs, ..., d)`, in the type of `output_dtype(stack)`.
+        forward (callable): `forward(stack, delta, gate, norms=(), eps=0.0)` returns the outputs as one contiguous tensor
+            `(outputs, ..., d)`, in the type of `output_dtype(stack)`; with `norms`, a weight `(d,)` of that type for each
+            output, `(2 * outputs, ..., d)`: first the outputs as [`~norm.rms_norm`] makes them, then as they are.
         backward (callable): `backward(output_grads, entry_grads, stack, delta, gate, needed)` returns the gradients of
             the entries, each with its one of `entry_grads` added if there are any, of `delta` and, if given, of `gate`:
             those alone for which the list `needed`, in this order, holds `True`.
+        norm_backward (callable): `norm_backward(outputs, grads, norms, eps)` returns the gradients of the outputs, and
+            those of the norms' weights, for those of the normalised outputs.
         obstacle (callable): `obstacle(device)` returns what keeps the kernels from running there, or `None`.
 
     Attributes:
@@ -77,11 +54,15 @@ class FusedGeneralizedResidual:
         backward: Callable[
             [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor, Tensor | None, Sequence[bool]], list[Tensor]
         ],
+        norm_backward: Callable[
+            [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], float], tuple[list[Tensor], list[Tensor]]
+        ],
         obstacle: Callable[[torch.device], str | None],
     ):
         self.name = name
         self.obstacle = obstacle
         self.kernels = forward, backward
+        self.norm_backward = norm_backward
         self.operators = _define_operators(name, forward, backward)
 
     def __reduce__(self):
@@ -108,50 +89,89 @@ class FusedGeneralizedResidual:
             `ValueError`: the kernels cannot run on the device of the stack, or the shapes do not belong together.
         """
         check_inputs(stack, delta, gate)
-        if obstacle := self.obstacle(stack[0].device):
-            raise ValueError(
-                f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
-            )
+        self.check_device(stack[0].device)
         compiling = torch.compiler.is_compiling() and not transforms_are_active()
         if not (compiling or autograd_alone(*stack, delta, gate)):
             return generalized_residual(stack, delta, gate), tuple(stack)
-        inputs = (*stack, delta) if gate is None else (*stack, delta, gate)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        if _needs_gradients(*stack, delta, gate):
             if gate is None and not delta.requires_grad:
                 # The only case in which no entry is needed in the backward pass: it may be changed in place until then.
                 return generalized_residual(stack, delta), tuple(stack)
-            results = iter(_Chained.apply(self, delta, gate, *stack))
-            outputs = tuple(itertools.islice(results, len(delta)))
-            return outputs, tuple(next(results) if entry.requires_grad else entry for entry in stack)
+            return _split(stack, len(delta), _Chained.apply(self, 0.0, 0, delta, gate, *stack))
         forward, _ = self.forward_and_backward()
         return _separate(forward(stack, delta, gate)), tuple(stack)
 
+    def normalized(
+        self, stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None, norms: Sequence[Tensor], eps: float
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """
+        As `chained`, but the outputs are normalised at once, for which they need not be read again: returns the first one
+        as it is, then all of them as [`~norm.rms_norm`] makes them with their weights `norms`; and the stack.
+        """
+        dtype = output_dtype(stack)
+        if (
+            (gate is None and not delta.requires_grad)
+            or is_in_torch_dispatch_mode()
+            or not autograd_alone(*stack, delta, gate, *norms)
+            or dtype == torch.float64  # which the norm leaves for float32
+            or any(norm.dtype != dtype for norm in norms)
+        ):
+            outputs, stack = self.chained(stack, delta, gate)
+            return (outputs[0], *map(rms_norm, outputs, norms, itertools.repeat(eps))), stack
+        check_inputs(stack, delta, gate)
+        self.check_device(stack[0].device)
+        outputs = len(delta)
+        if _needs_gradients(*stack, delta, gate, *norms):
+            results = _Chained.apply(self, eps, outputs, delta, gate, *norms, *stack)
+            return _split(stack, 1 + outputs, results)
+        forward, _ = self.kernels
+        results = _separate(forward(stack, delta, gate, norms, eps))
+        return (results[outputs], *results[:outputs]), tuple(stack)
+
+    def check_device(self, device: torch.device) -> None:
+        if obstacle := self.obstacle(device):
+            raise ValueError(
+                f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
+            )
+
 
 class _Chained(torch.autograd.Function):
-    """The outputs, and of the entries those that need a gradient."""
+    """The outputs, with `num_norms` the first one and all of them normalised; and of the entries those that need a gradient."""
 
     @staticmethod
-    def forward(ctx, implementation, delta, gate, *stack):
-        ctx.implementation = implementation
-        ctx.save_for_backward(delta, gate, *stack)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, implementation, eps, num_norms, delta, gate, *norms_and_stack):
+        ctx.implementation, ctx.eps, ctx.num_norms = implementation, eps, num_norms
+        norms, stack = norms_and_stack[:num_norms], norms_and_stack[num_norms:]
         forward, _ = implementation.forward_and_backward()
-        later = [entry for entry, own in zip(stack, ctx.needs_input_grad[3:]) if own]
+        if norms:
+            results = _separate(forward(stack, delta, gate, norms, eps))
+            normalized, outputs = results[:num_norms], results[num_norms:]
+            results = outputs[0], *normalized
+        else:
+            outputs, results = (), _separate(forward(stack, delta, gate))
+        ctx.save_for_backward(delta, gate, *norms, *outputs, *stack)
+        ctx.set_materialize_grads(False)
+        later = [entry for entry, own in zip(stack, ctx.needs_input_grad[5 + num_norms :]) if own]
         if not torch.compiler.is_compiling():
             # A detached entry is no view to autograd, but shares its count of changes in place: to change it then is an
             # error in the backward pass, as it is for the reference, and not before.
             later = [entry.detach() for entry in later]
-        return *_separate(forward(stack, delta, gate)), *later
+        return *results, *later
 
     @staticmethod
     def backward(ctx, *grads):
-        delta, gate, *stack = ctx.saved_tensors
-        outputs, (_, *of_parameters), of_entries = len(delta), ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
-        later = iter(grads[outputs:])
+        delta, gate, *saved = ctx.saved_tensors
+        num_norms = ctx.num_norms
+        norms, outputs, stack = saved[:num_norms], saved[num_norms : 2 * num_norms], saved[2 * num_norms :]
+        _, _, _, *of_parameters = ctx.needs_input_grad[:5]
+        of_entries = ctx.needs_input_grad[5 + num_norms :]
+        num_results = 1 + num_norms if norms else len(delta)
+        later = iter(grads[num_results:])
         entry_grads = [next(later) if own else None for own in of_entries]
-        if all(grad is None for grad in grads[:outputs]):
-            return None, None, None, *entry_grads
-        output_grads = [_or_zeros(grad, stack[0], output_dtype(stack)) for grad in grads[:outputs]]
+        if all(grad is None for grad in grads[:num_results]):
+            return None, None, None, None, None, *[None] * num_norms, *entry_grads
+        dtype = output_dtype(stack)
+        result_grads = [_or_zeros(grad, stack[0], dtype) for grad in grads[:num_results]]
         if any(grad is not None for grad in entry_grads):
             # (What is given for an entry that needs no gradient is not looked at.)
             entry_grads = [
@@ -160,18 +180,36 @@ class _Chained(torch.autograd.Function):
             ]
         else:
             entry_grads = []
-        if torch.compiler.is_compiling() or backward_alone(*output_grads, *entry_grads):
-            _, backward = ctx.implementation.forward_and_backward()
-        else:
-            # A gradient that is to be differentiated once more, or in other ways, is that of the reference.
-            backward = _reference_backward
         needed = [*of_entries, *of_parameters]
         if gate is None:
             needed.pop()
-        results = iter(backward(output_grads, entry_grads, stack, delta, gate, needed))
+        norm_grads = [None] * num_norms
+        if torch.compiler.is_compiling() or backward_alone(*result_grads, *entry_grads):
+            _, backward = ctx.implementation.forward_and_backward()
+            if norms:
+                first_grad, *result_grads = result_grads
+                result_grads, norm_grads = ctx.implementation.norm_backward(outputs, result_grads, norms, ctx.eps)
+                result_grads[0] = result_grads[0] + first_grad
+            results = backward(result_grads, entry_grads, stack, delta, gate, needed) if any(needed) else []
+        else:
+            # A gradient that is to be differentiated once more, or in other ways, is that of the reference.
+            results, norm_grads = _reference_backward(
+                result_grads, entry_grads, stack, delta, gate, needed, norms, ctx.eps
+            )
+        results = iter(results)
         results = [next(results) if own else None for own in needed]
         gate_grad = None if gate is None else results[-1]
-        return None, results[len(stack)], gate_grad, *results[: len(stack)]
+        return None, None, None, results[len(stack)], gate_grad, *norm_grads, *results[: len(stack)]
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _split(stack: Sequence[Tensor], num_results: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    """Of what the autograd function returns: the results, and the stack with the entries that it replaces."""
+    later = iter(results[num_results:])
+    return results[:num_results], tuple(next(later) if entry.requires_grad else entry for entry in stack)
 
 
 def _separate(outputs: Tensor) -> tuple[Tensor, ...]:
@@ -232,25 +270,18 @@ def _backward_flops(output_grads, entry_grads, stack, delta, gate, needed, *args
     return _forward_flops(stack, delta, gate) // len(stack) * (sum(needed[: len(stack)]) + len(stack) * needed[-1])
 
 
-def _reference_backward(output_grads, entry_grads, stack, delta, gate, needed):
-    inputs = (*stack, delta) if gate is None else (*stack, delta, gate)
-    grads = differentiable_gradients(
-        lambda *inputs: generalized_residual(inputs[: len(stack)], *inputs[len(stack) :]), inputs, output_grads
-    )
+def _reference_backward(output_grads, entry_grads, stack, delta, gate, needed, norms=(), eps=0.0):
+    """Returns what the kernel does, and the gradients of the norms' weights."""
+    inputs = (*stack, delta, *norms) if gate is None else (*stack, delta, gate, *norms)
+
+    def reference(*inputs):
+        outputs = generalized_residual(inputs[: len(stack)], *inputs[len(stack) : len(inputs) - len(norms)])
+        if norms:
+            outputs = outputs[0], *map(rms_norm, outputs, inputs[-len(norms) :], itertools.repeat(eps))
+        return outputs
+
+    grads = differentiable_gradients(reference, inputs, output_grads)
     for i, entry_grad in enumerate(entry_grads):
         if needed[i]:
             grads[i] = grads[i] + entry_grad
-    return [grad for grad, own in zip(grads, needed) if own]
-
-
-def differentiable_gradients(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], output_grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients of the inputs of `function`, as operations that have derivatives themselves; `None` if not needed."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # One input may depend on another: of views, on which nothing else depends, we get the partial derivatives.
-        inputs = [tensor.view_as(tensor) for tensor in inputs]
-        needed = [tensor for tensor in inputs if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(function(*inputs), needed, output_grads, create_graph=create_graph))
-    return [next(grads) if tensor.requires_grad else None for tensor in inputs]
+    return [grad for grad, own in zip(grads, needed) if own], grads[len(needed) :]

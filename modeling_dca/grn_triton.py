@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .grn import GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
+from .norm import rms_norm
 
 
 try:
@@ -71,8 +73,11 @@ def relu(x):
 
 @jit()
 def sum_over_width(tiles):
-    """The sums over `d` of a power of two of tiles, `(BLOCK_TOKENS, 1)` each, for which threads exchange data once."""
+    """The sums over `d` of several tiles, `(BLOCK_TOKENS, 1)` each, for which threads exchange data once."""
     joined = tiles
+    for _ in tl.static_range(8):
+        if (len(joined) & (len(joined) - 1)) != 0:
+            joined = joined + (tiles[0],)  # to a power of two
     for _ in tl.static_range(4):
         if len(joined) > 1:
             pairs = ()
@@ -81,7 +86,7 @@ def sum_over_width(tiles):
             joined = pairs
     sums = (tl.sum(joined[0], axis=1, keep_dims=True),)
     for _ in tl.static_range(4):
-        if len(sums) < len(tiles):
+        if len(sums) < len(tiles):  # (What was added comes after them.)
             first = ()
             second = ()
             for j in tl.static_range(len(sums)):
@@ -93,9 +98,21 @@ def sum_over_width(tiles):
 
 
 @jit()
-def inverse_rms(sum_of_squares, WIDTH: tl.constexpr):
-    """The scale of the norm through which a gate sees an entry."""
-    return 1 / tl.sqrt(sum_of_squares / WIDTH + NORM_EPS)
+def inverse_rms(sum_of_squares, eps, WIDTH: tl.constexpr):
+    return 1 / tl.sqrt(sum_of_squares / WIDTH + eps)
+
+
+@jit()
+def inverse_rms_of(tiles, eps, WIDTH: tl.constexpr):
+    """One over the root mean square of each row of several tiles, `(BLOCK_TOKENS, 1)` each."""
+    squares = ()
+    for i in tl.static_range(len(tiles)):
+        squares = squares + (tiles[i] * tiles[i],)
+    sums = sum_over_width(squares)
+    scales = ()
+    for i in tl.static_range(len(tiles)):
+        scales = scales + (inverse_rms(sums[i], eps, WIDTH),)
+    return scales
 
 
 @jit()
@@ -104,11 +121,8 @@ def pre_activations(entry, gates, WIDTH: tl.constexpr):
     products = (entry * entry,)
     for output in tl.static_range(len(gates)):
         products = products + (entry * gates[output],)
-    for _ in tl.static_range(8):
-        if (len(products) & (len(products) - 1)) != 0:
-            products = products + (entry,)
     sums = sum_over_width(products)
-    scale = inverse_rms(sums[0], WIDTH)
+    scale = inverse_rms(sums[0], NORM_EPS, WIDTH)
     results = ()
     for output in tl.static_range(len(gates)):
         results = results + (sums[1 + output] * scale,)
@@ -156,6 +170,9 @@ def forward_kernel(
     delta,
     gate,
     outputs,
+    normalized,
+    norms,
+    eps,
     first_entry,
     head_entries,
     tail_entries,
@@ -172,7 +189,8 @@ def forward_kernel(
 ):
     """
     One program forms all outputs of a block of tokens. The entries are those of `head` and then those of `tail`, which
-    may be of another type; with `ACCUMULATE` they are added to what `outputs` holds.
+    may be of another type; with `ACCUMULATE` they are added to what `outputs` holds. With `norms` it writes to `normalized`,
+    too.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     columns = tl.arange(0, BLOCK_WIDTH)
@@ -195,8 +213,18 @@ def forward_kernel(
             totals, tail, tail_entries, first_entry + head_entries, all_entries,
             delta, gates, tile, mask, columns, WIDTH, OUTPUTS, ELEMENTWISE, COMPUTE, STAGES,
         )  # fmt: skip
+    rounded = ()
     for output in tl.static_range(OUTPUTS):
-        tl.store(outputs + output * tokens.to(tl.int64) * WIDTH + tile, totals[output], mask=mask)
+        total = totals[output].to(outputs.dtype.element_ty)
+        tl.store(outputs + output * tokens.to(tl.int64) * WIDTH + tile, total, mask=mask)
+        rounded = rounded + (total.to(COMPUTE),)
+    if len(norms) > 0:
+        scales = inverse_rms_of(rounded, eps, WIDTH)
+        for output in tl.static_range(OUTPUTS):
+            norm = tl.load(norms[output] + columns, mask=columns < WIDTH, other=0.0).to(COMPUTE)[None, :]
+            # It rounds where Llama's norm does, before the weight and after it.
+            result = (rounded[output] * scales[output]).to(outputs.dtype.element_ty).to(COMPUTE) * norm
+            tl.store(normalized + output * tokens.to(tl.int64) * WIDTH + tile, result, mask=mask)
 
 
 @jit(do_not_specialize=VARYING)
@@ -266,13 +294,9 @@ def backward_kernel(
         scales = ()
         along = ()
         if len(gates) > 0:
-            squares = ()
-            for k in tl.static_range(GROUP):
-                squares = squares + (entry_tiles[k] * entry_tiles[k],)
+            scales = inverse_rms_of(entry_tiles, NORM_EPS, WIDTH)
+            for _ in tl.static_range(GROUP):
                 along = along + (0.0,)
-            sums_of_squares = sum_over_width(squares)
-            for k in tl.static_range(GROUP):
-                scales = scales + (inverse_rms(sums_of_squares[k], WIDTH),)
         b_sums = ()
         gate_sums = ()
         for output in tl.static_range(OUTPUTS):
@@ -330,6 +354,48 @@ def backward_kernel(
         for output in tl.static_range(OUTPUTS):
             part = (token_range * tl.num_programs(0) + tl.program_id(0)) * OUTPUTS + output
             tl.store(gate_grad_parts + part * WIDTH + columns, gate_grads[output], mask=columns < WIDTH)
+
+
+@jit(do_not_specialize=["tokens", "tokens_per_range"])
+def norm_backward_kernel(
+    outputs,
+    grads,
+    norms,
+    output_grads,
+    norm_grad_parts,
+    eps,
+    tokens,
+    tokens_per_range,
+    WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """
+    One program forms, of one output, the gradients for a range of tokens, from those of what its norm makes of it, and what
+    the range adds to the gradient of the norm's weight.
+    """
+    output = tl.program_id(0)
+    token_range = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    norm = tl.load(select(norms, output) + columns, mask=columns < WIDTH, other=0.0).to(COMPUTE)[None, :]
+    norm_grad = tl.zeros((BLOCK_WIDTH,), COMPUTE)
+    last_token = tl.minimum((token_range + 1) * tokens_per_range, tokens)
+    for first_token in tl.range(token_range * tokens_per_range, last_token, BLOCK_TOKENS):
+        rows = first_token + tl.arange(0, BLOCK_TOKENS)[:, None]
+        mask = (rows < last_token) & (columns[None, :] < WIDTH)
+        tile = rows * WIDTH + columns[None, :]
+        values = tl.load(select(outputs, output) + tile, mask=mask, other=0.0).to(COMPUTE)
+        grad = tl.load(select(grads, output) + tile, mask=mask, other=0.0).to(COMPUTE)
+        sums = sum_over_width((values * values, values * grad * norm))
+        scale = inverse_rms(sums[0], eps, WIDTH)
+        norm_grad += tl.sum(values * grad * scale, axis=0)
+        # x / rms(x): the part of the gradient along x goes with the scale.
+        result = (grad * norm - values * (sums[1] * scale * scale / WIDTH)) * scale
+        tl.store(output_grads + output * tokens.to(tl.int64) * WIDTH + tile, result, mask=mask)
+    part = token_range * OUTPUTS + output
+    tl.store(norm_grad_parts + part * WIDTH + columns, norm_grad, mask=columns < WIDTH)
 
 
 INTERPRETED = triton is not None and not isinstance(forward_kernel, triton.JITFunction)
@@ -410,14 +476,21 @@ def ranges_of_tokens(tokens: int, groups: int, block_tokens: int, device: torch.
     return triton.cdiv(tokens, tokens_per_range), tokens_per_range
 
 
-def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tensor:
+def forward(
+    stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None, norms: Sequence[Tensor] = (), eps: float = 0.0
+) -> Tensor:
     dtype = output_dtype(stack)
     runs = runs_of_one_type(stack)
+    if norms and len(runs) > 2:
+        outputs = forward(stack, delta, gate)
+        return torch.stack([*map(rms_norm, outputs, norms, itertools.repeat(eps)), *outputs])
     # Outputs that another launch adds to are not to be rounded.
     total_dtype = dtype if len(runs) <= 2 else torch.promote_types(dtype, torch.float32)
-    outputs = stack[0].new_empty((len(delta), *stack[0].shape), dtype=total_dtype)
-    if outputs.numel() == 0:
-        return outputs.to(dtype)
+    results = stack[0].new_empty((len(norms) + len(delta), *stack[0].shape), dtype=total_dtype)
+    if results.numel() == 0:
+        return results.to(dtype)
+    normalized, outputs = results[: len(norms)], results[len(norms) :]
+    norms = tuple(aligned(norm) for norm in norms)
     stack = [aligned(entry) for entry in stack]
     delta, gate = aligned(delta), None if gate is None else aligned(gate)
     options = constants(stack, delta)
@@ -433,6 +506,9 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
                 delta,
                 gate,
                 outputs,
+                normalized if norms else None,
+                norms,
+                eps,
                 head.start,
                 len(stack[head]),
                 len(stack[tail]),
@@ -444,7 +520,7 @@ def forward(stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None) -> Tens
                 STAGES=loop_stages(tile_bytes, stack[0].device),
                 num_warps=num_warps,
             )
-    return outputs.to(dtype)
+    return results.to(dtype)
 
 
 def backward(
@@ -508,6 +584,38 @@ def backward(
     return [grad.to(tensor.dtype) for grad, tensor, own in zip(grads, inputs, needed) if own]
 
 
+def norm_backward(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor], norms: Sequence[Tensor], eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    shape, width = outputs[0].shape, outputs[0].shape[-1]
+    output_grads = outputs[0].new_empty((len(outputs), *shape))
+    if output_grads.numel() == 0:
+        return list(output_grads), [torch.zeros_like(norm) for norm in norms]
+    tokens, block_width = outputs[0].numel() // width, triton.next_power_of_2(width)
+    compute = torch.promote_types(outputs[0].dtype, torch.float32)
+    _, block_tokens, num_warps = backward_tile(block_width, 1, compute)
+    ranges, tokens_per_range = ranges_of_tokens(tokens, len(outputs), block_tokens, outputs[0].device)
+    parts = output_grads.new_empty((ranges, len(outputs), width), dtype=compute)
+    with torch.cuda.device_of(outputs[0]):
+        norm_backward_kernel[(len(outputs), ranges)](
+            padded([aligned(output) for output in outputs]),
+            padded([aligned(grad) for grad in grads]),
+            padded([aligned(norm) for norm in norms]),
+            output_grads,
+            parts,
+            eps,
+            tokens,
+            tokens_per_range,
+            WIDTH=width,
+            OUTPUTS=len(outputs),
+            COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
+            BLOCK_TOKENS=block_tokens,
+            BLOCK_WIDTH=block_width,
+            num_warps=num_warps,
+        )
+    return list(output_grads), list(parts.sum(0).to(norms[0].dtype))
+
+
 @torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -523,7 +631,7 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-generalized_residual_triton = FusedGeneralizedResidual("triton", forward, backward, obstacle)
+generalized_residual_triton = FusedGeneralizedResidual("triton", forward, backward, norm_backward, obstacle)
 
 
 __all__ = ["generalized_residual_triton"]

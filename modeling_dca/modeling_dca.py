@@ -39,7 +39,7 @@ from .configuration_dca import DCAConfig, nearest_name
 from .grn import GeneralizedResidual, GRNInterface, ResidualStack
 from .grn_cpu import generalized_residual_cpu
 from .grn_triton import generalized_residual_triton
-from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm
+from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm, normalized_residual
 
 
 GRNInterface.register("cpu", generalized_residual_cpu)
@@ -351,12 +351,11 @@ class DCALayer(GradientCheckpointingLayer):
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, ...]:
-        *inputs, stack = self.residual(*stack)
-        query_input = self.input_layernorm(inputs[0])
-        if self.key_layernorm is None:
-            key_input = value_input = query_input
-        else:
-            key_input, value_input = self.key_layernorm(inputs[1]), self.value_layernorm(inputs[2])
+        norms = [self.input_layernorm]
+        if self.key_layernorm is not None:
+            norms += [self.key_layernorm, self.value_layernorm]
+        residual, *inputs, stack = normalized_residual(self.residual, stack, norms)
+        query_input, key_input, value_input = inputs if len(inputs) == 3 else 3 * inputs
 
         attn_output, _ = self.self_attn(
             query_input,
@@ -369,7 +368,7 @@ class DCALayer(GradientCheckpointingLayer):
             **{CACHE_NAME: cache},
             **kwargs,
         )
-        output = attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
+        output = attn_output + self.mlp(self.post_attention_layernorm(residual + attn_output))
         return output, *stack
 
 

@@ -1,10 +1,13 @@
 """The norms: Llama's, which keeps less for the backward pass here, Gemma's, and the layer norm."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from .autograd import autograd_alone, backward_alone, differentiable_gradients, is_in_torch_dispatch_mode
 from .configuration_dca import DCAConfig
-from .grn_fused import autograd_alone, backward_alone, differentiable_gradients, is_in_torch_dispatch_mode
+from .grn import GeneralizedResidual, find_implementation
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,6 +33,28 @@ def fused_rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float
     return rms_norm(hidden_states, weight, eps)
 
 
+def rms_norm_backward(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    grad: torch.Tensor,
+    needed: tuple[bool, bool] = (True, True),
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of the input and of the weight of [`rms_norm`], those that are needed, in as few passes."""
+    widened, grad = (tensor.float().flatten(0, -2) for tensor in (hidden_states, grad))
+    scale = inverse_rms(widened, eps)
+    product = grad * widened
+    input_grad = weight_grad = None
+    if needed[1]:
+        weight_grad = (scale @ product).to(weight.dtype)
+    if needed[0]:
+        # x / rms(x): the part of the gradient along x goes with the scale.
+        along = (product @ weight.float()).mul_(scale.square()).div_(-widened.shape[-1])
+        input_grad = torch.mul(grad, weight, out=product).addcmul_(widened, along.unsqueeze(1))
+        input_grad = input_grad.mul_(scale.unsqueeze(1)).to(hidden_states.dtype).view_as(hidden_states)
+    return input_grad, weight_grad
+
+
 class RMSNormFunction(torch.autograd.Function):
     """
     [`rms_norm`] that keeps nothing but its input for the backward pass. It is for its kept bytes, not for speed: with 12
@@ -48,18 +73,7 @@ class RMSNormFunction(torch.autograd.Function):
         hidden_states, weight = ctx.saved_tensors
         if not (torch.compiler.is_compiling() or backward_alone(grad)):
             return *differentiable_gradients(lambda *x: (rms_norm(*x, ctx.eps),), ctx.saved_tensors, (grad,)), None
-        widened, grad = (tensor.float().flatten(0, -2) for tensor in (hidden_states, grad))
-        scale = inverse_rms(widened, ctx.eps)
-        product = grad * widened
-        input_grad = weight_grad = None
-        if ctx.needs_input_grad[1]:
-            weight_grad = (scale @ product).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            # x / rms(x): the part of the gradient along x goes with the scale.
-            along = (product @ weight.float()).mul_(scale.square()).div_(-widened.shape[-1])
-            input_grad = torch.mul(grad, weight, out=product).addcmul_(widened, along.unsqueeze(1))
-            input_grad = input_grad.mul_(scale.unsqueeze(1)).to(hidden_states.dtype).view_as(hidden_states)
-        return input_grad, weight_grad, None
+        return *rms_norm_backward(hidden_states, weight, ctx.eps, grad, ctx.needs_input_grad[:2]), None
 
 
 class DCARMSNorm(nn.Module):
@@ -106,4 +120,42 @@ def build_norm(config: DCAConfig, size: int) -> nn.Module:
     return NORMS[config.norm_type](size, eps=config.norm_eps)
 
 
-__all__ = ["NORMS", "DCARMSNorm", "DCAZeroCenteredRMSNorm", "build_norm"]
+# Private to torch, as what `autograd` asks it.
+has_global_hooks = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
+
+
+def call_is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` is no more than the `forward` of `kind`: no hook, wrapper or other class would miss it."""
+    return type(module) is kind and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or module._compiled_call_impl
+        or "forward" in module.__dict__
+    )
+
+
+def normalized_residual(
+    residual: GeneralizedResidual, stack: Sequence[torch.Tensor], norms: Sequence[nn.Module]
+) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
+    """
+    The first output of `residual(*stack)`, each of its outputs after its one of `norms`, and the stack. All in one operation
+    where an implementation has it and the modules' calls are plain: in eager mode the number of operations is what costs.
+    """
+    if (
+        residual.delta is not None
+        and call_is_plain(residual, GeneralizedResidual)
+        and all(call_is_plain(norm, DCARMSNorm) for norm in norms)
+        and not has_global_hooks()
+    ):
+        implementation = find_implementation(residual.config.grn_implementation, stack[0].device)
+        if hasattr(implementation, "normalized"):
+            weights, eps = [norm.weight for norm in norms], norms[0].variance_epsilon
+            outputs, stack = implementation.normalized(stack, residual.delta, residual.gate, weights, eps)
+            return *outputs, stack
+    *outputs, stack = residual(*stack)
+    return outputs[0], *(norm(output) for norm, output in zip(norms, outputs)), stack
+
+
+__all__ = ["NORMS", "DCARMSNorm", "DCAZeroCenteredRMSNorm", "build_norm", "normalized_residual"]

@@ -389,7 +389,7 @@ class Compile:
             if argument is None or names[path[0]] in options:
                 constants[path] = argument
                 return "constexpr"
-            return "i32"
+            return "fp32" if isinstance(argument, float) else "i32"
 
         for i, argument in enumerate([*arguments, *(options[name] for name in names[len(arguments) :])]):
             signature[names[i]] = signature_of(argument, (i,))
@@ -400,6 +400,7 @@ class Compile:
 
 grn_triton.forward_kernel = Compile(grn_triton.forward_kernel)
 grn_triton.backward_kernel = Compile(grn_triton.backward_kernel)
+grn_triton.norm_backward_kernel = Compile(grn_triton.norm_backward_kernel)
 for dtypes, outputs, elementwise, gated, width in [([torch.bfloat16] * 13, 3, True, True, width) for width in MEASURED] or [
     ([torch.float32] + 4 * [torch.bfloat16], 3, True, True, 512),
     ([torch.float32, torch.bfloat16] * 2, 3, True, True, 24),
@@ -411,8 +412,12 @@ for dtypes, outputs, elementwise, gated, width in [([torch.bfloat16] * 13, 3, Tr
     stack = [torch.zeros(70, width, dtype=dtype) for dtype in dtypes]
     delta = torch.zeros(outputs, len(stack), width if elementwise else 1)
     gate = torch.zeros(outputs, width) if gated else None
-    grn_triton.forward(stack, delta, gate)
-    output_grads = [torch.zeros(70, width, dtype=grn_triton.output_dtype(stack))] * outputs
+    dtype = grn_triton.output_dtype(stack)
+    norms = outputs * [torch.zeros(width, dtype=dtype)] if dtype != torch.float64 else ()
+    grn_triton.forward(stack, delta, gate, norms, 1e-6)
+    output_grads = [torch.zeros(70, width, dtype=dtype)] * outputs
+    if norms:
+        grn_triton.norm_backward(output_grads, output_grads, norms, 1e-6)
     for frozen in [(), (-1,), (-2,), (-1, -2)] if width == 24 else [()]:
         needed = [True] * (len(stack) + (2 if gated else 1))
         for i in frozen:
@@ -435,8 +440,9 @@ def compile_kernels(folder, *widths):
 
 def test_kernels_compile_for_a_gpu(tmp_path):
     """The interpreter takes what the compiler does not; that needs no GPU."""
-    printed = compile_kernels(tmp_path)
-    assert printed.split().count("forward_kernel") == 7 and printed.split().count("backward_kernel") == 22
+    printed = compile_kernels(tmp_path).split()
+    names = ("forward_kernel", "norm_backward_kernel", "backward_kernel")
+    assert [printed.count(name) for name in names] == [7, 5, 22]
 
 
 @pytest.mark.slow
@@ -444,9 +450,9 @@ def test_kernels_of_dca_fit_into_the_registers(tmp_path):
     """On Hopper, at the widths of real models; but for the backward pass at 4,096, which keeps some bytes elsewhere."""
     widths = (576, 1024, 2048, 4096)
     lines = [line.split() for line in compile_kernels(tmp_path, *map(str, widths)).splitlines()]
-    print(*zip((width for width in widths for _ in range(2)), lines), sep="\n")
-    assert [name for name, *_ in lines] == ["forward_kernel", "backward_kernel"] * len(widths)
-    assert [int(stack) for _, _, stack in lines[:-1]] == [0] * 7
+    print(*zip((width for width in widths for _ in range(3)), lines), sep="\n")
+    assert [name for name, *_ in lines] == ["forward_kernel", "norm_backward_kernel", "backward_kernel"] * len(widths)
+    assert [int(stack) for _, _, stack in lines[:-1]] == [0] * 11
 
 
 def test_obstacles(monkeypatch, caplog):
