@@ -73,7 +73,7 @@ def forward(
     else:
         for i, norm in enumerate(norms):
             normalized[i] = rms_norm(rounded[i], norm, eps)
-    return results.view(-1, *shape)
+    return results.view(len(results), *shape)
 
 
 @without_autocast
@@ -140,10 +140,13 @@ def backward(
 
 @without_autocast
 def norm_backward(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor], norms: Sequence[Tensor], eps: float
+    outputs: Sequence[Tensor], first_grad: Tensor | None, grads: Sequence[Tensor], norms: Sequence[Tensor], eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     results = [rms_norm_backward(output, norm, eps, grad) for output, norm, grad in zip(outputs, norms, grads)]
-    return [grad for grad, _ in results], [grad for _, grad in results]
+    output_grads, norm_grads = map(list, zip(*results))
+    if first_grad is not None:
+        output_grads[0].add_(first_grad)
+    return output_grads, norm_grads
 
 
 def obstacle(device: torch.device) -> str | None:

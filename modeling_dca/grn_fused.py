@@ -38,8 +38,9 @@ class FusedGeneralizedResidual:
         backward (callable): `backward(output_grads, entry_grads, stack, delta, gate, needed)` returns the gradients of
             the entries, each with its one of `entry_grads` added if there are any, of `delta` and, if given, of `gate`:
             those alone for which the list `needed`, in this order, holds `True`.
-        norm_backward (callable): `norm_backward(outputs, grads, norms, eps)` returns the gradients of the outputs, and
-            those of the norms' weights, for those of the normalised outputs.
+        norm_backward (callable): `norm_backward(outputs, first_grad, grads, norms, eps)` returns the gradients of the
+            outputs, and those of the norms' weights, for `grads` of the normalised outputs and, if given, `first_grad` of
+            the first output as it is.
         obstacle (callable): `obstacle(device)` returns what keeps the kernels from running there, or `None`.
 
     Attributes:
@@ -55,7 +56,8 @@ class FusedGeneralizedResidual:
             [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor, Tensor | None, Sequence[bool]], list[Tensor]
         ],
         norm_backward: Callable[
-            [Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], float], tuple[list[Tensor], list[Tensor]]
+            [Sequence[Tensor], Tensor | None, Sequence[Tensor], Sequence[Tensor], float],
+            tuple[Sequence[Tensor], Sequence[Tensor]],
         ],
         obstacle: Callable[[torch.device], str | None],
     ):
@@ -187,9 +189,9 @@ class _Chained(torch.autograd.Function):
         if torch.compiler.is_compiling() or backward_alone(*result_grads, *entry_grads):
             _, backward = ctx.implementation.forward_and_backward()
             if norms:
-                first_grad, *result_grads = result_grads
-                result_grads, norm_grads = ctx.implementation.norm_backward(outputs, result_grads, norms, ctx.eps)
-                result_grads[0] = result_grads[0] + first_grad
+                result_grads, norm_grads = ctx.implementation.norm_backward(
+                    outputs, grads[0], result_grads[1:], norms, ctx.eps
+                )
             results = backward(result_grads, entry_grads, stack, delta, gate, needed) if any(needed) else []
         else:
             # A gradient that is to be differentiated once more, or in other ways, is that of the reference.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -222,8 +223,7 @@ def forward_kernel(
         scales = inverse_rms_of(rounded, eps, WIDTH)
         for output in tl.static_range(OUTPUTS):
             norm = tl.load(norms[output] + columns, mask=columns < WIDTH, other=0.0).to(COMPUTE)[None, :]
-            # It rounds where Llama's norm does, before the weight and after it.
-            result = (rounded[output] * scales[output]).to(outputs.dtype.element_ty).to(COMPUTE) * norm
+            result = rounded[output] * scales[output] * norm
             tl.store(normalized + output * tokens.to(tl.int64) * WIDTH + tile, result, mask=mask)
 
 
@@ -359,6 +359,7 @@ def backward_kernel(
 @jit(do_not_specialize=["tokens", "tokens_per_range"])
 def norm_backward_kernel(
     outputs,
+    first_grad,
     grads,
     norms,
     output_grads,
@@ -373,8 +374,8 @@ def norm_backward_kernel(
     BLOCK_WIDTH: tl.constexpr,
 ):
     """
-    One program forms, of one output, the gradients for a range of tokens, from those of what its norm makes of it, and what
-    the range adds to the gradient of the norm's weight.
+    One program forms, of one output, the gradients for a range of tokens, from those of what its norm makes of it (for the
+    first also from its own), and what the range adds to the gradient of the norm's weight.
     """
     output = tl.program_id(0)
     token_range = tl.program_id(1).to(tl.int64)
@@ -393,6 +394,8 @@ def norm_backward_kernel(
         norm_grad += tl.sum(values * grad * scale, axis=0)
         # x / rms(x): the part of the gradient along x goes with the scale.
         result = (grad * norm - values * (sums[1] * scale * scale / WIDTH)) * scale
+        if first_grad is not None:
+            result += tl.load(first_grad + tile, mask=tl.where(output == 0, mask, False), other=0.0).to(COMPUTE)
         tl.store(output_grads + output * tokens.to(tl.int64) * WIDTH + tile, result, mask=mask)
     part = token_range * OUTPUTS + output
     tl.store(norm_grad_parts + part * WIDTH + columns, norm_grad, mask=columns < WIDTH)
@@ -410,6 +413,14 @@ def runs_of_one_type(stack: Sequence[Tensor]) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(stack)])]
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor as kernels take it; a variant for each pattern of pointers that are aligned or not would be too many."""
     tensor = tensor.contiguous()
@@ -418,7 +429,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def padded(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """As many tensors as a power of two, so that there is one variant of a kernel for many numbers of entries."""
-    size = max(4, triton.next_power_of_2(len(tensors))) if tensors else 0
+    size = max(4, next_power_of_2(len(tensors))) if tensors else 0
     return (*tensors, *tensors[:1] * (size - len(tensors)))
 
 
@@ -429,16 +440,23 @@ def constants(stack: Sequence[Tensor], delta: Tensor) -> dict:
         "OUTPUTS": len(delta),
         "ELEMENTWISE": delta.shape[-1] == width,
         "COMPUTE": tl.float64 if output_dtype(stack) == torch.float64 else tl.float32,
-        "BLOCK_WIDTH": triton.next_power_of_2(width),
+        "BLOCK_WIDTH": next_power_of_2(width),
     }
+
+
+@functools.cache
+def processors_and_shared_memory(device: torch.device) -> tuple[int, int]:
+    """How many processors a device has, and the bytes that a program can share there (of the interpreter: one, none)."""
+    if device.type != "cuda":
+        return 1, 0
+    properties = torch.cuda.get_device_properties(device)
+    # (ROCm does not say; its devices have as much as this.)
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 2**16)
 
 
 def loop_stages(tile_bytes: int, device: torch.device) -> int:
     """How many entries the forward pass has in flight: the next two wait in half of the shared memory, or none does."""
-    if device.type != "cuda":
-        return 1
-    # (ROCm does not say; its devices have as much as this.)
-    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16)
+    _, room = processors_and_shared_memory(device)
     return 3 if 2 * tile_bytes <= room // 2 else 1
 
 
@@ -470,10 +488,10 @@ def ranges_of_tokens(tokens: int, groups: int, block_tokens: int, device: torch.
     How many ranges there are, and how many tokens one has, in whole blocks: enough for 8 programs on each processor, but
     of 64 tokens at least, next to which the sums for the parameters that each range writes are few.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    ranges = min(triton.cdiv(tokens, 64), triton.cdiv(8 * processors, groups))
-    tokens_per_range = triton.cdiv(triton.cdiv(tokens, ranges), block_tokens) * block_tokens
-    return triton.cdiv(tokens, tokens_per_range), tokens_per_range
+    processors, _ = processors_and_shared_memory(device)
+    ranges = min(ceil_div(tokens, 64), ceil_div(8 * processors, groups))
+    tokens_per_range = ceil_div(ceil_div(tokens, ranges), block_tokens) * block_tokens
+    return ceil_div(tokens, tokens_per_range), tokens_per_range
 
 
 def forward(
@@ -500,7 +518,7 @@ def forward(
     tile_bytes = block_width * (block_tokens * dtype.itemsize + len(delta) * delta.itemsize)
     with torch.cuda.device_of(stack[0]):
         for head, tail in zip(runs[::2], [*runs[1::2], slice(0)]):
-            forward_kernel[(triton.cdiv(tokens, block_tokens),)](
+            forward_kernel[(ceil_div(tokens, block_tokens),)](
                 padded(stack[head]),
                 padded(stack[tail]),
                 delta,
@@ -538,31 +556,30 @@ def backward(
     output_grads = tuple(aligned(grad) for grad in output_grads)
     entry_grads = [aligned(grad) for grad in entry_grads]
     stack = [aligned(entry) for entry in stack]
-    stack_grads = [torch.empty_like(entry) for entry in stack]
     delta, gate = aligned(delta), None if gate is None else aligned(gate)
     options = constants(stack, delta)
     width, block_width = options["WIDTH"], options["BLOCK_WIDTH"]
     tokens = stack[0].numel() // width
     sum_dtype = torch.promote_types(output_dtype(stack), torch.float32)
     group, block_tokens, num_warps = backward_tile(block_width, len(delta), sum_dtype)
-    b_grads, gate_grads = [], []
+    # (Where calls are what costs, each allocation and each sum counts.)
+    stack_grads, b_grads, gate_grads = [], [], []
     with torch.cuda.device_of(stack[0]):
         for run in runs_of_one_type(stack):
             entries = len(stack[run])
-            groups = triton.cdiv(entries, group)
+            groups = ceil_div(entries, group)
             ranges, tokens_per_range = ranges_of_tokens(tokens, groups, block_tokens, stack[0].device)
+            grads = [torch.empty_like(entry) for entry in stack[run]]
             b_parts = gate_parts = None
             if of_delta:
                 b_parts = delta.new_empty((ranges, len(delta), entries, delta.shape[-1]), dtype=sum_dtype)
-                b_grads.append(b_parts)
             if of_gate:
-                gate_parts = delta.new_empty((ranges, groups, len(delta), width), dtype=sum_dtype)
-                gate_grads.append(gate_parts)
+                gate_parts = delta.new_empty((ranges * groups, len(delta), width), dtype=sum_dtype)
             backward_kernel[(groups, ranges)](
                 output_grads,
                 padded(entry_grads[run]),
                 padded(stack[run]),
-                padded(stack_grads[run]),
+                padded(grads),
                 delta,
                 gate,
                 b_parts,
@@ -577,28 +594,36 @@ def backward(
                 BLOCK_TOKENS=block_tokens,
                 num_warps=num_warps,
             )
+            stack_grads += grads
+            b_grads += [] if b_parts is None else [b_parts.sum(0, dtype=delta.dtype)]
+            gate_grads += [] if gate_parts is None else [gate_parts.sum(0)]
     # (The gradients of entries that need none are written, too: they are few.)
-    delta_grad = torch.cat([parts.sum(0) for parts in b_grads], dim=1) if of_delta else None
-    gate_grad = sum(parts.sum((0, 1)) for parts in gate_grads) if of_gate else None
-    grads = (*stack_grads, delta_grad, gate_grad)
-    return [grad.to(tensor.dtype) for grad, tensor, own in zip(grads, inputs, needed) if own]
+    results = [grad for grad, own in zip(stack_grads, needed) if own]
+    if of_delta:
+        results.append(b_grads[0] if len(b_grads) == 1 else torch.cat(b_grads, dim=1))
+    if of_gate:
+        gate_grad = gate_grads[0] if len(gate_grads) == 1 else torch.stack(gate_grads).sum(0)
+        results.append(gate_grad.to(gate.dtype))
+    return results
 
 
 def norm_backward(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor], norms: Sequence[Tensor], eps: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    shape, width = outputs[0].shape, outputs[0].shape[-1]
-    output_grads = outputs[0].new_empty((len(outputs), *shape))
+    outputs: Sequence[Tensor], first_grad: Tensor | None, grads: Sequence[Tensor], norms: Sequence[Tensor], eps: float
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    first, shape = outputs[0], outputs[0].shape
+    output_grads = first.new_empty((len(outputs), *shape))
     if output_grads.numel() == 0:
-        return list(output_grads), [torch.zeros_like(norm) for norm in norms]
-    tokens, block_width = outputs[0].numel() // width, triton.next_power_of_2(width)
-    compute = torch.promote_types(outputs[0].dtype, torch.float32)
+        return output_grads.unbind(), [torch.zeros_like(norm) for norm in norms]
+    width = shape[-1]
+    tokens, block_width = first.numel() // width, next_power_of_2(width)
+    compute = torch.promote_types(first.dtype, torch.float32)
     _, block_tokens, num_warps = backward_tile(block_width, 1, compute)
-    ranges, tokens_per_range = ranges_of_tokens(tokens, len(outputs), block_tokens, outputs[0].device)
-    parts = output_grads.new_empty((ranges, len(outputs), width), dtype=compute)
-    with torch.cuda.device_of(outputs[0]):
+    ranges, tokens_per_range = ranges_of_tokens(tokens, len(outputs), block_tokens, first.device)
+    parts = first.new_empty((ranges, len(outputs), width), dtype=compute)
+    with torch.cuda.device_of(first):
         norm_backward_kernel[(len(outputs), ranges)](
             padded([aligned(output) for output in outputs]),
+            None if first_grad is None else aligned(first_grad),
             padded([aligned(grad) for grad in grads]),
             padded([aligned(norm) for norm in norms]),
             output_grads,
@@ -613,7 +638,7 @@ def norm_backward(
             BLOCK_WIDTH=block_width,
             num_warps=num_warps,
         )
-    return list(output_grads), list(parts.sum(0).to(norms[0].dtype))
+    return output_grads.unbind(), parts.sum(0, dtype=norms[0].dtype).unbind()
 
 
 @torch.compiler.assume_constant_result

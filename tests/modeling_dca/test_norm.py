@@ -132,3 +132,20 @@ def test_torch_func_and_jit_see_plain_operations():
     more = random(5, 8, seed=3)
     torch.testing.assert_close(traced(more), norm(more))
     assert "PythonOp" not in str(traced.graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_norm_of_a_gpu(dtype):
+    norm = DCARMSNorm(64, eps=1e-5).to("cuda", dtype)
+    norm.weight.data = torch.linspace(-1, 2, 64).to("cuda", dtype)
+    inputs, grad = random(2, 5, 64, dtype=dtype).cuda().requires_grad_(), random(2, 5, 64, seed=1, dtype=dtype).cuda()
+    results = []
+    for function in (norm, lambda inputs: rms_norm(inputs, norm.weight, 1e-5)):
+        output = function(inputs)
+        first = torch.autograd.grad(output, (inputs, norm.weight), grad, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), (inputs, norm.weight))
+        results.append([output, *first, *second])
+    for ours, plain in zip(*results):
+        assert ours.dtype == plain.dtype
+        assert_close(ours.cpu(), plain.cpu(), 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
