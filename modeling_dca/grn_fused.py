@@ -226,7 +226,8 @@ def _or_zeros(grad: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
 def _define_operators(name: str, forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
     # Code that came with a checkpoint is another module, whose operators are its own. They are named by what the code
     # is, and not by where it lies or when it was loaded: a saved program finds them in another process.
-    modules = dict.fromkeys((forward.__module__, backward.__module__, __name__, generalized_residual.__module__))
+    functions = (forward, backward, FusedGeneralizedResidual, generalized_residual, rms_norm)
+    modules = dict.fromkeys(function.__module__ for function in functions)
     name = f"{name}_{hashlib.sha256(''.join(map(_source, modules)).encode()).hexdigest()[:12]}"
     names = itertools.chain([name], (f"{name}_{copy}" for copy in itertools.count(2)))
     name = next(name for name in names if not hasattr(torch.ops.modeling_dca, f"{name}_forward"))

@@ -595,7 +595,7 @@ def backward(
                 num_warps=num_warps,
             )
             stack_grads += grads
-            b_grads += [] if b_parts is None else [b_parts.sum(0, dtype=delta.dtype)]
+            b_grads += [] if b_parts is None else [b_parts.sum(0).to(delta.dtype)]
             gate_grads += [] if gate_parts is None else [gate_parts.sum(0)]
     # (The gradients of entries that need none are written, too: they are few.)
     results = [grad for grad, own in zip(stack_grads, needed) if own]
@@ -638,7 +638,7 @@ def norm_backward(
             BLOCK_WIDTH=block_width,
             num_warps=num_warps,
         )
-    return output_grads.unbind(), parts.sum(0, dtype=norms[0].dtype).unbind()
+    return output_grads.unbind(), parts.sum(0).to(norms[0].dtype).unbind()
 
 
 @torch.compiler.assume_constant_result

@@ -147,8 +147,8 @@ def normalized_residual(
     where an implementation has it and the modules' calls are plain: in eager mode the number of operations is what costs.
     """
     if (
-        residual.delta is not None
-        and call_is_plain(residual, GeneralizedResidual)
+        call_is_plain(residual, GeneralizedResidual)
+        and residual.delta is not None
         and all(call_is_plain(norm, DCARMSNorm) for norm in norms)
         and not has_global_hooks()
     ):

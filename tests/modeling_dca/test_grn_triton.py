@@ -417,7 +417,7 @@ for dtypes, outputs, elementwise, gated, width in [([torch.bfloat16] * 13, 3, Tr
     grn_triton.forward(stack, delta, gate, norms, 1e-6)
     output_grads = [torch.zeros(70, width, dtype=dtype)] * outputs
     if norms:
-        grn_triton.norm_backward(output_grads, output_grads, norms, 1e-6)
+        grn_triton.norm_backward(output_grads, output_grads[0], output_grads, norms, 1e-6)
     for frozen in [(), (-1,), (-2,), (-1, -2)] if width == 24 else [()]:
         needed = [True] * (len(stack) + (2 if gated else 1))
         for i in frozen:
