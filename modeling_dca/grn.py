@@ -50,7 +50,8 @@ class ResidualStack:
 
 def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
     """The widest type of the stack's entries: under autocast the model's input is wider than what blocks return."""
-    return reduce(torch.promote_types, {entry.dtype for entry in stack})
+    dtypes = {entry.dtype for entry in stack}
+    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 
 def check_inputs(stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch.Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """Generalized residuals in eager mode on the CPU: few passes over memory that is written in place."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -39,41 +40,40 @@ def forward(
     stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None, norms: Sequence[Tensor] = (), eps: float = 0.0
 ) -> Tensor:
     shape, dtype = stack[0].shape, output_dtype(stack)
+    if norms and dtype != torch.float32:
+        outputs = forward(stack, delta, gate)
+        return torch.stack([*map(rms_norm, outputs, norms, itertools.repeat(eps)), *outputs])
     tokens, width = math.prod(shape[:-1]), shape[-1]
     compute_dtype = torch.promote_types(dtype, torch.float32)
-    delta = delta.to(compute_dtype)
+    b = (1 + delta.to(compute_dtype)).unsqueeze(2)
     gate = None if gate is None else gate.to(compute_dtype)
-    num_outputs = len(delta)
-    results = stack[0].new_empty((num_outputs + len(norms), tokens, width), dtype=dtype)
-    normalized, rounded = results[: len(norms)], results[len(norms) :]
-    outputs = rounded if dtype == compute_dtype else torch.empty_like(rounded, dtype=compute_dtype)
-    if num_outputs * len(stack) * tokens * width <= MAX_ELEMENTS_AT_ONCE:
-        stack = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
-        factors = (1 + delta).unsqueeze(2)
+    if len(delta) * len(stack) * tokens * width <= MAX_ELEMENTS_AT_ONCE:
+        entries = torch.stack(stack).view(len(stack), tokens, width).to(compute_dtype)
+        factors = b
         if gate is not None:
-            seen = nn.functional.linear(stack, gate).mul_(inverse_rms(stack, GATE_NORM_EPS).unsqueeze(2))
-            factors = factors + seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
-        torch.sum(factors * stack, 1, out=outputs)
-    else:
-        b = (1 + delta).unsqueeze(2)
-        for i, entry in enumerate(stack):
-            entry = entry.reshape(tokens, width).to(compute_dtype)
-            if i == 0:
-                torch.mul(b[:, i], entry, out=outputs)
-            else:
-                outputs.addcmul_(b[:, i], entry)
-            if gate is not None:
-                open_gates = pre_activations(entry, gate).clamp_(min=0)
-                outputs.addcmul_(open_gates.mT.unsqueeze(2), entry)
-    if outputs is not rounded:
-        rounded.copy_(outputs)
-    if norms and dtype == torch.float32:
+            seen = nn.functional.linear(torch.rms_norm(entries, (width,), None, GATE_NORM_EPS), gate)
+            factors = b + seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
+        results = (factors * entries).sum(1)
+        if norms:
+            normalized = torch.rms_norm(results, (width,), None, eps) * torch.stack(norms).unsqueeze(1)
+            results = torch.cat((normalized, results))
+        return results.view(len(results), *shape).to(dtype)
+
+    results = stack[0].new_empty((len(norms) + len(delta), tokens, width), dtype=compute_dtype)
+    normalized, outputs = results[: len(norms)], results[len(norms) :]
+    for i, entry in enumerate(stack):
+        entry = entry.reshape(tokens, width).to(compute_dtype)
+        if i == 0:
+            torch.mul(b[:, i], entry, out=outputs)
+        else:
+            outputs.addcmul_(b[:, i], entry)
+        if gate is not None:
+            open_gates = pre_activations(entry, gate).clamp_(min=0)
+            outputs.addcmul_(open_gates.mT.unsqueeze(2), entry)
+    if norms:
         torch.mul(outputs, inverse_rms(outputs, eps).unsqueeze(2), out=normalized)
         normalized.mul_(torch.stack(norms).unsqueeze(1))
-    else:
-        for i, norm in enumerate(norms):
-            normalized[i] = rms_norm(rounded[i], norm, eps)
-    return results.view(len(results), *shape)
+    return results.view(len(results), *shape).to(dtype)
 
 
 @without_autocast

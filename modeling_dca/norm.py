@@ -89,7 +89,7 @@ class DCARMSNorm(nn.Module):
             return rms_norm(hidden_states, self.weight, self.variance_epsilon)
         if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype != torch.float64:
             # One kernel, which rounds once, after the weight. (In float64 Llama's norm computes in float32.)
-            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            return torch.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         function = RMSNormFunction.apply if torch.is_grad_enabled() else fused_rms_norm
         return function(hidden_states, self.weight, self.variance_epsilon)
 

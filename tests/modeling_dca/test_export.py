@@ -161,7 +161,7 @@ def test_operators_do_not_depend_on_the_folder(checkpoint_code):
 def test_each_code_has_its_own_operators(checkpoint_code):
     def twice(text):
         # (What is computed at once, as the few tokens here are.)
-        changed = text.replace("torch.sum(factors * stack", "torch.sum(2 * factors * stack")
+        changed = text.replace("results = (factors * entries)", "results = (2 * factors * entries)")
         assert changed != text
         return changed
 
