@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from .configuration_dca import DCAConfig, DCAVisionConfig
-from .grn import ALL_GRN_FUNCTIONS, GeneralizedResidual, ResidualStack, generalized_residual
+from .grn import ALL_GRN_FUNCTIONS, GeneralizedResidual, generalized_residual, push
 from .modeling_dca import (
     DCAForCausalLM,
     DCAForQuestionAnswering,
@@ -47,6 +47,6 @@ __all__ = [
     "DCAVisionConfig",
     "DCAVisionModel",
     "GeneralizedResidual",
-    "ResidualStack",
     "generalized_residual",
+    "push",
 ]

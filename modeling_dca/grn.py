@@ -17,35 +17,30 @@ logger = logging.get_logger(__name__)
 GATE_NORM_EPS = 1e-6
 
 
-class ResidualStack:
+def push(
+    stack: Sequence[torch.Tensor], output: torch.Tensor, max_entries: int | None = None
+) -> tuple[torch.Tensor, ...]:
     """
-    What a block may see: the model's input and the outputs of the blocks before it.
+    The stack with what a block adds to it. Nothing is written in place.
 
-    With `max_entries = k + 2` this is the stack of k-DCA (section 3.1): once it is full, each new output pushes the
-    oldest of the last `k` into the one merged entry. With `max_entries = 1` it is the plain residual sum.
+    With `max_entries = k + 2` this is the stack of k-DCA (section 3.1): the model's input and the last `k` outputs stay
+    apart, and one entry, the second, is the sum of those between. With `max_entries = 1` it is the residual sum.
 
     Args:
-        first (`torch.Tensor` of shape `(..., hidden_size)`): the model's input, `f_0`.
+        stack (sequence of tensors of shape `(..., hidden_size)`): the model's input `f_0`, and what blocks have added.
+        output (`torch.Tensor` of shape `(..., hidden_size)`): what a block adds, `f_t`.
         max_entries (`int`, *optional*): the most entries that are kept apart; `None` for all.
+
+    Returns:
+        The entries, the newest last.
     """
-
-    def __init__(self, first: torch.Tensor, max_entries: int | None = None):
-        self.entries = (first,)
-        self.max_entries = max_entries
-
-    def append(self, output: torch.Tensor) -> None:
-        """Add what a block adds to the network, `f_t`, of the shape of the first entry."""
-        entries = self.entries
-        if output.device != entries[-1].device:
-            # A model spread over devices: bring the stack along once, rather than once for every block to come.
-            entries = [entry.to(output.device) for entry in entries]
-        entries = (*entries, output)
-        if self.max_entries is not None and len(entries) > self.max_entries:
-            merged = min(1, self.max_entries - 1)
-            # Under autocast outputs come in half precision: a sum over many is kept in that of the model's input.
-            total = entries[merged].to(entries[0].dtype) + entries[merged + 1]
-            entries = (*entries[:merged], total, *entries[merged + 2 :])
-        self.entries = entries
+    stack = (*stack, output)
+    if max_entries is None or len(stack) <= max_entries:
+        return stack
+    merged = min(1, max_entries - 1)
+    # Under autocast outputs come in half precision: a sum over many is kept in that of the model's input.
+    total = stack[merged].to(stack[0].dtype) + stack[merged + 1]
+    return *stack[:merged], total, *stack[merged + 2 :]
 
 
 def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
@@ -226,4 +221,4 @@ class GeneralizedResidual(nn.Module):
         return f"outputs={self.delta.shape[0]}, entries={self.delta.shape[1]}, gated={self.gate is not None}"
 
 
-__all__ = ["ALL_GRN_FUNCTIONS", "GeneralizedResidual", "ResidualStack", "generalized_residual"]
+__all__ = ["ALL_GRN_FUNCTIONS", "GeneralizedResidual", "generalized_residual", "push"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .grn import GATE_NORM_EPS, output_dtype
+from .grn import ALL_GRN_FUNCTIONS, GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
 from .norm import inverse_rms
 
@@ -131,6 +131,7 @@ def obstacle(device: torch.device) -> str | None:
 
 
 generalized_residual_cpu = FusedGeneralizedResidual("cpu", forward, backward, obstacle)
+ALL_GRN_FUNCTIONS.register("cpu", generalized_residual_cpu)
 
 
 __all__ = ["generalized_residual_cpu"]

@@ -36,14 +36,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_dca import DCAConfig, nearest_name
-from .grn import GeneralizedResidual, GRNInterface, ResidualStack
-from .grn_cpu import generalized_residual_cpu
-from .grn_triton import generalized_residual_triton
+from .grn import GeneralizedResidual, push
+from .grn_cpu import generalized_residual_cpu  # noqa: F401 (it registers itself)
+from .grn_triton import generalized_residual_triton  # noqa: F401 (it registers itself)
 from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm
-
-
-GRNInterface.register("cpu", generalized_residual_cpu)
-GRNInterface.register("triton", generalized_residual_triton)
 
 
 #: What the installed transformers calls the key-value cache: `past_key_values` until 5.23, and `cache` since.
@@ -322,9 +318,12 @@ class DCAAttention(nn.Module):
 
 class DCALayer(GradientCheckpointingLayer):
     """
-    The DCA block (paper, figure 4). It takes the stack and returns `f_t`, what it adds to it, and the stack as later
-    blocks should take it (see [`FusedGeneralizedResidual.chained`]). The block's own input reaches both the attention and
-    the feed-forward module, but is no part of `f_t`.
+    The DCA block (paper, figure 4). It takes the stack and returns the stack: `stack = layer(*stack, ...)`, the newest
+    entry last. That is what the block adds, `f_t`. The block's own input reaches both the attention and the feed-forward
+    module, but is no part of `f_t`.
+
+    With the scheme `"standard"` the stack is one tensor, the residual stream: the block takes and returns what Llama's
+    does. A hook on a block sees the residual stream there, and otherwise a tuple whose last tensor is the newest output.
     """
 
     def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
@@ -350,7 +349,7 @@ class DCALayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         *inputs, stack = self.residual(*stack)
         query_input = self.input_layernorm(inputs[0])
         if self.key_layernorm is None:
@@ -370,7 +369,9 @@ class DCALayer(GradientCheckpointingLayer):
             **kwargs,
         )
         output = attn_output + self.mlp(self.post_attention_layernorm(inputs[0] + attn_output))
-        return output, *stack
+        # Pushed to the stack that `residual` returned, which chains the gradients (see `FusedGeneralizedResidual.chained`).
+        stack = push(stack, output, self.config.max_stack_entries)
+        return stack if len(stack) > 1 else stack[0]
 
 
 @dataclass
@@ -668,14 +669,14 @@ class DCAModel(DCAPreTrainedModel):
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
         self._check_recording(kwargs)
-        stack = ResidualStack(hidden_states, self.config.max_stack_entries)
+        stack = (hidden_states,)
         layers = self.layers[: self.config.num_hidden_layers]
         if isinstance(cache, DynamicCache) and len(cache.layers) > len(layers):
             # Early exit: a cache cannot be cropped that has layers which nothing is written to.
             del cache.layers[len(layers) :]
         for layer_type, decoder_layer in zip(self.config.layer_types, layers):
-            output, *stack.entries = decoder_layer(
-                *stack.entries,
+            stack = decoder_layer(
+                *stack,
                 attention_mask=mask_mapping[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -683,13 +684,13 @@ class DCAModel(DCAPreTrainedModel):
                 **{CACHE_NAME: cache},
                 **kwargs,
             )
-            stack.append(output)
+            stack = (stack,) if isinstance(stack, torch.Tensor) else stack
 
         if len(layers) < len(self.layers) and self.residual.delta is not None:
-            delta = self.residual.delta[:, : len(stack.entries)]
-            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack.entries))
+            delta = self.residual.delta[:, : len(stack)]
+            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack))
         else:
-            hidden_states, _ = self.residual(*stack.entries)
+            hidden_states, _ = self.residual(*stack)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):

@@ -10,7 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dca import DCAVisionConfig
-from .grn import GeneralizedResidual, ResidualStack
+from .grn import GeneralizedResidual
 from .modeling_dca import (
     DCALayer,
     DCAPreTrainedModel,
@@ -166,12 +166,12 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
         )
 
         self._check_recording(kwargs)
-        stack = ResidualStack(embeddings, self.config.max_stack_entries)
+        stack = (embeddings,)
         for layer in self.layers:
-            output, *stack.entries = layer(*stack.entries, **kwargs)
-            stack.append(output)
+            stack = layer(*stack, **kwargs)
+            stack = (stack,) if isinstance(stack, torch.Tensor) else stack
 
-        hidden_states, _ = self.residual(*stack.entries)
+        hidden_states, _ = self.residual(*stack)
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states))
 
