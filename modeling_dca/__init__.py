@@ -10,7 +10,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_dca import DCAConfig, DCAVisionConfig
+from .configuration_dca import DCABaseConfig, DCAConfig, DCAVisionConfig
 from .grn import ALL_GRN_FUNCTIONS, GeneralizedResidual, generalized_residual, push
 from .modeling_dca import (
     DCAForCausalLM,
@@ -36,6 +36,7 @@ AutoModelForImageClassification.register(DCAVisionConfig, DCAForImageClassificat
 
 __all__ = [
     "ALL_GRN_FUNCTIONS",
+    "DCABaseConfig",
     "DCAConfig",
     "DCAForCausalLM",
     "DCAForImageClassification",

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -49,14 +49,11 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 @strict
-class DCAConfig(PreTrainedConfig):
+class DCABaseConfig(PreTrainedConfig):
     r"""
-    Configuration of the DCA text models. The defaults are the paper's 12-layer language model (section 5): no gating
-    in the feed-forward module, an untied output embedding, rotary positions, 64-wide heads.
+    What the configurations of DCA's text and vision models share: the blocks.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 32000):
-            Number of tokens that the model knows.
         hidden_size (`int`, *optional*, defaults to 512):
             Width of the model.
         intermediate_size (`int`, *optional*):
@@ -71,8 +68,6 @@ class DCAConfig(PreTrainedConfig):
             Width of a head; `hidden_size // num_attention_heads` if not given.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             The activation of the feed-forward module.
-        max_position_embeddings (`int`, *optional*, defaults to 2048):
-            The longest sequence that the model is made for, in tokens.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
         residual_scheme (`str`, *optional*, defaults to `"dca"`):
@@ -94,20 +89,7 @@ class DCAConfig(PreTrainedConfig):
             Whether the feed-forward module is gated (`down(act(gate(x)) * up(x))`, as in Llama) or plain
             (`down(act(up(x)))`).
         qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether the heads of queries and keys are normalized before the rotary embedding.
-        position_embedding (`str`, *optional*, defaults to `"rope"`):
-            `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
-            `"none"`.
-        rope_parameters (`dict`, *optional*):
-            The type and the parameters of the rotary positions, as in all of transformers.
-        no_rope_layers (`list[int]`, *optional*):
-            For each layer 1 if it has the rotary positions and 0 if it has none, as in SmolLM3; all have them if not
-            given.
-        sliding_window (`int`, *optional*):
-            How many tokens a sliding-window layer attends to.
-        layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers slide if
-            `sliding_window` is set, and none does otherwise.
+            Whether the heads of queries and keys are normalized (before the rotary embedding, if there is one).
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the attention have a bias.
         attention_output_bias (`bool`, *optional*):
@@ -117,46 +99,16 @@ class DCAConfig(PreTrainedConfig):
             Dropout of the attention weights.
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the feed-forward module have a bias.
-        use_cache (`bool`, *optional*, defaults to `True`):
-            Whether the model returns its keys and values, for fast decoding.
-        pad_token_id (`int`, *optional*):
-            The id of the padding token.
-        bos_token_id (`int`, *optional*):
-            The id of the token that starts a text.
-        eos_token_id (`int` or `list[int]`, *optional*):
-            The id of the token that ends a text.
-        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether the output embedding is the input embedding.
-        embedding_multiplier (`float`, *optional*, defaults to 1.0):
-            What the embeddings of the tokens are multiplied by.
         residual_config (`dict`, *optional*):
             The configuration of the residual model that this one was made from, for the way back.
 
     Raises:
         `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
-
-    Example:
-
-    ```python
-    >>> from modeling_dca import DCAConfig, DCAForCausalLM
-
-    >>> configuration = DCAConfig(vocab_size=1000, hidden_size=64, num_attention_heads=4, num_hidden_layers=4, last_k=2)
-    >>> model = DCAForCausalLM(configuration)
-    ```
     """
 
-    model_type = "dca"
     _auto_class = "AutoConfig"
     #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
-    _auto_map = {
-        "AutoConfig": "configuration_dca.DCAConfig",
-        "AutoModel": "modeling_dca.DCAModel",
-        "AutoModelForCausalLM": "modeling_dca.DCAForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_dca.DCAForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_dca.DCAForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
-    }
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    _auto_map: ClassVar[dict[str, str]]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -166,7 +118,6 @@ class DCAConfig(PreTrainedConfig):
         "layers.*.mlp.down_proj": "rowwise",
     }
 
-    vocab_size: int = 32000
     hidden_size: int = 512
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
@@ -174,7 +125,6 @@ class DCAConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 2048
     initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
     residual_scheme: str = "dca"
     last_k: int | None = None
@@ -183,21 +133,10 @@ class DCAConfig(PreTrainedConfig):
     norm_eps: float | int = 1e-6
     gated_mlp: bool = False
     qk_norm: bool = False
-    position_embedding: str = "rope"
-    rope_parameters: RopeParameters | dict | None = None
-    no_rope_layers: list[int] | None = None
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    tie_word_embeddings: bool = False
-    embedding_multiplier: float | int = 1.0
     residual_config: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -219,8 +158,6 @@ class DCAConfig(PreTrainedConfig):
             self.base_model_tp_plan["layers.*.self_attn.q_norm"] = "replicated_with_grad_allreduce"
             self.base_model_tp_plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
         super().__post_init__(**kwargs)
-        if self.position_embedding != "rope":
-            self.rope_parameters = None
         self._is_made = True
 
     def __setattr__(self, key, value):
@@ -237,12 +174,7 @@ class DCAConfig(PreTrainedConfig):
 
     def _following_fields(self) -> dict:
         """What the fields that follow from others are where they are not given."""
-        layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
-        following = {
-            "intermediate_size": 4 * self.hidden_size,
-            "num_key_value_heads": self.num_attention_heads,
-            "layer_types": [layer_type] * self.num_hidden_layers,
-        }
+        following = {"intermediate_size": 4 * self.hidden_size, "num_key_value_heads": self.num_attention_heads}
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             following["head_dim"] = self.hidden_size // self.num_attention_heads
         return following
@@ -263,10 +195,11 @@ class DCAConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         saved = cls(**config_dict)
         fields = dict(overrides)
-        if saved.rope_parameters and isinstance(fields.get("rope_parameters"), dict):
+        rope_parameters = getattr(saved, "rope_parameters", None)
+        if rope_parameters and isinstance(fields.get("rope_parameters"), dict):
             # Another type of rotary positions is another way to use the frequencies that the model has.
-            kept = {"rope_theta", "partial_rotary_factor"} & saved.rope_parameters.keys()
-            own = {name: saved.rope_parameters[name] for name in kept}
+            kept = {"rope_theta", "partial_rotary_factor"} & rope_parameters.keys()
+            own = {name: rope_parameters[name] for name in kept}
             fields["rope_parameters"] = own | fields["rope_parameters"]
         fields = {name: value for name, value in config_dict.items() if name not in saved._followers()} | fields
         result = super().from_dict(fields, **kwargs)
@@ -307,16 +240,13 @@ class DCAConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation: every value that does not fit is named with one that would."""
         self._check_known("residual_scheme", RESIDUAL_SCHEMES)
         self._check_known("norm_type", ("rms_norm", "layer_norm", "zero_centered_rms_norm"))
-        self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
         self._check_known("hidden_act", ACT2FN)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             self._check_positive(name)
-        for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings", "last_k", "sliding_window"):
+        for name in ("num_hidden_layers", "last_k"):
             self._check_positive(name)
         if self.norm_eps < 0:
             raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
-        if self.embedding_multiplier <= 0:
-            raise ValueError(f"`embedding_multiplier` is {self.embedding_multiplier}; it must be more than 0.")
         if not 0 <= self.attention_dropout <= 1:
             raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must lie from 0 to 1.")
         if self.last_k is not None and self.residual_scheme == "standard":
@@ -327,6 +257,120 @@ class DCAConfig(PreTrainedConfig):
         if self.head_dim is None:
             self._check_divides("hidden_size", "num_attention_heads")
         self._check_divides("num_attention_heads", "num_key_value_heads")
+
+    def _check_known(self, field: str, known: Iterable[str]):
+        value = getattr(self, field)
+        if value not in known:
+            raise ValueError(f"`{field}` is {value!r}; {nearest_name(value, known)}")
+
+    def _check_positive(self, field: str):
+        value = getattr(self, field)
+        if value is not None and value < 1:
+            raise ValueError(f"`{field}` is {value}; it must be at least 1.")
+
+    def _check_divides(self, field: str, divisor: str):
+        value, by = getattr(self, field), getattr(self, divisor)
+        if by < 1 or value % by:
+            raise ValueError(f"`{field}` ({value}) is not a multiple of `{divisor}` ({by}).")
+
+
+@strict
+class DCAConfig(DCABaseConfig):
+    r"""
+    Configuration of the DCA text models. The defaults are the paper's 12-layer language model (section 5): no gating
+    in the feed-forward module, an untied output embedding, rotary positions, 64-wide heads.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Number of tokens that the model knows.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            The longest sequence that the model is made for, in tokens.
+        position_embedding (`str`, *optional*, defaults to `"rope"`):
+            `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
+            `"none"`.
+        rope_parameters (`dict`, *optional*):
+            The type and the parameters of the rotary positions, as in all of transformers.
+        no_rope_layers (`list[int]`, *optional*):
+            For each layer 1 if it has the rotary positions and 0 if it has none, as in SmolLM3; all have them if not
+            given.
+        sliding_window (`int`, *optional*):
+            How many tokens a sliding-window layer attends to.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers slide if
+            `sliding_window` is set, and none does otherwise.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its keys and values, for fast decoding.
+        pad_token_id (`int`, *optional*):
+            The id of the padding token.
+        bos_token_id (`int`, *optional*):
+            The id of the token that starts a text.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            The id of the token that ends a text.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the output embedding is the input embedding.
+        embedding_multiplier (`float`, *optional*, defaults to 1.0):
+            What the embeddings of the tokens are multiplied by.
+
+    All other fields are those of [`DCABaseConfig`].
+
+    Example:
+
+    ```python
+    >>> from modeling_dca import DCAConfig, DCAForCausalLM
+
+    >>> configuration = DCAConfig(vocab_size=1000, hidden_size=64, num_attention_heads=4, num_hidden_layers=4, last_k=2)
+    >>> model = DCAForCausalLM(configuration)
+    ```
+    """
+
+    model_type = "dca"
+    _auto_map = {
+        "AutoConfig": "configuration_dca.DCAConfig",
+        "AutoModel": "modeling_dca.DCAModel",
+        "AutoModelForCausalLM": "modeling_dca.DCAForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_dca.DCAForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_dca.DCAForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
+    }
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    position_embedding: str = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    no_rope_layers: list[int] | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    embedding_multiplier: float | int = 1.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.position_embedding != "rope":
+            self.rope_parameters = None
+
+    def _following_fields(self) -> dict:
+        layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return super()._following_fields() | {"layer_types": [layer_type] * self.num_hidden_layers}
+
+    def to_dict(self):
+        # What follows from `sliding_window` is not saved beside it.
+        output = super().to_dict()
+        if "layer_types" in self._followers():
+            output.pop("layer_types", None)
+        return output
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
+        for name in ("vocab_size", "max_position_embeddings", "sliding_window"):
+            self._check_positive(name)
+        if self.embedding_multiplier <= 0:
+            raise ValueError(f"`embedding_multiplier` is {self.embedding_multiplier}; it must be more than 0.")
         if self.position_embedding == "rope":
             if self.head_dim % 2:
                 raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
@@ -366,29 +410,20 @@ class DCAConfig(PreTrainedConfig):
                 "them out."
             )
 
-    def _check_known(self, field: str, known: Iterable[str]):
-        value = getattr(self, field)
-        if value not in known:
-            raise ValueError(f"`{field}` is {value!r}; {nearest_name(value, known)}")
 
-    def _check_positive(self, field: str):
-        value = getattr(self, field)
-        if value is not None and value < 1:
-            raise ValueError(f"`{field}` is {value}; it must be at least 1.")
-
-    def _check_divides(self, field: str, divisor: str):
-        value, by = getattr(self, field), getattr(self, divisor)
-        if by < 1 or value % by:
-            raise ValueError(f"`{field}` ({value}) is not a multiple of `{divisor}` ({by}).")
+#: What text models alone can have, and images have no use for.
+NOT_OF_IMAGES = ("sliding_window", "rope_parameters", "no_rope_layers")
 
 
 @strict
-class DCAVisionConfig(DCAConfig):
+class DCAVisionConfig(DCABaseConfig):
     r"""
     Configuration of the DCA vision models. The defaults are ViT-S/16 with the plain recipe of Beyer et al. (2022) that
     the paper uses for ImageNet (table 8): global average pooling and fixed 2-D sine-cosine positions.
 
     Args:
+        position_embedding (`str`, *optional*, defaults to `"sincos"`):
+            `"sincos"` (fixed sine and cosine of row and column), `"learned"` or `"none"`.
         image_size (`int` or pair of `int`, *optional*, defaults to 224):
             Height and width of the images, in pixels.
         patch_size (`int` or pair of `int`, *optional*, defaults to 16):
@@ -401,7 +436,7 @@ class DCAVisionConfig(DCAConfig):
         num_register_tokens (`int`, *optional*, defaults to 0):
             Number of learned tokens between the class token and the patches that the classifier does not see.
 
-    All other fields mean what they mean in [`DCAConfig`]; `position_embedding` is `"sincos"`, `"learned"` or `"none"`.
+    All other fields are those of [`DCABaseConfig`].
 
     Example:
 
@@ -437,6 +472,22 @@ class DCAVisionConfig(DCAConfig):
     pooling: str = "mean"
     num_register_tokens: int = 0
 
+    def __post_init__(self, **kwargs):
+        # (What images have no use for is kept to be refused.)
+        refused = {name: kwargs[name] for name in NOT_OF_IMAGES if kwargs.get(name) is not None}
+        super().__post_init__(**self._without_text_fields(kwargs), **refused)
+
+    def to_dict(self):
+        return self._without_text_fields(super().to_dict())
+
+    @staticmethod
+    def _without_text_fields(values: dict) -> dict:
+        """Release 0.2 saved the fields of text models, too, and the Trainer sets `use_cache` in any configuration."""
+        text = set(DCAConfig.__annotations__).difference(
+            DCABaseConfig.__annotations__, DCAVisionConfig.__annotations__
+        )
+        return {name: value for name, value in values.items() if name not in text}
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
@@ -457,8 +508,8 @@ class DCAVisionConfig(DCAConfig):
         """Width of what the classifier sees."""
         return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
 
-    def validate_vision(self):
-        """Part of `@strict`-powered validation, as `validate_architecture`."""
+    def validate_architecture(self):
+        super().validate_architecture()
         self._check_known("pooling", ("mean", "cls", "cls_mean"))
         self._check_known("position_embedding", ("learned", "sincos", "none"))
         self._check_positive("num_channels")
@@ -475,14 +526,16 @@ class DCAVisionConfig(DCAConfig):
                 )
         if self.position_embedding == "sincos" and self.hidden_size % 4:
             raise ValueError(f"`hidden_size` is {self.hidden_size}; 2-D sine-cosine positions need a multiple of 4.")
-        if "sliding_attention" in self.layer_types:
-            raise ValueError(
-                f"`sliding_window` is {self.sliding_window}; vision models attend to all patches, leave it out."
-            )
+        for name in NOT_OF_IMAGES:
+            if getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}; vision models attend to all patches, without rotary positions: "
+                    "leave it out."
+                )
 
 
 def _pair(size) -> tuple[int, int]:
     return tuple(size) if isinstance(size, Iterable) else (size, size)
 
 
-__all__ = ["DCAConfig", "DCAVisionConfig"]
+__all__ = ["DCABaseConfig", "DCAConfig", "DCAVisionConfig"]

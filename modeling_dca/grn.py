@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils.generic import GeneralInterface, maybe_autocast
 
-from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
+from .configuration_dca import RESIDUAL_SCHEMES, DCABaseConfig, nearest_name
 
 
 logger = logging.get_logger(__name__)
@@ -161,7 +161,7 @@ class GeneralizedResidual(nn.Module):
     Forms the inputs of one block, or the model's output, from the stack (section 3.1).
 
     Args:
-        config (`DCAConfig`): which scheme, and how many entries are kept apart.
+        config (`DCABaseConfig`): which scheme, and how many entries are kept apart.
         num_blocks (`int`): how many blocks have added to the stack.
         outputs (`int`, *optional*): how many inputs are formed; those of a block if not given (three for DCA, one
             otherwise).
@@ -170,7 +170,7 @@ class GeneralizedResidual(nn.Module):
     for GRN-v1), and `gate` of shape `(outputs, hidden_size)`, both zero at the start, where the scheme has them.
     """
 
-    def __init__(self, config: DCAConfig, num_blocks: int, outputs: int | None = None):
+    def __init__(self, config: DCABaseConfig, num_blocks: int, outputs: int | None = None):
         super().__init__()
         scheme = RESIDUAL_SCHEMES[config.residual_scheme]
         if config.grn_implementation not in ("auto", *ALL_GRN_FUNCTIONS.valid_keys()):

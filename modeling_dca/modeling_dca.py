@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_dca import DCAConfig, nearest_name
+from .configuration_dca import DCABaseConfig, DCAConfig, nearest_name
 from .grn import GeneralizedResidual, push
 from .grn_cpu import generalized_residual_cpu  # noqa: F401 (it registers itself)
 from .grn_triton import generalized_residual_triton  # noqa: F401 (it registers itself)
@@ -223,7 +223,7 @@ def sincos_embedding(positions: torch.Tensor, width: int) -> torch.Tensor:
 class DCAMLP(nn.Module):
     """Feed-forward module without gating, as in the paper."""
 
-    def __init__(self, config: DCAConfig):
+    def __init__(self, config: DCABaseConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -236,7 +236,7 @@ class DCAMLP(nn.Module):
 class DCAGatedMLP(nn.Module):
     """Feed-forward module with gating, as in Llama."""
 
-    def __init__(self, config: DCAConfig):
+    def __init__(self, config: DCABaseConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -250,7 +250,7 @@ class DCAGatedMLP(nn.Module):
 class DCAAttention(nn.Module):
     """Llama's attention, but for queries, keys and values that may come from different inputs."""
 
-    def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
+    def __init__(self, config: DCABaseConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -258,8 +258,11 @@ class DCAAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        # (Vision models have neither windows nor rotary positions.)
+        slides = getattr(config, "layer_types", None) and config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if slides else None
+        no_rope_layers = getattr(config, "no_rope_layers", None)
+        self.use_rope = no_rope_layers is None or bool(no_rope_layers[layer_idx])
 
         query_width = config.num_attention_heads * self.head_dim
         key_value_width = config.num_key_value_heads * self.head_dim
@@ -326,7 +329,7 @@ class DCALayer(GradientCheckpointingLayer):
     does. A hook on a block sees the residual stream there, and otherwise a tuple whose last tensor is the newest output.
     """
 
-    def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
+    def __init__(self, config: DCABaseConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
         self.residual = GeneralizedResidual(config, num_blocks=layer_idx)
@@ -425,7 +428,7 @@ class DCAPreTrainedModel(PreTrainedModel):
     def _auto_map(self) -> dict[str, str]:
         return self.config._auto_map
 
-    def __init__(self, config: DCAConfig, *args, **kwargs):
+    def __init__(self, config: DCABaseConfig, *args, **kwargs):
         # It may have been changed since it was made.
         config.validate()
         super().__init__(config, *args, **kwargs)
