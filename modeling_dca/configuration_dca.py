@@ -13,8 +13,8 @@ from transformers.utils.type_validators import interval
 
 
 if TYPE_CHECKING:
-    # With a configuration, transformers saves and loads all modules that its own imports from, wherever it does: those of
-    # the models must go along, as the saved configuration names them.
+    # transformers saves, with a configuration, the modules that its module imports from. The models must go along, as the
+    # saved configuration names them.
     from .modeling_dca_vision import DCAVisionModel  # noqa: F401
 
 
@@ -36,13 +36,12 @@ RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
 }
 
 
-#: The norm through which gates see entries, as `config.json` names it where there are gates. One without a name is of
-#: release 0.1, whose gates saw entries as they are.
+#: The norm of a gate's input, as `config.json` names it if the scheme has gates. Release 0.1 had none, and named none.
 GATE_NORM = "rms"
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, and all that are known."""
+    """The end of an error message about an unknown name: the nearest known name, and all known names."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}."
@@ -107,7 +106,7 @@ class DCABaseConfig(PreTrainedConfig):
     """
 
     _auto_class = "AutoConfig"
-    #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
+    #: For each Auto class, the class in the code that is saved with a checkpoint (`trust_remote_code`).
     _auto_map: ClassVar[dict[str, str]]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -149,19 +148,19 @@ class DCABaseConfig(PreTrainedConfig):
         for name, value in self._following_fields().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        # Parts that only some models have are in the plan of those alone.
+        # A plan must not name modules that the model lacks.
         self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
         if self.gated_mlp:
             self.base_model_tp_plan["layers.*.mlp.gate_proj"] = "colwise"
         if self.qk_norm:
-            # Each process has some of the heads, and all of them share one norm.
+            # Each process has some of the heads. All heads share one norm.
             self.base_model_tp_plan["layers.*.self_attn.q_norm"] = "replicated_with_grad_allreduce"
             self.base_model_tp_plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
         super().__post_init__(**kwargs)
         self._is_made = True
 
     def __setattr__(self, key, value):
-        # What followed from a field follows from what it is set to, too.
+        # Fields that followed from the old value follow from the new one.
         followers = self._followers() if getattr(self, "_is_made", False) and key in self.own_fields() else ()
         super().__setattr__(key, value)
         for name in followers:
@@ -169,11 +168,11 @@ class DCABaseConfig(PreTrainedConfig):
                 super().__setattr__(name, self._following_fields().get(name))
 
     def _followers(self) -> set[str]:
-        """The names of the fields that are what follows from others."""
+        """The names of the fields whose values follow from others."""
         return {name for name, value in self._following_fields().items() if getattr(self, name) == value}
 
     def _following_fields(self) -> dict:
-        """What the fields that follow from others are where they are not given."""
+        """The values that follow from other fields, for fields that are not given."""
         following = {"intermediate_size": 4 * self.hidden_size, "num_key_value_heads": self.num_attention_heads}
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             following["head_dim"] = self.hidden_size // self.num_attention_heads
@@ -181,14 +180,14 @@ class DCABaseConfig(PreTrainedConfig):
 
     @classmethod
     def own_fields(cls) -> set[str]:
-        """The names of the fields that transformers does not have for every model."""
+        """The names of the fields that are not transformers' own, which every model has."""
         return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """
-        As in transformers; fields in `kwargs`, as `from_pretrained` takes them, are validated together with the others,
-        and what followed from the fields in `config_dict` follows from them.
+        As in transformers. Fields in `kwargs`, as `from_pretrained` takes them, are validated together with the others,
+        and those that followed from `config_dict` follow from them.
         """
         overrides = {name: kwargs.pop(name) for name in cls.own_fields() & kwargs.keys()}
         if not overrides:
@@ -197,25 +196,25 @@ class DCABaseConfig(PreTrainedConfig):
         fields = dict(overrides)
         rope_parameters = getattr(saved, "rope_parameters", None)
         if rope_parameters and isinstance(fields.get("rope_parameters"), dict):
-            # Another type of rotary positions is another way to use the frequencies that the model has.
+            # Another type of rotary positions goes by the frequencies that the model has.
             kept = {"rope_theta", "partial_rotary_factor"} & rope_parameters.keys()
             own = {name: rope_parameters[name] for name in kept}
             fields["rope_parameters"] = own | fields["rope_parameters"]
         fields = {name: value for name, value in config_dict.items() if name not in saved._followers()} | fields
         result = super().from_dict(fields, **kwargs)
-        # For the message where the weights do not fit them.
+        # Named in the error message if the weights do not fit.
         (result[0] if isinstance(result, tuple) else result)._overrides = overrides
         return result
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
-        # (A model whose code is not to be saved has set it to nothing.)
+        """As in transformers. The modelling code is saved with it: who has not installed it loads the checkpoint, too."""
+        # (An empty `auto_map` means: do not save the code.)
         if getattr(self, "auto_map", None) != {}:
             self.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self):
-        # How to compute is the machine's matter, not the checkpoint's.
+        # The implementation is the machine's matter, not the checkpoint's.
         output = super().to_dict()
         output.pop("grn_implementation", None)
         for name in ("_overrides", "_is_made"):
@@ -226,18 +225,18 @@ class DCABaseConfig(PreTrainedConfig):
 
     @property
     def max_stack_entries(self) -> int | None:
-        """The most entries that a block's stack has: 1 for the standard sum, `last_k + 2` for k-DCA, `None` for all."""
+        """The most entries of a stack: 1 for the standard scheme, `last_k + 2` for k-DCA, `None` for no limit."""
         if self.residual_scheme == "standard":
             return 1
         return None if self.last_k is None else self.last_k + 2
 
     @property
     def num_residual_inputs(self) -> int:
-        """How many inputs are formed from the stack: one a block, and the output's."""
+        """The number of hidden states: the queries' input of each block, and the model's output."""
         return self.num_hidden_layers + 1
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: every value that does not fit is named with one that would."""
+        """Part of `@strict`-powered validation. The error names the field, its value, and a value that would fit."""
         self._check_known("residual_scheme", RESIDUAL_SCHEMES)
         self._check_known("norm_type", ("rms_norm", "layer_norm", "zero_centered_rms_norm"))
         self._check_known("hidden_act", ACT2FN)
@@ -358,7 +357,7 @@ class DCAConfig(DCABaseConfig):
         return super()._following_fields() | {"layer_types": [layer_type] * self.num_hidden_layers}
 
     def to_dict(self):
-        # What follows from `sliding_window` is not saved beside it.
+        # Layer types that follow from `sliding_window` are derived, not saved.
         output = super().to_dict()
         if "layer_types" in self._followers():
             output.pop("layer_types", None)
@@ -411,7 +410,7 @@ class DCAConfig(DCABaseConfig):
             )
 
 
-#: What text models alone can have, and images have no use for.
+#: Fields of text models that would change a model's output. Vision models have nothing of the kind.
 NOT_OF_IMAGES = ("sliding_window", "rope_parameters", "no_rope_layers")
 
 
@@ -473,7 +472,7 @@ class DCAVisionConfig(DCABaseConfig):
     num_register_tokens: int = 0
 
     def __post_init__(self, **kwargs):
-        # (What images have no use for is kept to be refused.)
+        # The validation must see what it refuses.
         refused = {name: kwargs[name] for name in NOT_OF_IMAGES if kwargs.get(name) is not None}
         super().__post_init__(**self._without_text_fields(kwargs), **refused)
 
@@ -482,7 +481,7 @@ class DCAVisionConfig(DCABaseConfig):
 
     @staticmethod
     def _without_text_fields(values: dict) -> dict:
-        """Release 0.2 saved the fields of text models, too, and the Trainer sets `use_cache` in any configuration."""
+        """Release 0.2 saved the fields of text models in vision configurations. The Trainer sets `use_cache` in any."""
         text = set(DCAConfig.__annotations__).difference(
             DCABaseConfig.__annotations__, DCAVisionConfig.__annotations__
         )
@@ -500,7 +499,7 @@ class DCAVisionConfig(DCABaseConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many tokens stand before the patches."""
+        """The number of tokens before the patches."""
         return int(self.pooling != "mean") + self.num_register_tokens
 
     @property

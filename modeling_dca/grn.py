@@ -1,4 +1,4 @@
-"""Generalized residuals (paper, section 3.1): the stack that a block may see, their parameters, the reference maths."""
+"""Generalized residuals (paper, section 3.1): the stack that a block takes, their parameters, the reference maths."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -13,7 +13,7 @@ from .configuration_dca import RESIDUAL_SCHEMES, DCABaseConfig, nearest_name
 
 logger = logging.get_logger(__name__)
 
-#: The epsilon of the norm without parameters through which a gate sees an entry.
+#: The epsilon of the norm of a gate's input, which has no parameters.
 GATE_NORM_EPS = 1e-6
 
 
@@ -38,13 +38,13 @@ def push(
     if max_entries is None or len(stack) <= max_entries:
         return stack
     merged = min(1, max_entries - 1)
-    # Under autocast outputs come in half precision: a sum over many is kept in that of the model's input.
+    # Under autocast layer outputs are in half precision. The sum over many has the type of the model's input.
     total = stack[merged].to(stack[0].dtype) + stack[merged + 1]
     return *stack[:merged], total, *stack[merged + 2 :]
 
 
 def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
-    """The widest type of the stack's entries: under autocast the model's input is wider than what blocks return."""
+    """The widest type of the stack's entries: under autocast the model's input is wider than layer outputs."""
     return reduce(torch.promote_types, {entry.dtype for entry in stack})
 
 
@@ -197,7 +197,7 @@ class GeneralizedResidual(nn.Module):
             stack, a tuple, which later blocks should take in place of the one given (see `FusedGeneralizedResidual`).
         """
         if self.delta is None:
-            return *stack, stack  # the standard scheme's only entry is the residual sum
+            return *stack, stack  # the only entry of the standard scheme is the residual stream
         implementation = find_implementation(self.config.grn_implementation, stack[0].device)
         if hasattr(implementation, "chained"):
             outputs, stack = implementation.chained(stack, self.delta, self.gate)
