@@ -18,7 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import is_torch_xla_available
 
-from modeling_dca import DCABaseConfig
+from modeling_dca import DCAConfig
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES, nearest_name
 from modeling_dca.grn import find_implementation
 from training.arguments import DIVERGED, LAST, RECORD, Run, RunArguments, check_one_gpu, read_record
@@ -116,7 +116,7 @@ def check_gates(checkpoint: Path) -> None:
         )
 
 
-def check_model(model_class: type[PreTrainedModel], config: DCABaseConfig, device: torch.device | None = None) -> None:
+def check_model(model_class: type[PreTrainedModel], config: DCAConfig, device: torch.device | None = None) -> None:
     """
     See that a model can be built, without the memory for its weights, and, if given, computed on `device`.
 
@@ -300,7 +300,7 @@ def make_output_folder(run: Run) -> None:
         raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error
 
 
-def config_of_baseline(run: Run) -> DCABaseConfig | None:
+def config_of_baseline(run: Run) -> DCAConfig | None:
     """The configuration of the baseline, or `None`: the run's, but for the residual scheme."""
     scheme = run.training.baseline
     if scheme in (None, "none"):
@@ -318,7 +318,7 @@ def config_of_baseline(run: Run) -> DCABaseConfig | None:
 
 
 def run_models(
-    run: Run, model_class: type[PreTrainedModel], baseline: DCABaseConfig | None, note: dict, **trainer_options
+    run: Run, model_class: type[PreTrainedModel], baseline: DCAConfig | None, note: dict, **trainer_options
 ) -> None:
     """
     Train the model of a run, and before it its baseline on the same batches, and leave the folder of the run complete:
@@ -379,7 +379,7 @@ def figures_of_the_past(trainer: RunTrainer) -> dict[str, float]:
 
 def train(
     model_class: type[PreTrainedModel],
-    config: DCABaseConfig,
+    config: DCAConfig,
     arguments: RunArguments,
     initial_checkpoint: str | None = None,
     **trainer_options,
