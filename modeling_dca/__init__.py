@@ -10,8 +10,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_dca import DCAConfig, DCAVisionConfig
-from .grn import ALL_GRN_FUNCTIONS, GeneralizedResidual, ResidualStack, generalized_residual
+from .configuration_dca import DCABaseConfig, DCAConfig, DCAVisionConfig
+from .grn import ALL_GRN_FUNCTIONS, GeneralizedResidual, generalized_residual, push
 from .modeling_dca import (
     DCAForCausalLM,
     DCAForQuestionAnswering,
@@ -36,6 +36,7 @@ AutoModelForImageClassification.register(DCAVisionConfig, DCAForImageClassificat
 
 __all__ = [
     "ALL_GRN_FUNCTIONS",
+    "DCABaseConfig",
     "DCAConfig",
     "DCAForCausalLM",
     "DCAForImageClassification",
@@ -47,6 +48,6 @@ __all__ = [
     "DCAVisionConfig",
     "DCAVisionModel",
     "GeneralizedResidual",
-    "ResidualStack",
     "generalized_residual",
+    "push",
 ]

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -13,8 +13,8 @@ from transformers.utils.type_validators import interval
 
 
 if TYPE_CHECKING:
-    # With a configuration, transformers saves and loads all modules that its own imports from, wherever it does: those of
-    # the models must go along, as the saved configuration names them.
+    # transformers saves, with a configuration, the modules that its module imports from. The models must go along, as the
+    # saved configuration names them.
     from .modeling_dca_vision import DCAVisionModel  # noqa: F401
 
 
@@ -36,27 +36,23 @@ RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
 }
 
 
-#: The norm through which gates see entries, as `config.json` names it where there are gates. One without a name is of
-#: release 0.1, whose gates saw entries as they are.
+#: The norm of a gate's input, as `config.json` names it if the scheme has gates. Release 0.1 had none, and named none.
 GATE_NORM = "rms"
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, and all that are known."""
+    """The end of an error message about an unknown name: the nearest known name, and all known names."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}."
 
 
 @strict
-class DCAConfig(PreTrainedConfig):
+class DCABaseConfig(PreTrainedConfig):
     r"""
-    Configuration of the DCA text models. The defaults are the paper's 12-layer language model (section 5): no gating
-    in the feed-forward module, an untied output embedding, rotary positions, 64-wide heads.
+    What the configurations of DCA's text and vision models share: the blocks.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 32000):
-            Number of tokens that the model knows.
         hidden_size (`int`, *optional*, defaults to 512):
             Width of the model.
         intermediate_size (`int`, *optional*):
@@ -71,8 +67,6 @@ class DCAConfig(PreTrainedConfig):
             Width of a head; `hidden_size // num_attention_heads` if not given.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             The activation of the feed-forward module.
-        max_position_embeddings (`int`, *optional*, defaults to 2048):
-            The longest sequence that the model is made for, in tokens.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
         residual_scheme (`str`, *optional*, defaults to `"dca"`):
@@ -94,7 +88,202 @@ class DCAConfig(PreTrainedConfig):
             Whether the feed-forward module is gated (`down(act(gate(x)) * up(x))`, as in Llama) or plain
             (`down(act(up(x)))`).
         qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether the heads of queries and keys are normalized before the rotary embedding.
+            Whether the heads of queries and keys are normalized (before the rotary embedding, if there is one).
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of the attention have a bias.
+        attention_output_bias (`bool`, *optional*):
+            Whether the attention's output projection has a bias, where that is not as for queries, keys and values
+            (`attention_bias`).
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        mlp_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of the feed-forward module have a bias.
+        residual_config (`dict`, *optional*):
+            The configuration of the residual model that this one was made from, for the way back.
+
+    Raises:
+        `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
+    """
+
+    _auto_class = "AutoConfig"
+    #: For each Auto class, the class in the code that is saved with a checkpoint (`trust_remote_code`).
+    _auto_map: ClassVar[dict[str, str]]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "gelu"
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    residual_scheme: str = "dca"
+    last_k: int | None = None
+    grn_implementation: str = "auto"
+    norm_type: str = "rms_norm"
+    norm_eps: float | int = 1e-6
+    gated_mlp: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    residual_config: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        gate_norm = kwargs.pop("gate_norm", GATE_NORM)
+        if gate_norm != GATE_NORM:
+            raise ValueError(
+                f"`gate_norm` is {gate_norm!r}, but the gates of this release see entries through {GATE_NORM!r}: load the "
+                "model with the code that it carries, or with the release of modeling-dca that wrote it."
+            )
+        for name, value in self._following_fields().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        # A plan must not name modules that the model lacks.
+        self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
+        if self.gated_mlp:
+            self.base_model_tp_plan["layers.*.mlp.gate_proj"] = "colwise"
+        if self.qk_norm:
+            # Each process has some of the heads. All heads share one norm.
+            self.base_model_tp_plan["layers.*.self_attn.q_norm"] = "replicated_with_grad_allreduce"
+            self.base_model_tp_plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
+        super().__post_init__(**kwargs)
+        self._is_made = True
+
+    def __setattr__(self, key, value):
+        # Fields that followed from the old value follow from the new one.
+        followers = self._followers() if getattr(self, "_is_made", False) and key in self.own_fields() else ()
+        super().__setattr__(key, value)
+        for name in followers:
+            if name != key:
+                super().__setattr__(name, self._following_fields().get(name))
+
+    def _followers(self) -> set[str]:
+        """The names of the fields whose values follow from others."""
+        return {name for name, value in self._following_fields().items() if getattr(self, name) == value}
+
+    def _following_fields(self) -> dict:
+        """The values that follow from other fields, for fields that are not given."""
+        following = {"intermediate_size": 4 * self.hidden_size, "num_key_value_heads": self.num_attention_heads}
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
+            following["head_dim"] = self.hidden_size // self.num_attention_heads
+        return following
+
+    @classmethod
+    def own_fields(cls) -> set[str]:
+        """The names of the fields that are not transformers' own, which every model has."""
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        As in transformers. Fields in `kwargs`, as `from_pretrained` takes them, are validated together with the others,
+        and those that followed from `config_dict` follow from them.
+        """
+        overrides = {name: kwargs.pop(name) for name in cls.own_fields() & kwargs.keys()}
+        if not overrides:
+            return super().from_dict(config_dict, **kwargs)
+        saved = cls(**config_dict)
+        fields = dict(overrides)
+        rope_parameters = getattr(saved, "rope_parameters", None)
+        if rope_parameters and isinstance(fields.get("rope_parameters"), dict):
+            # Another type of rotary positions goes by the frequencies that the model has.
+            kept = {"rope_theta", "partial_rotary_factor"} & rope_parameters.keys()
+            own = {name: rope_parameters[name] for name in kept}
+            fields["rope_parameters"] = own | fields["rope_parameters"]
+        fields = {name: value for name, value in config_dict.items() if name not in saved._followers()} | fields
+        result = super().from_dict(fields, **kwargs)
+        # Named in the error message if the weights do not fit.
+        (result[0] if isinstance(result, tuple) else result)._overrides = overrides
+        return result
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers. The modelling code is saved with it: who has not installed it loads the checkpoint, too."""
+        # (An empty `auto_map` means: do not save the code.)
+        if getattr(self, "auto_map", None) != {}:
+            self.auto_map = dict(self._auto_map)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_dict(self):
+        # The implementation is the machine's matter, not the checkpoint's.
+        output = super().to_dict()
+        output.pop("grn_implementation", None)
+        for name in ("_overrides", "_is_made"):
+            output.pop(name, None)
+        if getattr(RESIDUAL_SCHEMES.get(self.residual_scheme), "gated", False):
+            output["gate_norm"] = GATE_NORM
+        return output
+
+    @property
+    def max_stack_entries(self) -> int | None:
+        """The most entries of a stack: 1 for the standard scheme, `last_k + 2` for k-DCA, `None` for no limit."""
+        if self.residual_scheme == "standard":
+            return 1
+        return None if self.last_k is None else self.last_k + 2
+
+    @property
+    def num_residual_inputs(self) -> int:
+        """The number of hidden states: the queries' input of each block, and the model's output."""
+        return self.num_hidden_layers + 1
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. The error names the field, its value, and a value that would fit."""
+        self._check_known("residual_scheme", RESIDUAL_SCHEMES)
+        self._check_known("norm_type", ("rms_norm", "layer_norm", "zero_centered_rms_norm"))
+        self._check_known("hidden_act", ACT2FN)
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            self._check_positive(name)
+        for name in ("num_hidden_layers", "last_k"):
+            self._check_positive(name)
+        if self.norm_eps < 0:
+            raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
+        if not 0 <= self.attention_dropout <= 1:
+            raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must lie from 0 to 1.")
+        if self.last_k is not None and self.residual_scheme == "standard":
+            raise ValueError(
+                f"`last_k` is {self.last_k}, but the 'standard' scheme sums all outputs: leave `last_k` out or choose "
+                "another `residual_scheme`."
+            )
+        if self.head_dim is None:
+            self._check_divides("hidden_size", "num_attention_heads")
+        self._check_divides("num_attention_heads", "num_key_value_heads")
+
+    def _check_known(self, field: str, known: Iterable[str]):
+        value = getattr(self, field)
+        if value not in known:
+            raise ValueError(f"`{field}` is {value!r}; {nearest_name(value, known)}")
+
+    def _check_positive(self, field: str):
+        value = getattr(self, field)
+        if value is not None and value < 1:
+            raise ValueError(f"`{field}` is {value}; it must be at least 1.")
+
+    def _check_divides(self, field: str, divisor: str):
+        value, by = getattr(self, field), getattr(self, divisor)
+        if by < 1 or value % by:
+            raise ValueError(f"`{field}` ({value}) is not a multiple of `{divisor}` ({by}).")
+
+
+@strict
+class DCAConfig(DCABaseConfig):
+    r"""
+    Configuration of the DCA text models. The defaults are the paper's 12-layer language model (section 5): no gating
+    in the feed-forward module, an untied output embedding, rotary positions, 64-wide heads.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Number of tokens that the model knows.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            The longest sequence that the model is made for, in tokens.
         position_embedding (`str`, *optional*, defaults to `"rope"`):
             `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
             `"none"`.
@@ -108,15 +297,6 @@ class DCAConfig(PreTrainedConfig):
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers slide if
             `sliding_window` is set, and none does otherwise.
-        attention_bias (`bool`, *optional*, defaults to `False`):
-            Whether the projections of the attention have a bias.
-        attention_output_bias (`bool`, *optional*):
-            Whether the attention's output projection has a bias, where that is not as for queries, keys and values
-            (`attention_bias`).
-        attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout of the attention weights.
-        mlp_bias (`bool`, *optional*, defaults to `False`):
-            Whether the projections of the feed-forward module have a bias.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the model returns its keys and values, for fast decoding.
         pad_token_id (`int`, *optional*):
@@ -129,11 +309,8 @@ class DCAConfig(PreTrainedConfig):
             Whether the output embedding is the input embedding.
         embedding_multiplier (`float`, *optional*, defaults to 1.0):
             What the embeddings of the tokens are multiplied by.
-        residual_config (`dict`, *optional*):
-            The configuration of the residual model that this one was made from, for the way back.
 
-    Raises:
-        `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
+    All other fields are those of [`DCABaseConfig`].
 
     Example:
 
@@ -146,8 +323,6 @@ class DCAConfig(PreTrainedConfig):
     """
 
     model_type = "dca"
-    _auto_class = "AutoConfig"
-    #: Where the code that is saved with a checkpoint has the class for each Auto class (`trust_remote_code`).
     _auto_map = {
         "AutoConfig": "configuration_dca.DCAConfig",
         "AutoModel": "modeling_dca.DCAModel",
@@ -157,176 +332,44 @@ class DCAConfig(PreTrainedConfig):
         "AutoModelForQuestionAnswering": "modeling_dca.DCAForQuestionAnswering",
     }
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
 
     vocab_size: int = 32000
-    hidden_size: int = 512
-    intermediate_size: int | None = None
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "gelu"
     max_position_embeddings: int = 2048
-    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
-    residual_scheme: str = "dca"
-    last_k: int | None = None
-    grn_implementation: str = "auto"
-    norm_type: str = "rms_norm"
-    norm_eps: float | int = 1e-6
-    gated_mlp: bool = False
-    qk_norm: bool = False
     position_embedding: str = "rope"
     rope_parameters: RopeParameters | dict | None = None
     no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
-    attention_bias: bool = False
-    attention_output_bias: bool | None = None
-    attention_dropout: float | int = 0.0
-    mlp_bias: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
     embedding_multiplier: float | int = 1.0
-    residual_config: dict | None = None
 
     def __post_init__(self, **kwargs):
-        gate_norm = kwargs.pop("gate_norm", GATE_NORM)
-        if gate_norm != GATE_NORM:
-            raise ValueError(
-                f"`gate_norm` is {gate_norm!r}, but the gates of this release see entries through {GATE_NORM!r}: load the "
-                "model with the code that it carries, or with the release of modeling-dca that wrote it."
-            )
-        for name, value in self._following_fields().items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        # Parts that only some models have are in the plan of those alone.
-        self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
-        if self.gated_mlp:
-            self.base_model_tp_plan["layers.*.mlp.gate_proj"] = "colwise"
-        if self.qk_norm:
-            # Each process has some of the heads, and all of them share one norm.
-            self.base_model_tp_plan["layers.*.self_attn.q_norm"] = "replicated_with_grad_allreduce"
-            self.base_model_tp_plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
         super().__post_init__(**kwargs)
         if self.position_embedding != "rope":
             self.rope_parameters = None
-        self._is_made = True
-
-    def __setattr__(self, key, value):
-        # What followed from a field follows from what it is set to, too.
-        followers = self._followers() if getattr(self, "_is_made", False) and key in self.own_fields() else ()
-        super().__setattr__(key, value)
-        for name in followers:
-            if name != key:
-                super().__setattr__(name, self._following_fields().get(name))
-
-    def _followers(self) -> set[str]:
-        """The names of the fields that are what follows from others."""
-        return {name for name, value in self._following_fields().items() if getattr(self, name) == value}
 
     def _following_fields(self) -> dict:
-        """What the fields that follow from others are where they are not given."""
         layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
-        following = {
-            "intermediate_size": 4 * self.hidden_size,
-            "num_key_value_heads": self.num_attention_heads,
-            "layer_types": [layer_type] * self.num_hidden_layers,
-        }
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
-            following["head_dim"] = self.hidden_size // self.num_attention_heads
-        return following
-
-    @classmethod
-    def own_fields(cls) -> set[str]:
-        """The names of the fields that transformers does not have for every model."""
-        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """
-        As in transformers; fields in `kwargs`, as `from_pretrained` takes them, are validated together with the others,
-        and what followed from the fields in `config_dict` follows from them.
-        """
-        overrides = {name: kwargs.pop(name) for name in cls.own_fields() & kwargs.keys()}
-        if not overrides:
-            return super().from_dict(config_dict, **kwargs)
-        saved = cls(**config_dict)
-        fields = dict(overrides)
-        if saved.rope_parameters and isinstance(fields.get("rope_parameters"), dict):
-            # Another type of rotary positions is another way to use the frequencies that the model has.
-            kept = {"rope_theta", "partial_rotary_factor"} & saved.rope_parameters.keys()
-            own = {name: saved.rope_parameters[name] for name in kept}
-            fields["rope_parameters"] = own | fields["rope_parameters"]
-        fields = {name: value for name, value in config_dict.items() if name not in saved._followers()} | fields
-        result = super().from_dict(fields, **kwargs)
-        # For the message where the weights do not fit them.
-        (result[0] if isinstance(result, tuple) else result)._overrides = overrides
-        return result
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
-        # (A model whose code is not to be saved has set it to nothing.)
-        if getattr(self, "auto_map", None) != {}:
-            self.auto_map = dict(self._auto_map)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        return super()._following_fields() | {"layer_types": [layer_type] * self.num_hidden_layers}
 
     def to_dict(self):
-        # How to compute is the machine's matter, not the checkpoint's.
+        # Layer types that follow from `sliding_window` are derived, not saved.
         output = super().to_dict()
-        output.pop("grn_implementation", None)
-        for name in ("_overrides", "_is_made"):
-            output.pop(name, None)
-        if getattr(RESIDUAL_SCHEMES.get(self.residual_scheme), "gated", False):
-            output["gate_norm"] = GATE_NORM
+        if "layer_types" in self._followers():
+            output.pop("layer_types", None)
         return output
 
-    @property
-    def max_stack_entries(self) -> int | None:
-        """The most entries that a block's stack has: 1 for the standard sum, `last_k + 2` for k-DCA, `None` for all."""
-        if self.residual_scheme == "standard":
-            return 1
-        return None if self.last_k is None else self.last_k + 2
-
-    @property
-    def num_residual_inputs(self) -> int:
-        """How many inputs are formed from the stack: one a block, and the output's."""
-        return self.num_hidden_layers + 1
-
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: every value that does not fit is named with one that would."""
-        self._check_known("residual_scheme", RESIDUAL_SCHEMES)
-        self._check_known("norm_type", ("rms_norm", "layer_norm", "zero_centered_rms_norm"))
+        super().validate_architecture()
         self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
-        self._check_known("hidden_act", ACT2FN)
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        for name in ("vocab_size", "max_position_embeddings", "sliding_window"):
             self._check_positive(name)
-        for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings", "last_k", "sliding_window"):
-            self._check_positive(name)
-        if self.norm_eps < 0:
-            raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
         if self.embedding_multiplier <= 0:
             raise ValueError(f"`embedding_multiplier` is {self.embedding_multiplier}; it must be more than 0.")
-        if not 0 <= self.attention_dropout <= 1:
-            raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must lie from 0 to 1.")
-        if self.last_k is not None and self.residual_scheme == "standard":
-            raise ValueError(
-                f"`last_k` is {self.last_k}, but the 'standard' scheme sums all outputs: leave `last_k` out or choose "
-                "another `residual_scheme`."
-            )
-        if self.head_dim is None:
-            self._check_divides("hidden_size", "num_attention_heads")
-        self._check_divides("num_attention_heads", "num_key_value_heads")
         if self.position_embedding == "rope":
             if self.head_dim % 2:
                 raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
@@ -366,29 +409,20 @@ class DCAConfig(PreTrainedConfig):
                 "them out."
             )
 
-    def _check_known(self, field: str, known: Iterable[str]):
-        value = getattr(self, field)
-        if value not in known:
-            raise ValueError(f"`{field}` is {value!r}; {nearest_name(value, known)}")
 
-    def _check_positive(self, field: str):
-        value = getattr(self, field)
-        if value is not None and value < 1:
-            raise ValueError(f"`{field}` is {value}; it must be at least 1.")
-
-    def _check_divides(self, field: str, divisor: str):
-        value, by = getattr(self, field), getattr(self, divisor)
-        if by < 1 or value % by:
-            raise ValueError(f"`{field}` ({value}) is not a multiple of `{divisor}` ({by}).")
+#: Fields of text models that would change a model's output. Vision models have nothing of the kind.
+NOT_OF_IMAGES = ("sliding_window", "rope_parameters", "no_rope_layers")
 
 
 @strict
-class DCAVisionConfig(DCAConfig):
+class DCAVisionConfig(DCABaseConfig):
     r"""
     Configuration of the DCA vision models. The defaults are ViT-S/16 with the plain recipe of Beyer et al. (2022) that
     the paper uses for ImageNet (table 8): global average pooling and fixed 2-D sine-cosine positions.
 
     Args:
+        position_embedding (`str`, *optional*, defaults to `"sincos"`):
+            `"sincos"` (fixed sine and cosine of row and column), `"learned"` or `"none"`.
         image_size (`int` or pair of `int`, *optional*, defaults to 224):
             Height and width of the images, in pixels.
         patch_size (`int` or pair of `int`, *optional*, defaults to 16):
@@ -401,7 +435,7 @@ class DCAVisionConfig(DCAConfig):
         num_register_tokens (`int`, *optional*, defaults to 0):
             Number of learned tokens between the class token and the patches that the classifier does not see.
 
-    All other fields mean what they mean in [`DCAConfig`]; `position_embedding` is `"sincos"`, `"learned"` or `"none"`.
+    All other fields are those of [`DCABaseConfig`].
 
     Example:
 
@@ -437,6 +471,22 @@ class DCAVisionConfig(DCAConfig):
     pooling: str = "mean"
     num_register_tokens: int = 0
 
+    def __post_init__(self, **kwargs):
+        # The validation must see what it refuses.
+        refused = {name: kwargs[name] for name in NOT_OF_IMAGES if kwargs.get(name) is not None}
+        super().__post_init__(**self._without_text_fields(kwargs), **refused)
+
+    def to_dict(self):
+        return self._without_text_fields(super().to_dict())
+
+    @staticmethod
+    def _without_text_fields(values: dict) -> dict:
+        """Release 0.2 saved the fields of text models in vision configurations. The Trainer sets `use_cache` in any."""
+        text = set(DCAConfig.__annotations__).difference(
+            DCABaseConfig.__annotations__, DCAVisionConfig.__annotations__
+        )
+        return {name: value for name, value in values.items() if name not in text}
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
@@ -449,7 +499,7 @@ class DCAVisionConfig(DCAConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """How many tokens stand before the patches."""
+        """The number of tokens before the patches."""
         return int(self.pooling != "mean") + self.num_register_tokens
 
     @property
@@ -457,8 +507,8 @@ class DCAVisionConfig(DCAConfig):
         """Width of what the classifier sees."""
         return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
 
-    def validate_vision(self):
-        """Part of `@strict`-powered validation, as `validate_architecture`."""
+    def validate_architecture(self):
+        super().validate_architecture()
         self._check_known("pooling", ("mean", "cls", "cls_mean"))
         self._check_known("position_embedding", ("learned", "sincos", "none"))
         self._check_positive("num_channels")
@@ -475,14 +525,16 @@ class DCAVisionConfig(DCAConfig):
                 )
         if self.position_embedding == "sincos" and self.hidden_size % 4:
             raise ValueError(f"`hidden_size` is {self.hidden_size}; 2-D sine-cosine positions need a multiple of 4.")
-        if "sliding_attention" in self.layer_types:
-            raise ValueError(
-                f"`sliding_window` is {self.sliding_window}; vision models attend to all patches, leave it out."
-            )
+        for name in NOT_OF_IMAGES:
+            if getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}; vision models attend to all patches, without rotary positions: "
+                    "leave it out."
+                )
 
 
 def _pair(size) -> tuple[int, int]:
     return tuple(size) if isinstance(size, Iterable) else (size, size)
 
 
-__all__ = ["DCAConfig", "DCAVisionConfig"]
+__all__ = ["DCABaseConfig", "DCAConfig", "DCAVisionConfig"]

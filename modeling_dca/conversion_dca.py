@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_dca import DCAConfig, DCAVisionConfig, nearest_name
+from .configuration_dca import DCABaseConfig, DCAConfig, DCAVisionConfig, nearest_name
 
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -176,12 +176,12 @@ def dca_obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it is DCA already: load it with `from_pretrained`"
 
 
-def dca_fields(config_class: type[DCAConfig]) -> dict[str, str]:
+def dca_fields(config_class: type[DCABaseConfig]) -> dict[str, str]:
     chosen = {"residual_scheme", "last_k", "residual_config"}
     own = [
         each.name
         for each in fields(config_class)
-        if each.name in config_class.__annotations__ | DCAConfig.__annotations__
+        if each.name in config_class.__annotations__ | DCABaseConfig.__annotations__
     ]
     return same(*(name for name in own if name not in chosen), "id2label", "label2id", "problem_type")
 
@@ -576,17 +576,19 @@ def load_source(
 
 
 def check_overrides(model_class: type[PreTrainedModel], overrides: dict[str, Any]) -> None:
+    # (Only text models have a cache.)
+    choices = [name for name in OVERRIDES if name != "use_cache" or hasattr(model_class.config_class, name)]
     for name in overrides:
-        if name in OVERRIDES:
+        if name in choices:
             continue
         if hasattr(model_class.config_class, name):
-            raise ValueError(f"`{name}` follows from the source; what can be chosen is {', '.join(OVERRIDES)}.")
-        raise ValueError(f"`{name}` is no field; {nearest_name(name, [*OVERRIDES, *LOADING_ARGUMENTS])}")
+            raise ValueError(f"`{name}` follows from the source; what can be chosen is {', '.join(choices)}.")
+        raise ValueError(f"`{name}` is no field; {nearest_name(name, [*choices, *LOADING_ARGUMENTS])}")
 
 
 def convert_config(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, overrides: dict[str, Any]
-) -> DCAConfig:
+) -> DCABaseConfig:
     """
     The configuration of the DCA model that a model with `config` becomes.
 

@@ -1,4 +1,4 @@
-"""Generalized residuals (paper, section 3.1): the stack that a block may see, their parameters, the reference maths."""
+"""Generalized residuals (paper, section 3.1): the stack that a block takes, their parameters, the reference maths."""
 
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -8,48 +8,43 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils.generic import GeneralInterface, maybe_autocast
 
-from .configuration_dca import RESIDUAL_SCHEMES, DCAConfig, nearest_name
+from .configuration_dca import RESIDUAL_SCHEMES, DCABaseConfig, nearest_name
 
 
 logger = logging.get_logger(__name__)
 
-#: The epsilon of the norm without parameters through which a gate sees an entry.
+#: The epsilon of the norm of a gate's input, which has no parameters.
 GATE_NORM_EPS = 1e-6
 
 
-class ResidualStack:
+def push(
+    stack: Sequence[torch.Tensor], output: torch.Tensor, max_entries: int | None = None
+) -> tuple[torch.Tensor, ...]:
     """
-    What a block may see: the model's input and the outputs of the blocks before it.
+    The stack with what a block adds to it. Nothing is written in place.
 
-    With `max_entries = k + 2` this is the stack of k-DCA (section 3.1): once it is full, each new output pushes the
-    oldest of the last `k` into the one merged entry. With `max_entries = 1` it is the plain residual sum.
+    With `max_entries = k + 2` this is the stack of k-DCA (section 3.1): the model's input and the last `k` outputs stay
+    apart, and one entry, the second, is the sum of those between. With `max_entries = 1` it is the residual sum.
 
     Args:
-        first (`torch.Tensor` of shape `(..., hidden_size)`): the model's input, `f_0`.
+        stack (sequence of tensors of shape `(..., hidden_size)`): the model's input `f_0`, and what blocks have added.
+        output (`torch.Tensor` of shape `(..., hidden_size)`): what a block adds, `f_t`.
         max_entries (`int`, *optional*): the most entries that are kept apart; `None` for all.
+
+    Returns:
+        The entries, the newest last.
     """
-
-    def __init__(self, first: torch.Tensor, max_entries: int | None = None):
-        self.entries = (first,)
-        self.max_entries = max_entries
-
-    def append(self, output: torch.Tensor) -> None:
-        """Add what a block adds to the network, `f_t`, of the shape of the first entry."""
-        entries = self.entries
-        if output.device != entries[-1].device:
-            # A model spread over devices: bring the stack along once, rather than once for every block to come.
-            entries = [entry.to(output.device) for entry in entries]
-        entries = (*entries, output)
-        if self.max_entries is not None and len(entries) > self.max_entries:
-            merged = min(1, self.max_entries - 1)
-            # Under autocast outputs come in half precision: a sum over many is kept in that of the model's input.
-            total = entries[merged].to(entries[0].dtype) + entries[merged + 1]
-            entries = (*entries[:merged], total, *entries[merged + 2 :])
-        self.entries = entries
+    stack = (*stack, output)
+    if max_entries is None or len(stack) <= max_entries:
+        return stack
+    merged = min(1, max_entries - 1)
+    # Under autocast layer outputs are in half precision. The sum over many has the type of the model's input.
+    total = stack[merged].to(stack[0].dtype) + stack[merged + 1]
+    return *stack[:merged], total, *stack[merged + 2 :]
 
 
 def output_dtype(stack: Sequence[torch.Tensor]) -> torch.dtype:
-    """The widest type of the stack's entries: under autocast the model's input is wider than what blocks return."""
+    """The widest type of the stack's entries: under autocast the model's input is wider than layer outputs."""
     dtypes = {entry.dtype for entry in stack}
     return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
@@ -167,7 +162,7 @@ class GeneralizedResidual(nn.Module):
     Forms the inputs of one block, or the model's output, from the stack (section 3.1).
 
     Args:
-        config (`DCAConfig`): which scheme, and how many entries are kept apart.
+        config (`DCABaseConfig`): which scheme, and how many entries are kept apart.
         num_blocks (`int`): how many blocks have added to the stack.
         outputs (`int`, *optional*): how many inputs are formed; those of a block if not given (three for DCA, one
             otherwise).
@@ -176,7 +171,7 @@ class GeneralizedResidual(nn.Module):
     for GRN-v1), and `gate` of shape `(outputs, hidden_size)`, both zero at the start, where the scheme has them.
     """
 
-    def __init__(self, config: DCAConfig, num_blocks: int, outputs: int | None = None):
+    def __init__(self, config: DCABaseConfig, num_blocks: int, outputs: int | None = None):
         super().__init__()
         scheme = RESIDUAL_SCHEMES[config.residual_scheme]
         if config.grn_implementation not in ("auto", *ALL_GRN_FUNCTIONS.valid_keys()):
@@ -203,7 +198,7 @@ class GeneralizedResidual(nn.Module):
             stack, a tuple, which later blocks should take in place of the one given (see `FusedGeneralizedResidual`).
         """
         if self.delta is None:
-            return *stack, stack  # the standard scheme's only entry is the residual sum
+            return *stack, stack  # the only entry of the standard scheme is the residual stream
         implementation = find_implementation(self.config.grn_implementation, stack[0].device)
         if hasattr(implementation, "chained"):
             outputs, stack = implementation.chained(stack, self.delta, self.gate)
@@ -227,4 +222,4 @@ class GeneralizedResidual(nn.Module):
         return f"outputs={self.delta.shape[0]}, entries={self.delta.shape[1]}, gated={self.gate is not None}"
 
 
-__all__ = ["ALL_GRN_FUNCTIONS", "GeneralizedResidual", "ResidualStack", "generalized_residual"]
+__all__ = ["ALL_GRN_FUNCTIONS", "GeneralizedResidual", "generalized_residual", "push"]

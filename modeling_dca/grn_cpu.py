@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .grn import GATE_NORM_EPS, output_dtype
+from .grn import ALL_GRN_FUNCTIONS, GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
 from .norm import inverse_rms, rms_norm, rms_norm_backward
 
@@ -154,6 +154,7 @@ def obstacle(device: torch.device) -> str | None:
 
 
 generalized_residual_cpu = FusedGeneralizedResidual("cpu", forward, backward, norm_backward, obstacle)
+ALL_GRN_FUNCTIONS.register("cpu", generalized_residual_cpu)
 
 
 __all__ = ["generalized_residual_cpu"]

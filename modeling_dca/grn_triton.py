@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grn import GATE_NORM_EPS, output_dtype
+from .grn import ALL_GRN_FUNCTIONS, GATE_NORM_EPS, output_dtype
 from .grn_fused import FusedGeneralizedResidual
 from .norm import rms_norm
 
@@ -657,6 +657,7 @@ def obstacle(device: torch.device) -> str | None:
 
 
 generalized_residual_triton = FusedGeneralizedResidual("triton", forward, backward, norm_backward, obstacle)
+ALL_GRN_FUNCTIONS.register("triton", generalized_residual_triton)
 
 
 __all__ = ["generalized_residual_triton"]

@@ -35,24 +35,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_dca import DCAConfig, nearest_name
-from .grn import GeneralizedResidual, GRNInterface, ResidualStack
-from .grn_cpu import generalized_residual_cpu
-from .grn_triton import generalized_residual_triton
+from .configuration_dca import DCABaseConfig, DCAConfig, nearest_name
+from .grn import GeneralizedResidual, push
+from .grn_cpu import generalized_residual_cpu  # noqa: F401 (it registers itself)
+from .grn_triton import generalized_residual_triton  # noqa: F401 (it registers itself)
 from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm, normalized_residual
 
 
-GRNInterface.register("cpu", generalized_residual_cpu)
-GRNInterface.register("triton", generalized_residual_triton)
-
-
-#: What the installed transformers calls the key-value cache: `past_key_values` until 5.23, and `cache` since.
+#: The installed transformers' name of the key-value cache: `past_key_values` until 5.23, `cache` since.
 CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 
 
 A_CACHE = (Cache, type(None))
 
-#: What any forward hands on to the parts of the model: what transformers has for all models, and what it adds itself.
+#: Arguments that any forward hands on to the model's modules: transformers' for all models, and those that it adds itself.
 HANDED_ON = {
     *TransformersKwargs.__annotations__,
     "return_dict",
@@ -61,18 +57,18 @@ HANDED_ON = {
     "debug_io_dir",
     "prune_layers",
 }
-#: Those of them that images do not have.
+#: Those of them that exist for text alone.
 OF_TEXT = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def named_arguments(forward: Callable) -> Callable:
     """
-    Lets a `forward` with `**kwargs` take the key-value cache as `cache` and as `past_key_values`, with every version of
-    transformers: it gets it under the name that it has for it. What nothing takes is refused rather than swallowed.
+    Decorates a `forward` with `**kwargs`. The caller may name the key-value cache `cache` or `past_key_values`, with every
+    version of transformers. An argument that no module takes is an error.
 
     Raises:
-        `TypeError`: an argument other than `None` is no parameter of `forward`, of the attention function or of the loss;
-        or a cache is none.
+        `TypeError`: an argument, other than `None`, is no parameter of `forward`, of the attention function or of the
+            loss; or the cache is of another type than `Cache`.
         `ValueError`: the call has two caches.
     """
     parameters = [name for name in inspect.signature(forward).parameters if name not in ("self", "kwargs")]
@@ -83,16 +79,16 @@ def named_arguments(forward: Callable) -> Callable:
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
         if isinstance(kwargs.get(name), A_CACHE) and kwargs.keys() <= known:
-            return forward(self, *args, **kwargs)  # as blocks are called for each token
+            return forward(self, *args, **kwargs)  # the short way, which every block takes for every token
         for key in names:
             if isinstance(kwargs.get(key), (tuple, list, dict, torch.Tensor)):
                 raise TypeError(
                     f"`{key}` is a {type(kwargs[key]).__name__}; give a `Cache`, such as `DynamicCache()`."
                 )
-        # That of continuous batching is of no such class, and comes with arguments that only it and the attention know.
+        # Continuous batching has a cache of another class, and arguments that only this and the attention function know.
         paged = name in parameters and ("paged_cache" in kwargs or not isinstance(kwargs.get("cache"), A_CACHE))
         if paged and CACHE_NAME != "cache" and "cache" in kwargs:
-            # Before 5.24 it is the attention function's alone.
+            # Before 5.24 the attention function takes it as `cache`, and no other module does.
             kwargs["paged_cache"] = kwargs.pop("cache")
         if name in parameters and (cache := kwargs.pop(other, None)) is not None:
             if kwargs.get(name) is not None:
@@ -114,7 +110,7 @@ def named_arguments(forward: Callable) -> Callable:
 
 
 def check_unknown(module: nn.Module, name: str, parameters: Iterable[str]) -> None:
-    """Raises `TypeError` where neither the attention function nor, for models with `labels`, the loss knows `name`."""
+    """Raises `TypeError` if neither the attention function nor, in models with `labels`, the loss takes `name`."""
     functions = [ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)]
     if "labels" in parameters:
         functions.append(module.loss_function)
@@ -127,14 +123,14 @@ def check_unknown(module: nn.Module, name: str, parameters: Iterable[str]) -> No
 
 
 def take_loss_arguments(model: PreTrainedModel, kwargs: dict) -> dict:
-    """Takes out of `kwargs`, and returns, what only the loss of `model` knows, e.g. `shift_labels`."""
+    """Moves the arguments that only the loss of `model` takes, such as `shift_labels`, out of `kwargs`; returns them."""
     names = [name for name in kwargs if name not in HANDED_ON]
     known = inspect.signature(model.loss_function).parameters if names else ()
     return {name: kwargs.pop(name) for name in names if name in known}
 
 
 class DCAScaledEmbedding(nn.Embedding):
-    """An embedding that is multiplied by a number, as in Gemma."""
+    """An embedding times a constant, as in Gemma."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, multiplier: float):
         super().__init__(num_embeddings, embedding_dim, padding_idx)
@@ -142,12 +138,12 @@ class DCAScaledEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings = super().forward(input_ids)
-        # Gemma rounds the number to the type of the embeddings.
+        # Gemma rounds the constant to the type of the embeddings.
         return embeddings * embeddings.new_full((), self.multiplier)
 
 
 def build_embedding(config: DCAConfig) -> nn.Embedding:
-    """The embedding of the tokens, multiplied where `config.embedding_multiplier` asks for it."""
+    """The token embedding, times `config.embedding_multiplier`."""
     sizes = (config.vocab_size, config.hidden_size, config.pad_token_id)
     if config.embedding_multiplier == 1:
         return nn.Embedding(*sizes)
@@ -155,12 +151,12 @@ def build_embedding(config: DCAConfig) -> nn.Embedding:
 
 
 class DCARotaryEmbedding(nn.Module):
-    """Llama's rotary embedding for all or, with a `partial_rotary_factor`, for the first features of each head."""
+    """Llama's rotary embedding. With a `partial_rotary_factor` it rotates the first features of each head."""
 
     def __init__(self, config: DCAConfig):
         super().__init__()
         self.config = config
-        # What transformers looks for where the frequencies depend on the length.
+        # `dynamic_rope_update` reads these, for frequencies that depend on the length.
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
         init_frequencies = self.compute_default_rope_parameters
@@ -172,7 +168,7 @@ class DCARotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: DCAConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
-        """The frequencies of the `"default"` type, and what cosine and sine are multiplied by."""
+        """The frequencies of the `"default"` type `(width / 2,)`, and the factor of cosine and sine."""
         width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, width, 2, dtype=torch.float) / width
         return (1.0 / config.rope_parameters["rope_theta"] ** exponents).to(device), 1.0
@@ -181,7 +177,7 @@ class DCARotaryEmbedding(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, `(batch, sequence, width)` each, for `position_ids`; type and device of `hidden_states`."""
+        """Cosine and sine of `position_ids`, `(batch, sequence, width)` each, in type and on device of `hidden_states`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -207,7 +203,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as plain PyTorch, which returns its weights, too; the interface is that of transformers."""
+    """Attention in plain PyTorch, with transformers' interface. It also returns the attention weights."""
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -225,9 +221,9 @@ def sincos_embedding(positions: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class DCAMLP(nn.Module):
-    """Feed-forward module without gating, as in the paper."""
+    """The feed-forward module without gating, as in the paper."""
 
-    def __init__(self, config: DCAConfig):
+    def __init__(self, config: DCABaseConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -238,9 +234,9 @@ class DCAMLP(nn.Module):
 
 
 class DCAGatedMLP(nn.Module):
-    """Feed-forward module with gating, as in Llama."""
+    """The feed-forward module with gating, as in Llama."""
 
-    def __init__(self, config: DCAConfig):
+    def __init__(self, config: DCABaseConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -252,9 +248,9 @@ class DCAGatedMLP(nn.Module):
 
 
 class DCAAttention(nn.Module):
-    """Llama's attention, but for queries, keys and values that may come from different inputs."""
+    """Llama's attention. Queries, keys and values may be projections of different inputs."""
 
-    def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
+    def __init__(self, config: DCABaseConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -262,8 +258,11 @@ class DCAAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        # Vision models have no layer types and no rotary positions.
+        slides = getattr(config, "layer_types", None) and config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if slides else None
+        no_rope_layers = getattr(config, "no_rope_layers", None)
+        self.use_rope = no_rope_layers is None or bool(no_rope_layers[layer_idx])
 
         query_width = config.num_attention_heads * self.head_dim
         key_value_width = config.num_key_value_heads * self.head_dim
@@ -297,7 +296,7 @@ class DCAAttention(nn.Module):
             query_states, key_states = (rotate(states, *position_embeddings) for states in (query_states, key_states))
 
         if cache is not None:
-            # (That of continuous batching tells the attention function what it needs.)
+            # The cache of continuous batching adds to `kwargs` what its attention function needs.
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
         elif "paged_cache" in kwargs:
             kwargs["cache"] = kwargs.pop("paged_cache")
@@ -322,17 +321,20 @@ class DCAAttention(nn.Module):
 
 class DCALayer(GradientCheckpointingLayer):
     """
-    The DCA block (paper, figure 4). It takes the stack and returns `f_t`, what it adds to it, and the stack as later
-    blocks should take it (see [`FusedGeneralizedResidual.chained`]). The block's own input reaches both the attention and
-    the feed-forward module, but is no part of `f_t`.
+    The DCA block (paper, figure 4). It takes the stack and returns the stack: `stack = layer(*stack, ...)`, tensors
+    `(batch, sequence, hidden_size)`. The newest is the last: `f_t`, what the block adds. The block's own input reaches
+    both the attention and the feed-forward module, but is no part of `f_t`.
+
+    With the scheme `"standard"` the stack is one tensor, the residual stream, and the block returns it as Llama's does. A
+    hook on a block sees the residual stream there, and with the other schemes a tuple, whose last tensor is `f_t`.
     """
 
-    def __init__(self, config: DCAConfig, layer_idx: int, is_causal: bool = True):
+    def __init__(self, config: DCABaseConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
         self.residual = GeneralizedResidual(config, num_blocks=layer_idx)
         self.input_layernorm = build_norm(config, config.hidden_size)
-        # The norm above is that of the queries; keys and values have their own where their inputs differ.
+        # The norm above is the queries'. Keys and values have norms of their own where their inputs differ.
         separate_inputs = config.residual_scheme == "dca"
         self.key_layernorm = build_norm(config, config.hidden_size) if separate_inputs else None
         self.value_layernorm = build_norm(config, config.hidden_size) if separate_inputs else None
@@ -350,7 +352,7 @@ class DCALayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         norms = [self.input_layernorm]
         if self.key_layernorm is not None:
             norms += [self.key_layernorm, self.value_layernorm]
@@ -369,14 +371,16 @@ class DCALayer(GradientCheckpointingLayer):
             **kwargs,
         )
         output = attn_output + self.mlp(self.post_attention_layernorm(residual + attn_output))
-        return output, *stack
+        # `residual` returned the stack whose gradients are chained (see `FusedGeneralizedResidual.chained`).
+        stack = push(stack, output, self.config.max_stack_entries)
+        return stack if len(stack) > 1 else stack[0]
 
 
 @dataclass
 class BlockInputRecorder(OutputRecorder):
     """
-    Records as hidden states what the blocks take in (the input of the queries), and not what they return: with the
-    standard scheme these are the hidden states of any residual model. The last one is the model's output.
+    Records the queries' input of each block as its hidden state, and the model's output as the last. With the scheme
+    `"standard"` these are the hidden states of any residual model.
     """
 
     capture_initial_hidden_state: bool = False
@@ -384,7 +388,7 @@ class BlockInputRecorder(OutputRecorder):
 
 
 def _check_gates(model: PreTrainedModel, name: str | os.PathLike | None, kwargs: dict) -> None:
-    """Raises `ValueError` where the checkpoint `name` has gates, other than zero, that saw entries as they are."""
+    """Raises `ValueError` if the checkpoint `name` has gates of release 0.1 (without a norm) that are not zero."""
     gates = [module.gate for module in model.modules() if isinstance(module, GeneralizedResidual)]
     if name is None or all(gate is None or not gate.is_meta and not gate.any() for gate in gates):
         return
@@ -392,7 +396,7 @@ def _check_gates(model: PreTrainedModel, name: str | os.PathLike | None, kwargs:
     try:
         saved, _ = model.config.get_config_dict(name, **{key: kwargs[key] for key in of_the_hub if key in kwargs})
     except OSError:
-        return  # weights alone, of which the caller has the configuration
+        return  # a checkpoint without a configuration, which the caller has
     if "gate_norm" not in saved:
         raise ValueError(
             f"The gates of {str(name)!r} are those of modeling-dca 0.1, which saw entries as they are: this release would "
@@ -402,7 +406,7 @@ def _check_gates(model: PreTrainedModel, name: str | os.PathLike | None, kwargs:
 
 
 class DCAPreTrainedModel(PreTrainedModel):
-    """What all DCA models share: initialization, loading, saving, and what transformers may do with them."""
+    """The base of all DCA models: initialization, loading, saving, and what transformers may do with them."""
 
     config_class = DCAConfig
     base_model_prefix = "model"
@@ -423,8 +427,8 @@ class DCAPreTrainedModel(PreTrainedModel):
     def _auto_map(self) -> dict[str, str]:
         return self.config._auto_map
 
-    def __init__(self, config: DCAConfig, *args, **kwargs):
-        # It may have been changed since it was made.
+    def __init__(self, config: DCABaseConfig, *args, **kwargs):
+        # The caller may have changed a field since the configuration was made.
         config.validate()
         super().__init__(config, *args, **kwargs)
 
@@ -432,20 +436,20 @@ class DCAPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, GeneralizedResidual):
-            # b = 1 and w = 0: the plain residual sum (method of the paper's section 3.1).
+            # b = 1 and w = 0: the plain residual sum (section 3.1).
             for parameter in module.parameters():
                 init.zeros_(parameter)
         elif isinstance(module, DCAZeroCenteredRMSNorm):
             init.zeros_(module.weight)
 
     def _check_recording(self, kwargs: dict) -> None:
-        """Raises `ValueError` where outputs are asked for that come from inside of blocks, and so without gradients."""
+        """Raises `ValueError` if the caller asks for hidden states or attentions that would have no gradients."""
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return
         checkpoint = self.layers[0]._gradient_checkpointing_func
         for name in ("output_hidden_states", "output_attentions"):
             asked = kwargs.get(name, getattr(self.config, name, False))
-            # 0 asks for the first of the hidden states.
+            # (0 is an index: that of the first hidden state.)
             if asked not in (None, False) and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
                 raise ValueError(
                     f"With reentrant gradient checkpointing, what `{name}` returns has no gradients: enable the "
@@ -454,13 +458,13 @@ class DCAPreTrainedModel(PreTrainedModel):
 
     def freeze_backbone(self, norms: bool = False) -> None:
         """
-        Leaves only the parameters of the generalized residuals (`delta` and `gate`) to be trained, heads not included.
+        Freezes all parameters, heads included, but those of the generalized residuals (`delta` and `gate`).
 
         Args:
-            norms (`bool`, *optional*, defaults to `False`): train all norms, too.
+            norms (`bool`, *optional*, defaults to `False`): leave all norms trainable, too.
 
         Raises:
-            `ValueError`: the residual scheme is `"standard"`, which has no such parameters, and `norms` is not set.
+            `ValueError`: the residual scheme is `"standard"`, which has no such parameters, without `norms`.
         """
         if self.config.residual_scheme == "standard" and not norms:
             raise ValueError(
@@ -478,11 +482,11 @@ class DCAPreTrainedModel(PreTrainedModel):
         As in transformers.
 
         Raises:
-            `ValueError`: the weights do not fit a field of the configuration that is among the arguments, or gates are
-            those of release 0.1.
+            `ValueError`: the weights do not fit a field that is among the arguments, or the gates are those of release
+                0.1.
         """
         overrides = {name: kwargs[name] for name in cls.config_class.own_fields() & kwargs.keys()}
-        # (The Auto classes make the configuration first.)
+        # (The Auto classes make the configuration first, and pass it on.)
         overrides |= getattr(kwargs.get("config"), "_overrides", {})
         try:
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -499,7 +503,7 @@ class DCAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
-        """As in transformers; `ValueError` for a pipeline, whose stages hand on one tensor and not a stack."""
+        """As in transformers. Raises `ValueError` for a pipeline, whose stages pass one tensor and not a stack."""
         config = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
         if (config.get("pp_size") or 1) > 1:
             raise ValueError(
@@ -509,9 +513,9 @@ class DCAPreTrainedModel(PreTrainedModel):
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; the modelling code is saved too, so that the checkpoint loads where it is not installed."""
+        """As in transformers. The modelling code is saved with the weights: who has not installed it loads them, too."""
         self.config.auto_map = dict(self._auto_map)
-        # FSDP gives a model a class of its own, by which torch's code would be saved.
+        # FSDP replaces the model's class by one of torch's, whose code would be saved.
         current_class = type(self)
         self.__class__ = next(each for each in current_class.__mro__ if not each.__module__.startswith("torch."))
         try:
@@ -521,32 +525,31 @@ class DCAPreTrainedModel(PreTrainedModel):
 
 
 class ResidualConversionMixin:
-    """For models with a head: from a trained residual model to DCA, and back."""
+    """Conversion of models with a head: from a trained residual model to DCA, and back."""
 
     @classmethod
     def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides: Any) -> Self:
         """
-        Makes a trained residual model into DCA without changing what it computes: the generalized residuals start as
-        the residual sum (paper, table 4).
+        Makes a trained residual model into DCA. It computes the same at first: the generalized residuals start as the
+        residual sum (paper, table 4).
 
-        The result has the type and, if the source is loaded, the device of the source, is in evaluation mode, and
-        generates as the source does. Dropout other than that of attention weights is left behind. Where the source
-        tells positions by the attention mask (OPT), pass `position_ids` for batches that are padded on the left;
-        `generate` does.
+        The result has the source's type and, if the source is loaded, its device. It is in evaluation mode, and
+        generates as the source does. It has no dropout but that of attention weights. OPT counts positions by the
+        attention mask: pass `position_ids` for batches that are padded on the left, as `generate` does.
 
         Args:
             source (`PreTrainedModel`, path or Hub id): a model of a known family (see `conversion_dca`), with the head
-                of this class. A loaded model is copied, so that training the one does not change the other. Of a
-                checkpoint only the weights that change are copied (all linear maps of GPT-2, those of DINOv2 that have
-                a layer scale), the others stay memory-mapped: give the path where memory is scarce. Each file stays
-                mapped until its last weight is taken, so that a checkpoint in shards needs the least.
-            config_overrides: fields of the configuration that the source does not decide, e.g. `last_k=2` or
-                `residual_scheme="grn_v2"`; and, for a path or Hub id, what `from_pretrained` takes about where it is
-                (`revision`, `token`, `cache_dir`, ...) and its `dtype` (by default that of the checkpoint).
+                of this class. A loaded model is copied: training the one does not change the other. A checkpoint is
+                memory-mapped, and only the weights that change are copied (all projections of GPT-2, those of DINOv2
+                that have a layer scale): give the path where memory is scarce. A file stays mapped until its last
+                weight is taken: a checkpoint in shards needs the least memory.
+            config_overrides: fields of the configuration that the source leaves open, e.g. `last_k=2` or
+                `residual_scheme="grn_v2"`. For a path or Hub id also `dtype` (the checkpoint's by default), and what
+                tells `from_pretrained` where it is (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            `ValueError`: the source's family is not known, DCA cannot represent the source exactly, it has weights that
-                DCA has not or lacks some, or an override is not one.
+            `ValueError`: the source's family is not known, DCA cannot represent the source exactly, the source has
+                weights that DCA has not, or lacks some, or an override is not one.
 
         Example:
 
@@ -563,12 +566,12 @@ class ResidualConversionMixin:
 
     def to_residual(self) -> PreTrainedModel:
         """
-        The way back: a copy of the model as one of the family that it was made from by `from_residual`. Layer scales
-        that were multiplied into the projections come back as 1.
+        The way back: a copy of the model in the family that `from_residual` made it from. Layer scales were multiplied
+        into the projections, and come back as 1.
 
         Raises:
-            `ValueError`: the model was not made by `from_residual`; or a generalized residual is not the residual sum,
-                or a block's norms of queries, keys and values are not the same. The message tells which.
+            `ValueError`: the model was not made by `from_residual`, a generalized residual is not the residual sum, or
+                the norms of a block's queries, keys and values differ. The message says which.
         """
         from .conversion_dca import to_residual
 
@@ -576,7 +579,7 @@ class ResidualConversionMixin:
 
 
 class DCAModel(DCAPreTrainedModel):
-    """The DCA decoder without a head: blocks that each see the outputs of all blocks before them."""
+    """The DCA decoder without a head. Each block takes the stack: the embeddings and the outputs of all earlier blocks."""
 
     _auto_class = "AutoModel"
 
@@ -612,12 +615,12 @@ class DCAModel(DCAPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
-        Args and result as in [`~transformers.LlamaModel`]. `hidden_states[i]`, where asked for, is the query input of
-        block `i`, `(batch, sequence, hidden_size)`, and the last one is the model's output.
+        Args and result as in [`~transformers.LlamaModel`]. `hidden_states[i]`, if asked for, is the queries' input of
+        block `i`, `(batch, sequence, hidden_size)`. The last one is the model's output.
 
         Raises:
             `ValueError`: not exactly one of `input_ids` and `inputs_embeds` is given, or the sequence is longer than
-            the learned positions.
+                the learned positions.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -629,12 +632,12 @@ class DCAModel(DCAPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        # (The cache of continuous batching holds many sequences, all of which come with their positions.)
+        # (The cache of continuous batching holds many sequences. Their positions are given.)
         past_seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if self.embed_positions is not None and (position_ids is None or isinstance(cache, Cache)):
-            # (Sequences that are packed into one have positions of their own, and may be longer together.)
+            # (Packed sequences have positions of their own. Together they may be longer.)
             self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
-        # The mask looks in them for packed sequences, and waits for the device to do so.
+        # The mask searches given positions for packed sequences, and waits for the device: it does not get ours.
         given_position_ids = position_ids
         if position_ids is None and "flash" not in str(self.config._attn_implementation):
             for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
@@ -647,14 +650,14 @@ class DCAModel(DCAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        # It may already have been prepared by e.g. `generate`
+        # `generate` may have prepared the masks already.
         if not isinstance(mask_mapping := attention_mask, dict):
             mask_kwargs = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 "position_ids": given_position_ids,
-                # Beside a cache, even an empty one, the mask does not look for packed sequences.
+                # With a cache, even an empty one, the mask does not look for packed sequences.
                 CACHE_NAME: given_cache,
             }
             mask_mapping = {}
@@ -667,14 +670,14 @@ class DCAModel(DCAPreTrainedModel):
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
 
         self._check_recording(kwargs)
-        stack = ResidualStack(hidden_states, self.config.max_stack_entries)
+        stack = (hidden_states,)
         layers = self.layers[: self.config.num_hidden_layers]
         if isinstance(cache, DynamicCache) and len(cache.layers) > len(layers):
-            # Early exit: a cache cannot be cropped that has layers which nothing is written to.
+            # Early exit: a cache with layers that stay empty cannot be cropped.
             del cache.layers[len(layers) :]
         for layer_type, decoder_layer in zip(self.config.layer_types, layers):
-            output, *stack.entries = decoder_layer(
-                *stack.entries,
+            stack = decoder_layer(
+                *stack,
                 attention_mask=mask_mapping[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -682,17 +685,17 @@ class DCAModel(DCAPreTrainedModel):
                 **{CACHE_NAME: cache},
                 **kwargs,
             )
-            stack.append(output)
+            stack = (stack,) if isinstance(stack, torch.Tensor) else stack
 
         if len(layers) < len(self.layers) and self.residual.delta is not None:
-            delta = self.residual.delta[:, : len(stack.entries)]
-            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack.entries))
+            delta = self.residual.delta[:, : len(stack)]
+            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack))
         else:
-            hidden_states, _ = self.residual(*stack.entries)
+            hidden_states, _ = self.residual(*stack)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
-        # A static cache counts its tokens on the device: looking at them would mean waiting for it.
+        # A static cache counts its tokens on the device: to read the count is to wait for the device.
         past_seen_tokens = past_seen_tokens if isinstance(past_seen_tokens, int) else 0
         if past_seen_tokens + num_tokens > self.config.max_position_embeddings:
             raise ValueError(
@@ -764,7 +767,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             **kwargs,
         )
 
-        # Only compute necessary logits, and do not upcast them to float if we are not computing the loss
+        # Logits of the tokens that are asked for, in the model's own type.
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
 
@@ -785,18 +788,18 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
 def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
     """
-    Puts a model's classes into transformers' tables of names, which no `register` reaches: by them the Trainer knows whose
-    labels to shift (label smoothing), pipelines whom they support, and model cards the task.
+    Puts a model's classes into transformers' tables of names, which no `register` reaches. From them the Trainer learns
+    whose labels it shifts (label smoothing), pipelines whom they support, and model cards the task.
     """
     for table, class_name in class_names.items():
         getattr(modeling_auto, table, {}).setdefault(model_type, class_name)
 
 
 class DCAGenericHead(DCAPreTrainedModel):
-    """What lets the generic heads of transformers, which build their backbone through AutoModel, find DCA's."""
+    """The base of the generic heads. They build their backbone through AutoModel, which learns of DCA's here."""
 
     def __init__(self, config: DCAConfig):
-        # The class of the configuration, and not DCAConfig: with code that came with a checkpoint they can be two.
+        # Not `DCAConfig`: code that came with a checkpoint has a configuration class of its own.
         AutoModel.register(type(config), DCAModel, exist_ok=True)
         super().__init__(config)
 

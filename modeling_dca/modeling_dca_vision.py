@@ -10,7 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dca import DCAVisionConfig
-from .grn import GeneralizedResidual, ResidualStack
+from .grn import GeneralizedResidual
 from .modeling_dca import (
     DCALayer,
     DCAPreTrainedModel,
@@ -24,7 +24,7 @@ from .norm import build_norm
 
 
 class DCAVisionPatchEmbeddings(nn.Module):
-    """Cuts images `(batch, channels, height, width)` into patches and embeds them, `(batch, patches, hidden_size)`."""
+    """Embeds the patches of images `(batch, channels, height, width)` as `(batch, patches, hidden_size)`."""
 
     def __init__(self, config: DCAVisionConfig):
         super().__init__()
@@ -42,7 +42,7 @@ class DCAVisionPatchEmbeddings(nn.Module):
 
 
 class DCAVisionEmbeddings(nn.Module):
-    """Patch embeddings with positions, and before them the class token that `pooling` may ask for and the registers."""
+    """Class token (if `pooling` reads it), registers and patch embeddings, in this order, with positions."""
 
     def __init__(self, config: DCAVisionConfig):
         super().__init__()
@@ -64,7 +64,7 @@ class DCAVisionEmbeddings(nn.Module):
         return height // patch_height, width // patch_width
 
     def _learned_positions(self, height: int, width: int) -> torch.Tensor:
-        """The learned positions, resampled where the images have another size than the configuration's."""
+        """The learned positions, resampled for images of another size than the configuration's."""
         if (height, width) == self.config.image_height_width:
             return self.position_embeddings
         prefix_positions = self.position_embeddings[:, : self.config.num_prefix_tokens]
@@ -76,7 +76,7 @@ class DCAVisionEmbeddings(nn.Module):
         return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def _sincos_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """Fixed 2-D positions: one half of the features tells the row, the other the column. Only patches have one."""
+        """Fixed 2-D positions: half of the features hold the column, half the row. Tokens before the patches have none."""
         rows, columns = self._grid(height, width)
         row = torch.arange(rows, device=like.device).repeat_interleave(columns)
         column = torch.arange(columns, device=like.device).repeat(rows)
@@ -103,7 +103,7 @@ class DCAVisionEmbeddings(nn.Module):
 
 
 class DCAVisionPreTrainedModel(DCAPreTrainedModel):
-    """What the DCA vision models share."""
+    """The base of the DCA vision models."""
 
     config_class = DCAVisionConfig
     main_input_name = "pixel_values"
@@ -121,7 +121,7 @@ class DCAVisionPreTrainedModel(DCAPreTrainedModel):
 
 
 class DCAVisionModel(DCAVisionPreTrainedModel):
-    """The DCA vision encoder: bidirectional blocks that each see the outputs of all blocks before them."""
+    """The DCA vision encoder. Each block takes the stack: the embeddings and the outputs of all earlier blocks."""
 
     _auto_class = "AutoModel"
 
@@ -153,8 +153,8 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
 
         Returns:
             `last_hidden_state` `(batch, tokens, hidden_size)` after the final norm, and `pooler_output`
-            `(batch, pooled_size)`, pooled from it as `config.pooling` says. `hidden_states[i]`, where asked for, is
-            the query input of block `i`, and the last one is the output before the final norm.
+            `(batch, pooled_size)`, pooled from it as `config.pooling` says. `hidden_states[i]`, if asked for, is the
+            queries' input of block `i`. The last one is the output before the final norm.
 
         Raises:
             `ValueError`: the images are missing, or have another size or number of channels than the configuration.
@@ -166,12 +166,12 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
         )
 
         self._check_recording(kwargs)
-        stack = ResidualStack(embeddings, self.config.max_stack_entries)
+        stack = (embeddings,)
         for layer in self.layers:
-            output, *stack.entries = layer(*stack.entries, **kwargs)
-            stack.append(output)
+            stack = layer(*stack, **kwargs)
+            stack = (stack,) if isinstance(stack, torch.Tensor) else stack
 
-        hidden_states, _ = self.residual(*stack.entries)
+        hidden_states, _ = self.residual(*stack)
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states))
 
@@ -207,8 +207,8 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`): the images.
-            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): classes in `[0, config.num_labels)`; with
-                `num_labels == 1` the values of a regression.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): classes in `[0, config.num_labels)`, or, with
+                `num_labels == 1`, the values of a regression.
             interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
 
         Returns:

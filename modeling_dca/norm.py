@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .autograd import autograd_alone, backward_alone, differentiable_gradients, is_in_torch_dispatch_mode
-from .configuration_dca import DCAConfig
+from .configuration_dca import DCABaseConfig
 from .grn import GeneralizedResidual, find_implementation
 
 
@@ -118,7 +118,7 @@ class DCAZeroCenteredRMSNorm(nn.Module):
 NORMS = {"rms_norm": DCARMSNorm, "layer_norm": nn.LayerNorm, "zero_centered_rms_norm": DCAZeroCenteredRMSNorm}
 
 
-def build_norm(config: DCAConfig, size: int) -> nn.Module:
+def build_norm(config: DCABaseConfig, size: int) -> nn.Module:
     """The norm that `config.norm_type` names, over the last dimension, of width `size`."""
     return NORMS[config.norm_type](size, eps=config.norm_eps)
 

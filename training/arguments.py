@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.training_args import OptimizerNames
 
-from modeling_dca import DCAConfig
+from modeling_dca import DCABaseConfig
 from modeling_dca.configuration_dca import nearest_name
 from training.errors import UserError, innermost_message
 from training.initial import initial_config
@@ -307,7 +307,7 @@ class RunArguments(TrainingArguments):
 class Run(NamedTuple):
     """A run as it was asked for."""
 
-    config: DCAConfig
+    config: DCABaseConfig
     initial_checkpoint: str | None
     data: Any
     training: RunArguments
@@ -336,10 +336,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().add_usage(f"{self._prog} CONFIGURATION.yaml [--field value ...]", actions, groups, prefix)
 
 
-def _field_documentation(config_class: type[DCAConfig]) -> dict[str, str]:
+def _field_documentation(config_class: type[DCABaseConfig]) -> dict[str, str]:
     """What the docstrings of DCA's configuration classes say of each field."""
     documentation = {}
-    for parent in reversed(config_class.__mro__[: config_class.__mro__.index(DCAConfig) + 1]):
+    for parent in reversed(config_class.__mro__[: config_class.__mro__.index(DCABaseConfig) + 1]):
         for name, text in re.findall(
             r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", parent.__doc__ or "", flags=re.MULTILINE
         ):
@@ -347,7 +347,7 @@ def _field_documentation(config_class: type[DCAConfig]) -> dict[str, str]:
     return documentation
 
 
-def model_fields(config_class: type[DCAConfig]) -> list[str]:
+def model_fields(config_class: type[DCABaseConfig]) -> list[str]:
     """The names of the fields of a model's configuration that a run can choose."""
     return [name for name in _field_documentation(config_class) if name not in NOT_MODEL_FIELDS]
 

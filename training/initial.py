@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from modeling_dca import DCAConfig
+from modeling_dca import DCABaseConfig
 from modeling_dca.conversion_dca import OVERRIDES, convert_config
 from training.errors import UserError, told
 
@@ -14,11 +14,11 @@ from training.errors import UserError, told
 SCHEME = ("residual_scheme", "last_k")
 
 
-def is_trained_dca(config: DCAConfig) -> bool:
-    return isinstance(config, DCAConfig) and config.residual_scheme != "standard"
+def is_trained_dca(config: DCABaseConfig) -> bool:
+    return isinstance(config, DCABaseConfig) and config.residual_scheme != "standard"
 
 
-def initial_config(model_class: type[PreTrainedModel], checkpoint: str, fields: dict[str, Any]) -> DCAConfig:
+def initial_config(model_class: type[PreTrainedModel], checkpoint: str, fields: dict[str, Any]) -> DCABaseConfig:
     """
     The configuration of a run that starts from a checkpoint.
 
@@ -48,7 +48,7 @@ def initial_config(model_class: type[PreTrainedModel], checkpoint: str, fields: 
     return config
 
 
-def check_scheme(config: DCAConfig, checkpoint: str | None) -> None:
+def check_scheme(config: DCABaseConfig, checkpoint: str | None) -> None:
     """
     Raises:
         [`UserError`]: the checkpoint is a DCA model of another scheme than `config`.
@@ -64,7 +64,9 @@ def check_scheme(config: DCAConfig, checkpoint: str | None) -> None:
         )
 
 
-def initial_model(model_class: type[PreTrainedModel], config: DCAConfig, checkpoint: str | None) -> PreTrainedModel:
+def initial_model(
+    model_class: type[PreTrainedModel], config: DCABaseConfig, checkpoint: str | None
+) -> PreTrainedModel:
     """
     A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A
     classifier of other classes than the checkpoint's has a new head.

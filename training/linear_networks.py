@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from modeling_dca import DCAConfig
-from modeling_dca.grn import GeneralizedResidual, ResidualStack
+from modeling_dca.grn import GeneralizedResidual, push
 
 
 SCHEMES = {"standard": "residual", "grn_v1": "GRN-v1", "grn_v2": "GRN-v2", "grn_v3": "GRN-v3"}
@@ -72,11 +72,11 @@ class LowRankNetwork(nn.Module):
         self.double()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        stack = ResidualStack(inputs, self.config.max_stack_entries)
+        stack = (inputs,)
         for residual, layer in zip(self.residuals, self.layers):
-            hidden, stack.entries = residual(*stack.entries)
-            stack.append(layer(hidden))
-        return self.residuals[-1](*stack.entries)[0]
+            hidden, stack = residual(*stack)
+            stack = push(stack, layer(hidden), self.config.max_stack_entries)
+        return self.residuals[-1](*stack)[0]
 
 
 def make_task(task: str, seed: int, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Configurations: defaults, what is refused and with which words, and what survives being saved."""
 
+import itertools
 import json
 
 import pytest
@@ -125,6 +126,8 @@ VISION_REFUSED = [
     ({"patch_size": [16, 15]}, ["`image_size`", "224", "multiple", "`patch_size`", "[16, 15]"]),
     ({"hidden_size": 30, "num_attention_heads": 5}, ["`hidden_size`", "30", "multiple of 4"]),
     ({"sliding_window": 3}, ["`sliding_window`", "3", "leave it out"]),
+    ({"no_rope_layers": [1] * 12}, ["`no_rope_layers`", "[1, 1, ", "leave it out"]),
+    ({"rope_parameters": {"rope_theta": 5.0}}, ["`rope_parameters`", "5.0", "leave it out"]),
     ({"residual_scheme": "standard", "last_k": 1}, ["`last_k`", "1", "leave `last_k` out"]),
     ({"residual_scheme": "dcc"}, ["`residual_scheme`", "'dcc'", "did you mean 'dca'?"]),
 ]
@@ -225,6 +228,69 @@ def test_saved_configuration_is_loaded_as_it_was(tmp_path, config_class, fields)
         assert through_json(loaded.to_dict() | {"_name_or_path": ""}) == through_json(config.to_dict())
         for name, value in through_json(fields).items():
             assert through_json(getattr(loaded, name)) == value, name
+
+
+#: What release 0.2 saved with a vision model besides the fields of today: those of text models, as they were by default.
+TEXT_FIELDS_OF_OLD_VISION_CONFIGURATIONS = {
+    "bos_token_id": None,
+    "embedding_multiplier": 1.0,
+    "eos_token_id": None,
+    "layer_types": ["full_attention"] * 2,
+    "max_position_embeddings": 2048,
+    "no_rope_layers": None,
+    "pad_token_id": None,
+    "rope_parameters": None,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": False,  # the Trainer sets it
+    "vocab_size": 32000,
+}
+
+
+def test_vision_configuration_has_no_fields_of_text(tmp_path):
+    config = DCAVisionConfig(**VISION_FIELDS)
+    config.use_cache = False  # as the Trainer does
+    text = TEXT_FIELDS_OF_OLD_VISION_CONFIGURATIONS.keys()
+    assert text == DCAConfig.own_fields() - DCAVisionConfig.own_fields()
+    assert text & {field for field in dir(config) if not field.startswith("_")} == {"use_cache"}
+    config.save_pretrained(tmp_path)
+    assert text & json.loads((tmp_path / "config.json").read_text()).keys() == set()
+
+
+def test_vision_configuration_of_an_earlier_release_is_loaded_as_it_was(tmp_path, recwarn, caplog):
+    config = DCAVisionConfig(**VISION_FIELDS)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert not saved.keys() & TEXT_FIELDS_OF_OLD_VISION_CONFIGURATIONS.keys()
+    path.write_text(json.dumps(saved | TEXT_FIELDS_OF_OLD_VISION_CONFIGURATIONS))
+    for config_class, fields in itertools.product((DCAVisionConfig, AutoConfig), ({}, {"last_k": 2})):
+        loaded = config_class.from_pretrained(tmp_path, **fields)
+        expected = config.to_dict() | {"_name_or_path": str(tmp_path), **fields}
+        assert through_json(loaded.to_dict() | {"_name_or_path": str(tmp_path)}) == through_json(expected)
+        assert not hasattr(loaded, "vocab_size") and not hasattr(loaded, "layer_types")
+    assert [*recwarn] == [] and caplog.records == []
+
+
+def test_layer_types_that_follow_are_not_saved(tmp_path):
+    mixed = ["full_attention", "sliding_attention"]
+    for window, given, saved in [
+        (None, None, None),
+        (3, None, None),
+        (3, ["sliding_attention"] * 2, None),
+        (3, mixed, mixed),
+    ]:
+        config = DCAConfig(num_hidden_layers=2, sliding_window=window, layer_types=given)
+        config.save_pretrained(tmp_path)
+        fields = json.loads((tmp_path / "config.json").read_text())
+        assert fields.get("layer_types") == saved
+        for loaded in (DCAConfig.from_pretrained(tmp_path), DCAConfig(**fields | {"layer_types": config.layer_types})):
+            assert loaded.layer_types == config.layer_types
+        assert config.layer_types == (given or ["full_attention" if window is None else "sliding_attention"] * 2)
+    # They follow where the window is set, too.
+    config = DCAConfig(num_hidden_layers=2)
+    config.sliding_window = 4
+    assert config.layer_types == ["sliding_attention"] * 2 and "layer_types" not in config.to_dict()
 
 
 def test_grn_implementation_is_not_saved(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from reference_dca import generalized_residuals, to_array, visible_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_dca import ALL_GRN_FUNCTIONS, ResidualStack, generalized_residual, grn_cpu
+from modeling_dca import ALL_GRN_FUNCTIONS, generalized_residual, grn_cpu, push
 from modeling_dca.grn import GATE_NORM_EPS, find_implementation
 
 
@@ -461,31 +461,30 @@ def random_outputs(number, dtype=torch.float64):
 @pytest.mark.parametrize("last_k", [1, 2, 3, None])
 def test_stack_equals_its_definition(last_k):
     outputs = random_outputs(9)
-    stack = ResidualStack(outputs[0], None if last_k is None else last_k + 2)
+    stack, max_entries = (outputs[0],), None if last_k is None else last_k + 2
     for t in range(1, 9):
         # Here the stack is what block `t` sees: f_0 to f_{t-1}.
         expected = visible_stack(outputs[:t], last_k)
-        assert len(stack.entries) == len(expected) == (t if last_k is None else min(t, last_k + 2))
-        for entry, value in zip(stack.entries, expected):
+        assert len(stack) == len(expected) == (t if last_k is None else min(t, last_k + 2))
+        for entry, value in zip(stack, expected):
             torch.testing.assert_close(entry, value, rtol=1e-14, atol=1e-14)
         if last_k is None or t <= last_k + 1:
             # Nothing is merged yet: the entries are the outputs themselves, not copies.
-            assert all(entry is output for entry, output in zip(stack.entries, outputs))
+            assert all(entry is output for entry, output in zip(stack, outputs))
         else:
-            assert stack.entries[0] is outputs[0]
-            assert all(a is b for a, b in zip(stack.entries[2:], outputs[t - last_k : t]))
-        stack.append(outputs[t])
+            assert stack[0] is outputs[0]
+            assert all(a is b for a, b in zip(stack[2:], outputs[t - last_k : t]))
+        stack = push(stack, outputs[t], max_entries)
 
 
 def test_stack_of_the_standard_scheme_is_the_running_sum():
     outputs = random_outputs(6)
-    stack = ResidualStack(outputs[0], max_entries=1)
-    total = outputs[0]
+    stack, total = (outputs[0],), outputs[0]
     for output in outputs[1:]:
-        stack.append(output)
+        stack = push(stack, output, max_entries=1)
         total = total + output
-        assert len(stack.entries) == 1
-        assert torch.equal(stack.entries[0], total)
+        assert len(stack) == 1
+        assert torch.equal(stack[0], total)
 
 
 class CountOperations(TorchDispatchMode):
@@ -503,11 +502,11 @@ class CountOperations(TorchDispatchMode):
 @pytest.mark.parametrize("max_entries", [1, 3, 4, None])
 def test_an_output_costs_at_most_one_addition(max_entries):
     outputs = random_outputs(9)
-    stack = ResidualStack(outputs[0], max_entries)
+    stack = (outputs[0],)
     before = [output.clone() for output in outputs]
     for t, output in enumerate(outputs[1:], start=1):
         with CountOperations() as operations:
-            stack.append(output)
+            stack = push(stack, output, max_entries)
         full = max_entries is not None and t + 1 > max_entries
         assert operations.names == (["add"] if full else [])
     # Earlier blocks have kept the entries for their backward pass: none may be written over.
@@ -517,19 +516,11 @@ def test_an_output_costs_at_most_one_addition(max_entries):
 @pytest.mark.parametrize("max_entries", [1, 3])
 def test_merged_entry_is_summed_in_the_type_of_the_model_input(max_entries):
     # In bfloat16, 256 + 1 is 256: a long sum of small outputs would stop growing.
-    stack = ResidualStack(torch.full((2,), 256.0), max_entries)
+    stack = (torch.full((2,), 256.0),)
     for _ in range(12):
-        stack.append(torch.ones(2, dtype=torch.bfloat16))
+        stack = push(stack, torch.ones(2, dtype=torch.bfloat16), max_entries)
     if max_entries == 1:
-        assert stack.entries[0].dtype == torch.float32 and (stack.entries[0] == 268).all()
+        assert stack[0].dtype == torch.float32 and (stack[0] == 268).all()
     else:
-        assert stack.entries[1].dtype == torch.float32 and (stack.entries[1] == 11).all()
-        assert stack.entries[2].dtype == torch.bfloat16
-
-
-def test_stack_follows_the_blocks_to_another_device():
-    stack = ResidualStack(torch.ones(2), max_entries=3)
-    stack.append(torch.ones(2))
-    stack.append(torch.ones(2, device="meta"))
-    stack.append(torch.ones(2, device="meta"))
-    assert [entry.device.type for entry in stack.entries] == ["meta"] * 3
+        assert stack[1].dtype == torch.float32 and (stack[1] == 11).all()
+        assert stack[2].dtype == torch.bfloat16

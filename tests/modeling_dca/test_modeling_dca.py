@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers.utils.output_capturing
 from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from functorch.compile import make_boxed_func
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
@@ -288,7 +289,7 @@ def test_one_step_moves_every_residual_parameter(scheme):
 
 
 def record(modules, inputs=False):
-    """Collects the first thing that each of the modules returns, or its first input, from now on."""
+    """Collects the first of the tensors that each of the modules returns, or its first input, from now on."""
     recorded = []
 
     def record_output(module, args, output):
@@ -303,27 +304,119 @@ def record(modules, inputs=False):
 
 
 @pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
-def test_blocks_return_what_they_add_to_the_residual_stream(scheme):
+def test_a_hook_on_a_block_sees_the_residual_stream_or_the_newest_output_last(scheme):
     model, llama = fresh_model_and_llama(torch.float64, **scheme)
-    first, outputs = record([model.model.embed_tokens]), record(model.model.layers)
-    stream = record([model.model.norm], inputs=True)
     before, after = record(llama.model.layers, inputs=True), record(llama.model.layers)
+    stacks = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, stack: stacks.append(stack))
+    stream = record([model.model.norm], inputs=True)
     model(random_ids(2, 6))
     llama(random_ids(2, 6))
-    for output, llama_before, llama_after in zip(outputs, before, after, strict=True):
-        assert_close(output, llama_after - llama_before, 1e-10)
-    assert_close(stream[0], first[0] + sum(outputs), 1e-14)
+    for t, (stack, llama_before, llama_after) in enumerate(zip(stacks, before, after, strict=True), start=1):
+        if scheme["residual_scheme"] == "standard":
+            assert isinstance(stack, torch.Tensor)  # as Llama's layers return it
+            assert_close(stack, llama_after, 1e-10)
+        else:
+            assert isinstance(stack, tuple) and len(stack) == (
+                t + 1 if scheme.get("last_k") is None else min(t + 1, 3)
+            )
+            assert_close(stack[-1], llama_after - llama_before, 1e-10)
+            assert_close(sum(stack), llama_after, 1e-10)
+    assert_close(stream[0], sum(stacks[-1]) if isinstance(stacks[-1], tuple) else stacks[-1], 1e-14)
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
-def test_block_output_holds_no_copy_of_its_input(scheme):
+def test_what_a_block_adds_holds_no_copy_of_its_input(scheme):
     model = tiny_model(DCAModel, **scheme)
     for layer in model.layers:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
-    outputs = record(model.layers)
+    calls = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, stack, later: calls.append((stack, later)))
     model(random_ids(2, 6))
-    assert len(outputs) == 5 and all((output == 0).all() for output in outputs)
+    assert len(calls) == 5
+    for stack, later in calls:
+        if scheme["residual_scheme"] == "standard":
+            assert torch.equal(later, stack[0])
+        else:
+            assert (later[-1] == 0).all() and torch.equal(later[0], stack[0])
+
+
+class Steered:
+    """
+    Adds a vector at a place of block 2, by a hook or by what does the same without one: hooks of a block are called with
+    what it returns, and what they return takes its place.
+    """
+
+    PLACES = ("layer", "layer, in place", "residual", "self_attn")
+
+    def __init__(self, place, scheme, **options):
+        self.model = tiny_model(dtype=torch.float64, mlp_bias=True, attention_bias=True, **scheme).train()
+        self.block, self.place = self.model.model.layers[2], place
+        self.vector = torch.linspace(-1, 1, 16, dtype=torch.float64).requires_grad_()
+        if options:
+            self.model.gradient_checkpointing_enable(options)
+
+    def by_hook(self):
+        def steer_layer(module, args, stack):
+            return stack + self.vector if isinstance(stack, torch.Tensor) else (*stack[:-1], stack[-1] + self.vector)
+
+        def steer_in_place(module, args, stack):
+            (stack if isinstance(stack, torch.Tensor) else stack[-1]).add_(self.vector)
+
+        def steer_first(module, args, outputs):
+            return outputs[0] + self.vector, *outputs[1:]
+
+        module = self.block if self.place.startswith("layer") else getattr(self.block, self.place)
+        hook = {"layer": steer_layer, "layer, in place": steer_in_place}.get(self.place, steer_first)
+        module.register_forward_hook(hook)
+        return self
+
+    def without(self):
+        if self.place == "residual":  # the queries' input, which the feed-forward module takes, too
+            for norm in (self.block.input_layernorm, self.block.post_attention_layernorm):
+                norm.register_forward_pre_hook(lambda module, args: (args[0] + self.vector,))
+        else:
+            linear = self.block.self_attn.o_proj if self.place == "self_attn" else self.block.mlp.down_proj
+            linear.register_forward_hook(lambda module, args, output: output + self.vector)
+        return self
+
+    def results(self):
+        input_ids = random_ids(2, 6)
+        outputs = self.model(input_ids, labels=input_ids, use_cache=False)
+        outputs.loss.backward()
+        return outputs.logits, self.vector.grad, *(parameter.grad for parameter in self.model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": False}, {"use_reentrant": True}], ids=name_of)
+@pytest.mark.parametrize("place", Steered.PLACES)
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_hooks_that_write_are_heard_and_have_gradients(scheme, place, options):
+    plain = tiny_model(dtype=torch.float64, mlp_bias=True, attention_bias=True, **scheme).train()
+    expected = Steered(place, scheme).without().results()
+    assert not torch.allclose(plain(random_ids(2, 6)).logits, expected[0], atol=1e-3)
+    results = Steered(place, scheme, **options).by_hook().results()
+    for name, result, value in zip(
+        ["logits", "vector", *dict(plain.named_parameters())], results, expected, strict=True
+    ):
+        torch.testing.assert_close(result, value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+def test_the_stack_follows_the_blocks_to_another_device(scheme):
+    # As `device_map` does it: a hook on a block brings what comes in to the block's device.
+    model = DCAModel(tiny_config(**scheme))
+    stacks = []
+    for module in (*model.layers[2:], model.residual, model.norm):
+        add_hook_to_module(module.to("meta"), AlignDevicesHook("meta"))
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, stack: stacks.append(stack))
+    assert model(random_ids(2, 6), use_cache=False).last_hidden_state.is_meta
+    for t, stack in enumerate(stacks):
+        entries = stack if isinstance(stack, tuple) else (stack,)
+        assert [entry.is_meta for entry in entries] == [t >= 2] * len(entries)
 
 
 def test_grn_implementation_names_the_function_that_is_used():

@@ -1,5 +1,7 @@
 """Vision models: the maths of the whole model, positions, sizes and shapes, and the Auto classes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -311,3 +313,20 @@ def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class, auto_cla
     assert type(loaded) is model_class
     assert_close(loaded(random_images())[0], model(random_images())[0], 1e-6)
     assert type(auto_class.from_config(model.config)) is model_class
+
+
+def test_checkpoint_of_an_earlier_release_computes_what_it_did(tmp_path, recwarn, caplog):
+    model = tiny_model(residual_scheme="standard")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    # Release 0.2 saved the fields of text models, too.
+    text = {"vocab_size": 32000, "use_cache": True, "layer_types": ["full_attention"] * 4, "sliding_window": None}
+    text |= {"rope_parameters": None, "no_rope_layers": None, "tie_word_embeddings": False, "pad_token_id": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | text))
+    recwarn.clear()
+    caplog.clear()
+    for load in (DCAForImageClassification.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        assert torch.equal(load(tmp_path)(random_images()).logits, model(random_images()).logits)
+    assert [str(warning.message) for warning in recwarn] == [] and caplog.records == []
+    load(tmp_path).save_pretrained(tmp_path)
+    assert not json.loads(file.read_text()).keys() & text.keys()

@@ -59,8 +59,13 @@ def in_group(rank, work, folder, *args):
     torch.distributed.destroy_process_group()
 
 
+def scheme_of(way):
+    stacks = {"standard": {"residual_scheme": "standard", "last_k": None}, "full": {"last_k": None}}
+    return stacks.get(way.split(", ")[-1], {})
+
+
 def train_with_another(rank, folder, way):
-    model = forward = build_model()
+    model = forward = build_model(**scheme_of(way))
     if "checkpointing" in way:
         model.gradient_checkpointing_enable()
     if "FSDP2" in way:
@@ -76,14 +81,20 @@ def train_with_another(rank, folder, way):
         torch.save(parameters, f"{folder}/parameters.pt")
 
 
-@pytest.mark.parametrize("way", ["DDP", "DDP, compiled", "FSDP2", "FSDP2, checkpointing"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("DDP", "DDP, compiled", "FSDP2", "FSDP2, full", "FSDP2, standard"),
+        *("FSDP2, checkpointing", "FSDP2, checkpointing, full", "FSDP2, checkpointing, standard"),
+    ],
+)
 def test_two_processes_train_as_one(way, tmp_path):
-    model = build_model()
+    model = build_model(**scheme_of(way))
     expected = train(model, batch(), model)
     two_processes(train_with_another, tmp_path, way)
     parameters = torch.load(tmp_path / "parameters.pt")
     moved = 0
-    for (name, start), after in zip(build_model().named_parameters(), expected.values(), strict=True):
+    for (name, start), after in zip(build_model(**scheme_of(way)).named_parameters(), expected.values(), strict=True):
         torch.testing.assert_close(parameters[name], after, rtol=1e-4, atol=1e-6)
         moved += not torch.equal(start, after)
     assert moved == len(expected)

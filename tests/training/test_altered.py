@@ -150,7 +150,7 @@ def observe(model, batch):
     outputs, formed = [], []
     hooks = [model.model.embed_tokens.register_forward_hook(lambda module, args, result: outputs.append(result))]
     for layer in model.model.layers:
-        hooks.append(layer.register_forward_hook(lambda module, args, results: outputs.append(results[0])))
+        hooks.append(layer.register_forward_hook(lambda module, args, results: outputs.append(results[-1])))
     for residual in residuals_of(model):
         hooks.append(residual.register_forward_hook(lambda module, args, results: formed.append(results[:-1])))
     with torch.no_grad():

@@ -39,7 +39,7 @@ def outputs_of_blocks(model, batch):
     """f_0, f_1, ..., as the blocks return them."""
     outputs = [model.model.embed_tokens(batch)]
     hooks = [
-        layer.register_forward_hook(lambda layer, args, results: outputs.append(results[0]))
+        layer.register_forward_hook(lambda layer, args, results: outputs.append(results[-1]))
         for layer in model.model.layers
     ]
     model.eval()(batch)

@@ -95,6 +95,7 @@ def test_digits(room):
     call(image_classification.main, IMAGE_RUN, "--dataset=digits", "--output_dir=run", "--max_steps=1")
     config = json.loads((room / "run" / "config.json").read_text())
     assert list(config["label2id"]) == [str(digit) for digit in range(10)]
+    assert not {"vocab_size", "use_cache", "no_rope_layers"} & config.keys()
     assert (
         "1,437 images of 10 classes. Evaluated on 360 images that were held out"
         in (room / "run" / "README.md").read_text()
