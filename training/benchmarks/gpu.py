@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from matplotlib import pyplot as plt
 from tqdm.auto import tqdm
 
 from modeling_dca.configuration_dca import nearest_name
@@ -32,6 +33,7 @@ from training.errors import UserError, command
 
 #: The token ids that `make gpu-data` writes.
 DATA = "data/gpu/text.npz"
+LOSSES = "loss.png"
 #: With less than this many seconds, a step is not begun.
 LEAST = 2.0
 
@@ -114,7 +116,7 @@ def run_steps(arguments: GPUArguments, folder: Path) -> None:
             if status == "done" and record.read()["steps"][name].get("errors"):
                 status = "failed in part"
             record.update(name, status=status, seconds=time.monotonic() - began)
-            (folder / report.TABLES).write_text(tables(record.read()), encoding="utf-8")
+            write_tables(record.read(), folder)
         tqdm.write(f"{name}: {status} after {time.monotonic() - began:.0f} s")
 
 
@@ -126,6 +128,29 @@ def end(process: multiprocessing.Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()  # it may not have made a group of its own yet
     process.join()
+
+
+def write_tables(results: dict, folder: Path) -> None:
+    """What was found, for people to read."""
+    text = tables(results)
+    curves = results["steps"].get("text", {}).get("result", {}).get("curves")
+    if curves:
+        draw(curves, folder / LOSSES)
+        text += f"\n![Held-out loss]({LOSSES})\n"
+    (folder / report.TABLES).write_text(text, encoding="utf-8")
+
+
+def draw(curves: dict[str, list], file: Path) -> None:
+    """Draw the held-out loss by step and by time."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axes, column, label in zip(panels, (0, 1), ("step", "seconds of training")):
+        for name, figures in curves.items():
+            axes.plot([one[column] for one in figures], [one[3] for one in figures], label=name)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("held-out loss (nats)")
+    panels[0].legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def tables(results: dict) -> str:

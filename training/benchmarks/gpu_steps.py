@@ -35,10 +35,14 @@ GPU_TESTS = ROOT / "tests" / "modeling_dca"
 #: Packages that the machine lacks, as `make gpu-data` leaves them.
 PACKAGES = ROOT / "data" / "gpu" / "packages"
 
-MODELS = (BASELINE, "standard", "2-DCA", "full DCA")
-OUTCOME = re.compile(
-    r"(?:\] )?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S+)|^(tests\S+) (PASSED|FAILED|ERROR|SKIPPED)"
-)
+#: In the order in which they are compiled, where there may not be time for all.
+MODELS = (BASELINE, "full DCA", "2-DCA", "standard")
+#: With less free memory on the GPU than this, nothing is compiled beside the tests.
+FREE_BYTES = 55 * 10**9
+#: What pytest prints of a test: in several processes and at the end, and in one process.
+OUTCOMES = "(?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+OUTCOME_FIRST = re.compile(rf"(\[gw\d+\] \[ *\d+%\] )?{OUTCOMES} (?P<test>tests/\S+?(::\w+(\[.*?\])?)?)( - .*)?\s*$")
+OUTCOME_LAST = re.compile(rf"(?P<test>tests/\S+::\w+(\[.*\])?) {OUTCOMES}\b")
 
 
 class Sizes(NamedTuple):
@@ -180,9 +184,9 @@ def run_step(name: str, *arguments) -> None:
     """The process of a step: the head of a group of its own, which ends if the command that started it is gone."""
     os.setsid()
     folder = arguments[0]
-    with open(folder / f"{name.replace(' ', '-')}.log", "a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = open(folder / f"{name.replace(' ', '-')}.log", "w", buffering=1)  # noqa: SIM115
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)  # that of processes which the step starts, too
     tqdm.set_lock(threading.RLock())  # one between processes would be left behind by a step that is killed
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.path.append(str(PACKAGES))
@@ -218,8 +222,9 @@ def run_tests(task: Task) -> None:
     compiling = []
     if task.device.type == "cuda":
         context = multiprocessing.get_context("fork")
-        for models in (MODELS[0::2], MODELS[3::-2]):
-            compiling.append(context.Process(target=compile_models, args=(task.device, task.sizes, models)))
+        for index, name in enumerate(MODELS):
+            arguments = (task.device, task.sizes, name, 15 * index)
+            compiling.append(context.Process(target=compile_model, args=arguments))
             compiling[-1].start()
     outcomes, written = {}, time.monotonic()
     try:
@@ -232,12 +237,11 @@ def run_tests(task: Task) -> None:
         ) as process:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                if found := OUTCOME.search(line):
-                    outcome, test = (found[1], found[2]) if found[1] else (found[4], found[3])
-                    outcomes[test] = outcome.lower()
-                    if time.monotonic() - written > 1:
-                        task.save(**count_outcomes(outcomes))
-                        written = time.monotonic()
+                if found := outcome_of(line):
+                    outcomes |= [found]
+                if time.monotonic() - written > 1:
+                    task.save(**count_outcomes(outcomes))
+                    written = time.monotonic()
     finally:
         for other in compiling:
             other.kill()
@@ -246,26 +250,41 @@ def run_tests(task: Task) -> None:
         task.errors["pytest"] = f"It ended with status {process.returncode}; the log says why."
 
 
+def outcome_of(line: str) -> tuple[str, str] | None:
+    """The test that a line of pytest's output is about, and its outcome."""
+    found = OUTCOME_FIRST.match(line) or OUTCOME_LAST.match(line)
+    return found and (found["test"], found["outcome"].lower())
+
+
 def count_outcomes(outcomes: dict[str, str]) -> dict:
     """How many tests had each outcome, and which failed; `outcomes` has one a test."""
     counts = {outcome: list(outcomes.values()).count(outcome) for outcome in sorted(set(outcomes.values()))}
     return {"counts": counts, "failures": sorted(test for test, how in outcomes.items() if how in ("failed", "error"))}
 
 
-def compile_models(device: torch.device, sizes: Sizes, names: tuple[str, ...]) -> None:
-    """Compile the training step of models of all sizes."""
-    for hidden in sizes.batch:
-        for name in names:
-            try:
-                candidate = make_candidates(device, sizes, hidden, [name], compile=True, backend=sizes.backend)[name]
-                candidate.forward_and_backward()
-                print(f"compiled: {name}, {hidden}", flush=True)
-            except Exception as error:
-                print(f"not compiled: {name}, {hidden}: {sentence(error)}", flush=True)
-            candidate = None
-            torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+def compile_model(device: torch.device, sizes: Sizes, name: str, delay: float) -> None:
+    """Compile the training step of a model in all sizes; after a `delay` in seconds, when the memory of others is taken."""
+    time.sleep(delay)
+    of_graphs = (list(sizes.batch)[-1], {"mode": "reduce-overhead"})
+    for hidden, options in (*((hidden, {}) for hidden in sizes.batch), of_graphs):
+        while device.type == "cuda" and torch.cuda.mem_get_info()[0] < FREE_BYTES:
+            time.sleep(1)
+        began = time.monotonic()
+        try:
+            candidates = make_candidates(device, sizes, hidden, (name,), **compile_options(sizes, **options))
+            candidates[name].forward_and_backward()
+            print(f"compiled: {name}, {hidden}, {options}, {time.monotonic() - began:.0f} s", flush=True)
+        except Exception as error:
+            print(f"not compiled: {name}, {hidden}, {options}: {sentence(error)}", flush=True)
+        candidates = None
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def compile_options(sizes: Sizes, mode: str | None = None) -> dict:
+    """How models are compiled; the CPU has no modes."""
+    return {"compile": True, "backend": sizes.backend, "mode": mode if sizes.backend == "inductor" else None}
 
 
 def run_operation(task: Task) -> None:
@@ -296,18 +315,19 @@ def make_candidates(
     return {name: Candidate(model, input_ids, **options) for name, model in models.items()}
 
 
-def run_models(task: Task, index: int, compile: bool = False, **options) -> None:
+def run_models(task: Task, index: int, compile: bool = False, mode: str | None = None) -> None:
     """Speed and memory of the models of one width, taking turns."""
     sizes, device = task.sizes, task.device
     hidden = list(sizes.batch)[index]
-    if compile:
-        options = {"compile": True, "backend": sizes.backend, **options}
-    candidates = make_candidates(device, sizes, hidden, **options)
-    how = ", compiled" * compile + f", {options.get('mode')}" * ("mode" in options)
+    candidates = make_candidates(device, sizes, hidden, **(compile_options(sizes, mode) if compile else {}))
+    how = ", compiled" * compile + f" ({mode})" * (mode is not None)
     shape = f"{sizes.layers} layers x {hidden}, {sizes.batch[hidden]} x {sizes.seq} tokens"
     task.save(title=f"{shape}, {str(sizes.dtype).removeprefix('torch.')}{how}")
-    first = {}
+    first, spare = {}, 0.2 * task.left()
     for name in MODELS:
+        if first and task.left() < spare + max(first.values()):
+            task.errors[name] = "There was no time for it."
+            continue
         with task.part(name):
             first[name] = seconds(candidates[name].forward_and_backward, device)
             task.save(first_seconds=first)
@@ -479,8 +499,7 @@ def run_text(task: Task) -> None:
             durations[name] = seconds(lambda: learner.step(blocks(0), 0.0), device)  # noqa: B023
         learner.optimizer.state.clear()
         learner.losses.clear()
-    figures = [0.05 * sum(durations.values()) * len(held_out) / sizes.text_batch]
-    steps = int(0.85 * task.left() / (sum(durations.values()) + figures[0]))
+    steps = int(0.85 * task.left() / sum(durations.values()))  # the rest is for held-out losses
     steps = max(2, min(steps, sizes.text_most_steps))
     task.save(
         title=f"{sizes.text_layers} layers x {sizes.text_width}, {sizes.text_batch} x {sizes.text_block} tokens a step",
