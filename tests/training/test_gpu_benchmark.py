@@ -94,7 +94,7 @@ def slow(task):
 
 def dying(task):
     task.save(figure=5.5)
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_steps_run_in_order_and_one_that_fails_does_not_keep_the_others_from_running(steps, tmp_path):
@@ -167,6 +167,16 @@ def test_the_file_of_results_is_replaced_at_once(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         record.update("a", result={"figure": 1})
     assert record.read() == {"steps": {"a": {"status": "running"}}}
+
+
+def test_steps_import_anew_where_forks_cannot_use_the_device(monkeypatch):
+    def context(method):
+        found = multiprocessing.context._default_context.get_context("fork")
+        return SimpleNamespace(method=method, Process=found.Process, set_forkserver_preload=lambda modules: None)
+
+    monkeypatch.setattr(gpu.multiprocessing, "get_context", context)
+    assert gpu.context_for("cpu").method == "forkserver"
+    assert gpu.context_for("xpu").method == "spawn"
 
 
 @pytest.mark.slow

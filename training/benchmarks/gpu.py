@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from modeling_dca.configuration_dca import nearest_name
 from training.arguments import RUNS_FOLDER
 from training.benchmarks import report
-from training.benchmarks.gpu_steps import RESULTS, STEPS, Record, run_step
+from training.benchmarks.gpu_steps import RESULTS, STEPS, Record, run_step, use
 from training.benchmarks.run import _Parser, describe_machine, make_output_folder
 from training.errors import UserError, command
 
@@ -89,9 +89,7 @@ def run_steps(arguments: GPUArguments, folder: Path) -> None:
             "steps": {name: {"status": "not reached"} for name in arguments.only},
         },
     )
-    # What steps import is imported once, by the server that they are forked from.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.benchmarks.gpu_steps"])
+    context = context_for(arguments.device)
     data = None if arguments.data is None else Path(arguments.data).resolve()
     for index, name in enumerate(arguments.only):
         left = deadline - time.monotonic()
@@ -118,6 +116,19 @@ def run_steps(arguments: GPUArguments, folder: Path) -> None:
             record.update(name, status=status, seconds=time.monotonic() - began)
             write_tables(record.read(), folder)
         tqdm.write(f"{name}: {status} after {time.monotonic() - began:.0f} s")
+
+
+def context_for(device: str) -> multiprocessing.context.BaseContext:
+    """
+    How steps are started: forked from a server that has imported once what all of them import. Where an import has started
+    CUDA, which outlives no fork, each of them imports it itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.benchmarks.gpu_steps"])
+    process = context.Process(target=use, args=(device,))
+    process.start()
+    process.join()
+    return multiprocessing.get_context("spawn") if process.exitcode else context
 
 
 def end(process: multiprocessing.Process) -> None:

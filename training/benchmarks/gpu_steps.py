@@ -45,6 +45,10 @@ OUTCOME_FIRST = re.compile(rf"(\[gw\d+\] \[ *\d+%\] )?{OUTCOMES} (?P<test>tests/
 OUTCOME_LAST = re.compile(rf"(?P<test>tests/\S+::\w+(\[.*\])?) {OUTCOMES}\b")
 
 
+#: Processes that compile for each that trains, where many do at once.
+COMPILE_THREADS = 4
+
+
 class Sizes(NamedTuple):
     """How large everything is."""
 
@@ -203,6 +207,11 @@ def run_step(name: str, *arguments) -> None:
         task.save()
 
 
+def use(device: str) -> None:
+    """Fails where a process cannot use the device."""
+    torch.zeros(1, device=device)
+
+
 def _end_with_parent() -> None:
     connection.wait([multiprocessing.parent_process().sentinel])
     os.killpg(0, 9)
@@ -231,6 +240,7 @@ def run_tests(task: Task) -> None:
         with subprocess.Popen(
             [*command, "-p", "no:cacheprovider", *options, *map(str, files)],
             cwd=ROOT,
+            env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILE_THREADS)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -265,6 +275,7 @@ def count_outcomes(outcomes: dict[str, str]) -> dict:
 def compile_model(device: torch.device, sizes: Sizes, name: str, delay: float) -> None:
     """Compile the training step of a model in all sizes; after a `delay` in seconds, when the memory of others is taken."""
     time.sleep(delay)
+    torch._inductor.config.compile_threads = COMPILE_THREADS
     of_graphs = (list(sizes.batch)[-1], {"mode": "reduce-overhead"})
     for hidden, options in (*((hidden, {}) for hidden in sizes.batch), of_graphs):
         while device.type == "cuda" and torch.cuda.mem_get_info()[0] < FREE_BYTES:
@@ -335,7 +346,7 @@ def run_models(task: Task, index: int, compile: bool = False, mode: str | None =
     tokens = sizes.batch[hidden] * sizes.seq
     measures = {}
 
-    def measure(title: str, meter: Callable[[Candidate], float], tokens: int | None, rounds: int, warmup: int = 1):
+    def measure(title: str, meter: Callable[[Candidate], float], tokens: int | None, rounds: int, warmup: int = 2):
         with task.part(title):
             values = interleave(title, subjects, meter, rounds, warmup)
             speed = tokens is not None
