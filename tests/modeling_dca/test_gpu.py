@@ -13,6 +13,7 @@ from test_modeling_dca import assert_close, generate, greedy, random_ids, random
 
 from modeling_dca import DCAConfig, DCAForCausalLM, grn_triton
 from modeling_dca.grn_triton import generalized_residual_triton
+from modeling_dca.modeling_dca import CACHE_NAME
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -139,7 +140,7 @@ def test_decoding_in_half_precision_equals_a_forward_pass(implementation):
         logits = model(input_ids).logits[:, -1]
         for rows in (slice(1), slice(8)):
             outputs = model(input_ids[rows, :-1], use_cache=True)
-            last = model(input_ids[rows, -1:], past_key_values=outputs.past_key_values).logits[:, -1]
+            last = model(input_ids[rows, -1:], **{CACHE_NAME: getattr(outputs, CACHE_NAME)}).logits[:, -1]
             assert_close(last.cpu(), logits[rows].cpu(), 0.05)
 
 

@@ -300,6 +300,20 @@ def test_kernels_are_those_of_the_device():
     assert [kernel["name"] for kernel in gpu_steps.kernels_of(averages, torch.device("cpu"))] == ["aten::mm"]
 
 
+def test_resources_are_those_of_new_variants():
+    def variant(warps, registers):
+        metadata = SimpleNamespace(num_warps=warps, shared=512)
+        return SimpleNamespace(metadata=metadata, n_regs=registers, n_spills=8)
+
+    kernel = SimpleNamespace(device_caches={0: ({"a": variant(2, 64)}, "more")}, fn=None)
+    tuned = SimpleNamespace(fn=SimpleNamespace(device_caches={0: ({"b": variant(4, 99)}, "more")}))
+    module, known = SimpleNamespace(forward=kernel, helper=len, backward=tuned), set()
+    found = gpu_steps.resources_of_kernels(module, known)
+    assert [tuple(each.values()) for each in found] == [("forward", 2, 64, 8, 512), ("backward", 4, 99, 8, 512)]
+    kernel.device_caches[0][0]["c"] = variant(8, 128)
+    assert [each["registers"] for each in gpu_steps.resources_of_kernels(module, known)] == [128]
+
+
 def test_attnres_has_one_output(monkeypatch):
     module = SimpleNamespace(fused_attnres=lambda query, stack, weight: sum(stack) * query.sum())
     for name in ("fla", "fla.ops", "fla.ops.attnres"):

@@ -27,13 +27,14 @@ from modeling_dca.configuration_dca import nearest_name
 from training.arguments import RUNS_FOLDER
 from training.benchmarks import report
 from training.benchmarks.gpu_steps import RESULTS, STEPS, Record, run_step, use
-from training.benchmarks.run import _Parser, describe_machine, make_output_folder
+from training.benchmarks.run import Parser, describe_machine, make_output_folder
 from training.errors import UserError, command
 
 
 #: The token ids that `make gpu-data` writes.
 DATA = "data/gpu/text.npz"
 LOSSES = "loss.png"
+RESOURCES = ["kernel", "warps", "registers", "spilled", "bytes of shared memory"]
 #: With less than this many seconds, a step is not begun.
 LEAST = 2.0
 
@@ -180,6 +181,13 @@ def tables(results: dict) -> str:
         if "copy_bytes_per_second" in result:
             parts.append(f"A copy reads and writes {result['copy_bytes_per_second'] / 1e9:,.0f} GB/s.")
         parts += report.tables({"measures": result.get("measures", {}), "operation": result.get("operation", {})})
+        rows = [
+            [title, *map(str, kernel.values())]
+            for title, kernels in result.get("resources", {}).items()
+            for kernel in kernels
+        ]
+        if rows:
+            parts.append(report.align(["", *RESOURCES], rows))
         parts += profile_tables(result.get("profiles", {}))
         parts += text_table(result.get("curves"))
         parts += [f"- {note}" for note in result.get("notes", [])]
@@ -217,7 +225,7 @@ def text_table(curves: dict[str, list] | None) -> list[str]:
 @command
 def main():
     description = "Everything that a GPU is wanted for, in minutes."
-    parser = _Parser(
+    parser = Parser(
         GPUArguments, prog="python -m training.benchmarks.gpu", description=description, allow_abbrev=False
     )
     arguments = GPUArguments(**vars(parser.parse_args()))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from training.benchmarks.run import _Parser
+from training.benchmarks.run import Parser
 from training.errors import UserError, command
 from training.text import PackedBlocks, TextDataArguments, standard_library
 from training.tokenizer import train_tokenizer
@@ -81,7 +81,7 @@ def write_tokens(file: Path, train: list[str], held_out: list[str], vocab_size: 
 @command
 def main():
     description = "Write the text that training.benchmarks.gpu trains on, as token ids in one file."
-    parser = _Parser(
+    parser = Parser(
         GPUDataArguments, prog="python -m training.benchmarks.gpu_data", description=description, allow_abbrev=False
     )
     arguments = GPUDataArguments(**vars(parser.parse_args()))

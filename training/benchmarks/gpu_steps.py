@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from modeling_dca import DCAConfig, DCAForCausalLM
+from modeling_dca import DCAConfig, DCAForCausalLM, grn_triton
 from training.benchmarks.measure import interleave, seconds, summarize
 from training.benchmarks.models import BASELINE, MEASURES, PROMPT_TOKENS, Candidate, build_models
 from training.benchmarks.operation import COPY, FLA, Operation, measure_operation
@@ -235,6 +235,7 @@ def run_tests(task: Task) -> None:
             arguments = (task.device, task.sizes, name, 15 * index)
             compiling.append(context.Process(target=compile_model, args=arguments))
             compiling[-1].start()
+        task.save(notes=["Beside the tests, other processes compiled what later steps run."])
     outcomes, written = {}, time.monotonic()
     try:
         with subprocess.Popen(
@@ -300,7 +301,7 @@ def compile_options(sizes: Sizes, mode: str | None = None) -> dict:
 
 def run_operation(task: Task) -> None:
     """First the kernels, at all widths, then what they are compared with."""
-    sizes, operations, missing = task.sizes, {}, {}
+    sizes, operations, missing, resources, known = task.sizes, {}, {}, {}, set()
     own = "triton" if task.device.type == "cuda" else "cpu"
     for names in ((own, FLA), sizes.operation_others):
         for width in sizes.operation_widths:
@@ -311,11 +312,35 @@ def run_operation(task: Task) -> None:
                 results, notes = measure_operation(operation, title, sizes.operation_rounds, 3, names)
                 operations[title], implementations = results, results["forward"]["implementations"]
                 bandwidth = results["forward"]["copied_bytes"] / implementations[COPY]["median"]
+                resources[title] = resources_of_kernels(grn_triton, known)
                 missing |= dict.fromkeys(notes)
                 task.save(operation=operations, copy_bytes_per_second=bandwidth, notes=list(missing))
+                task.save(resources={title: kernels for title, kernels in resources.items() if kernels})
                 if own in names and own not in implementations:
                     raise RuntimeError(notes[0])
             operation = None
+
+
+def resources_of_kernels(module, known: set[int]) -> list[dict]:
+    """What each compiled variant of a module's kernels takes of a processor; those whose `id` is not `known` yet."""
+    found = []
+    for name, kernel in vars(module).items():
+        if not hasattr(kernel, "device_caches"):
+            kernel = getattr(kernel, "fn", None)  # one that is tuned
+        for cache, *_ in getattr(kernel, "device_caches", {}).values():
+            for variant in cache.values():
+                if id(variant) not in known:
+                    known.add(id(variant))
+                    found.append(
+                        {
+                            "kernel": name,
+                            "warps": variant.metadata.num_warps,
+                            "registers": variant.n_regs,
+                            "spilled_registers": variant.n_spills,
+                            "shared_bytes": variant.metadata.shared,
+                        }
+                    )
+    return found
 
 
 def make_candidates(
