@@ -226,7 +226,7 @@ def run_tests(task: Task) -> None:
         files = sorted(file for file in GPU_TESTS.glob("test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8"))
         options = ["-m", "gpu", "-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--durations", "20"]
     else:
-        files, options = [GPU_TESTS / "test_gpu.py"], ["-m", "not gpu and not slow", "-p", "no:xdist"]
+        files, options = [GPU_TESTS / "test_gpu.py"], ["-m", "not gpu", "-k", "half_precision", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", "-v", "--color=no", "--tb=short", "-o", "addopts=--strict-markers"]
     compiling = []
     if task.device.type == "cuda":
