@@ -80,13 +80,14 @@ def run_steps(arguments: GPUArguments, folder: Path) -> None:
     """Run the steps, each in a process of its own, and write what comes of them into the results of `folder`."""
     started = time.monotonic()
     deadline = started + 60 * arguments.minutes
+    machine = describe_machine(torch.device(arguments.device))
     record = Record(
         folder / RESULTS,
         {
-            "title": "On a GPU" if arguments.device == "cuda" else "The steps for a GPU, at a tiny size on the CPU",
+            "title": f"One {machine['GPU']}" if machine["GPU"] else "The steps for a GPU, at a tiny size on the CPU",
             "command": shlex.join(["python", "-m", "training.benchmarks.gpu", *sys.argv[1:]]),
             "arguments": dataclasses.asdict(arguments),
-            "machine": describe_machine(torch.device(arguments.device)),
+            "machine": machine,
             "steps": {name: {"status": "not reached"} for name in arguments.only},
         },
     )
