@@ -89,7 +89,7 @@ data/gpu/text.npz: $(VENV)/.training
 	$(BIN)/python -m training.benchmarks.gpu_data --file $@
 
 data/gpu/packages: $(VENV)/.training
-	rm -rf $@.unfinished
+	rm -rf $@ $@.unfinished
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.unfinished fla-core einops
 	mv $@.unfinished $@
 
