@@ -4,7 +4,7 @@ OLDEST_VENV ?= .venv-oldest
 XLA_VENV ?= .venv-xla
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all test-oldest test-versions test-xla lint format clean
+.PHONY: help setup demo test test-all test-oldest test-versions test-xla gpu gpu-data lint format clean
 
 help:
 	@echo "make demo      train a small DCA language model and image classifier (about 5 minutes on 2 cores)"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-versions  run the tests of the library, and quick ones of training, with the oldest and the newest supported"
 	@echo "               transformers, datasets, accelerate, peft and huggingface_hub"
 	@echo "make test-xla  run the tests of TPU readiness on the CPU, in an environment of their own (several GB)"
+	@echo "make gpu       on a machine with a GPU: tests, benchmarks and a small training, in $(GPU_MINUTES) minutes"
+	@echo "make gpu-data  write what make gpu takes along to a machine without a network, into data/gpu"
 	@echo "make setup     build $(VENV) alone"
 	@echo "make lint      check style and format; make format mends them"
 
@@ -73,6 +75,23 @@ $(XLA_VENV)/.test: pyproject.toml constraints.txt
 
 test-xla: $(XLA_VENV)/.test
 	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/test_xla.py
+
+# All that a GPU is wanted for. With PYTHON=python3 VENV= it runs in an environment that is there already.
+GPU_MINUTES ?= 9
+
+gpu: $(if $(VENV),$(VENV)/.test)
+	$(if $(VENV),$(BIN)/python,$(PYTHON)) -m training.benchmarks.gpu --minutes $(GPU_MINUTES)
+
+# Text as token ids, and the kernels that ours are compared with.
+gpu-data: data/gpu/text.npz data/gpu/packages
+
+data/gpu/text.npz: $(VENV)/.training
+	$(BIN)/python -m training.benchmarks.gpu_data --file $@
+
+data/gpu/packages: $(VENV)/.training
+	rm -rf $@ $@.unfinished
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.unfinished fla-core einops
+	mv $@.unfinished $@
 
 # The second text of the studies in configuration/evidence: the English documentation of Linux, as Debian ships it (or any
 # folder that holds it as text). Every 60th document is held out.

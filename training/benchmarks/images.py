@@ -21,14 +21,13 @@ import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser
 
 from modeling_dca import DCAForImageClassification, DCAVisionConfig
 from training.arguments import RUNS_FOLDER
 from training.augmentation import mixed_cross_entropy
 from training.benchmarks import report
 from training.benchmarks.measure import interleave, seconds, spread
-from training.benchmarks.run import describe_machine, make_output_folder
+from training.benchmarks.run import Parser, describe_machine, make_output_folder
 from training.errors import UserError, command
 from training.image_classification import image_processor
 from training.images import ImageDataArguments, ImageExamples, ImageFiles, collate
@@ -75,11 +74,6 @@ class ImageBenchmarkArguments:
             raise UserError(f"`device` is {self.device!r}; it must be 'cpu' or 'cuda'.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu.")
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists all arguments.")
 
 
 def write_files(folder: Path, count: int) -> Dataset:
@@ -193,7 +187,7 @@ def table(results: dict) -> str:
 @command
 def main():
     description = "Measure whether the images come as fast as a vision transformer trains on them."
-    parser = _Parser(
+    parser = Parser(
         ImageBenchmarkArguments,
         prog="python -m training.benchmarks.images",
         description=description,

@@ -1,6 +1,6 @@
 """The models that are compared, all of one shape, and what is measured of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -38,9 +38,10 @@ class Candidate:
         model: takes `input_ids`, `labels` and `use_cache` as the models of transformers do.
         input_ids: a batch for training and prefill, `(batch, sequence)`, on the model's device.
         compile: whether training and prefill run through `torch.compile`.
+        options: those of `torch.compile`.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, compile: bool = False):
+    def __init__(self, model: nn.Module, input_ids: Tensor, compile: bool = False, **options):
         self.device = input_ids.device
         self.model = model.to(self.device)
         self.input_ids = input_ids
@@ -48,12 +49,17 @@ class Candidate:
         self.compiled = self.model
         if compile:
             # The published model's graph may break; that of a transformers model may not.
-            self.compiled = torch.compile(model, fullgraph=not isinstance(model, PublishedModel))
+            self.compiled = torch.compile(model, fullgraph=not isinstance(model, PublishedModel), **options)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def loss(self, forward: Callable[..., Any]) -> Tensor:
         """The loss of the batch, by the model or its compiled version."""
         return forward(input_ids=self.input_ids, labels=self.input_ids, use_cache=False).loss
+
+    def forward_and_backward(self) -> None:
+        """Forward pass and backward pass, of which the gradients are thrown away."""
+        self.loss(self.compiled).backward()
+        self.optimizer.zero_grad()
 
     def training_step(self) -> None:
         """Forward pass, backward pass and a step of AdamW."""
@@ -66,10 +72,11 @@ class Candidate:
         """A forward pass with the logits of all tokens; without a cache, which the published model does not have."""
         self.compiled(input_ids=self.input_ids, use_cache=False)
 
-    def decode(self) -> Tensor:
-        """Greedy decoding of one sequence, never compiled; returns the prompt and `NEW_TOKENS` new tokens."""
-        options = {"attention_mask": torch.ones_like(self.prompt), "do_sample": False}
-        return self.model.generate(self.prompt, max_new_tokens=NEW_TOKENS, **options)
+    def decode(self, batch: int = 1, new_tokens: int = NEW_TOKENS) -> Tensor:
+        """Greedy decoding of `batch` sequences, never compiled; returns the prompts and `new_tokens` new tokens."""
+        prompt = self.prompt.expand(batch, -1)
+        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+        return self.model.generate(prompt, max_new_tokens=new_tokens, **options)
 
 
 class Measure(NamedTuple):
@@ -136,9 +143,16 @@ class PublishedModel(nn.Module):
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-def build_models(vocab: int, hidden: int, layers: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def build_models(
+    vocab: int,
+    hidden: int,
+    layers: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    names: Sequence[str] | None = None,
+) -> dict[str, nn.Module]:
     """
-    The models by name, on the CPU, with random weights of type `dtype`.
+    The models by name, or those of `names`, on `device`, with random weights of type `dtype`.
 
     The published model is left out where it is not installed. The generalized residuals of DCA are not at their start,
     the plain sum: their gates open and close.
@@ -163,12 +177,19 @@ def build_models(vocab: int, hidden: int, layers: int, dtype: torch.dtype) -> di
         "2-DCA": DCAConfig(**dca, last_k=2),
         "full DCA": DCAConfig(**dca),
     }
-    models = {name: AutoModelForCausalLM.from_config(config, dtype=dtype) for name, config in configs.items()}
+    names = [*configs, PUBLISHED] if names is None else names
+    with torch.device(device):
+        models = {
+            name: AutoModelForCausalLM.from_config(config, dtype=dtype)
+            for name, config in configs.items()
+            if name in names
+        }
     for model in models.values():
         for module in model.modules():
             if isinstance(module, GeneralizedResidual):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=0.02)
-    with suppress(ModuleNotFoundError):
-        models[PUBLISHED] = PublishedModel(vocab, hidden, layers).to(dtype)
+    if PUBLISHED in names:
+        with suppress(ModuleNotFoundError):
+            models[PUBLISHED] = PublishedModel(vocab, hidden, layers).to(device, dtype)
     return models

@@ -1,7 +1,7 @@
 """Generalized residuals alone, and what share of the machine's copy bandwidth they reach."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,15 +20,15 @@ OUTPUTS = 3
 COPY_BYTES = 512 * 2**20
 #: How the copy is called among the implementations.
 COPY = "copy"
-FLA = "fla.ops.attnres, three times"
+FLA = "fla.ops.attnres, one output"
 
 
-def pass_bytes(entries: int, entry_bytes: int) -> dict[str, int]:
+def pass_bytes(entries: int, entry_bytes: int, outputs: int = OUTPUTS) -> dict[str, int]:
     """
     What a single pass over the stack reads and writes: forward the entries and the outputs, backward the entries, the
     gradients of the outputs and those of the entries. (Parameters and their gradients are negligible.)
     """
-    return {"forward": (entries + OUTPUTS) * entry_bytes, "backward": (2 * entries + OUTPUTS) * entry_bytes}
+    return {"forward": (entries + outputs) * entry_bytes, "backward": (2 * entries + outputs) * entry_bytes}
 
 
 def bandwidth_shares(moved: int, times: list[float], copied: int, copy_times: list[float]) -> list[float]:
@@ -45,9 +45,17 @@ class Operation:
         shape: that of an entry, `(batch, sequence, hidden_size)`.
         dtype: that of the entries and the parameters.
         device: where all of this is.
+        copy_bytes: those of the tensor that is copied; more than any cache holds if not given.
     """
 
-    def __init__(self, entries: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        entries: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        copy_bytes: int | None = None,
+    ):
         def random(*shape: int, std: float = 1.0) -> Tensor:
             return (std * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
@@ -56,15 +64,18 @@ class Operation:
         self.delta, self.gate = random(OUTPUTS, entries, shape[-1], std=0.02), random(OUTPUTS, shape[-1], std=0.02)
         self.output_grads = [torch.randn_like(self.stack[0]) for _ in range(OUTPUTS)]
         self.bytes = pass_bytes(entries, self.stack[0].nbytes)
-        self.source = torch.ones(COPY_BYTES // 4, device=device)
+        self.bytes_of_one_output = pass_bytes(entries, self.stack[0].nbytes, outputs=1)
+        self.source = torch.ones((copy_bytes or COPY_BYTES) // 4, device=device)
         self.target = torch.zeros_like(self.source)
 
-    def implementations(self) -> tuple[dict[str, Callable], list[str]]:
-        """All that run here, by name, and a sentence for each that does not."""
+    def implementations(self, names: Sequence[str] | None = None) -> tuple[dict[str, Callable], list[str]]:
+        """All that run here, or those of `names`, by name, and a sentence for each that does not."""
         found = {name: ALL_GRN_FUNCTIONS[name] for name in ALL_GRN_FUNCTIONS.valid_keys()}
         found["eager, compiled"] = torch.compile(generalized_residual, fullgraph=True, dynamic=False)
         if self.device.type == "cuda":
             found[FLA] = self._attnres
+        if names is not None:
+            found = {name: implementation for name, implementation in found.items() if name in names}
         notes = []
         for name, implementation in tqdm(list(found.items()), desc="implementations", leave=False):
             try:
@@ -76,10 +87,13 @@ class Operation:
         return found, notes
 
     def _attnres(self, stack: list[Tensor], delta: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-        """Another operation on the same stack, a softmax over its depth, but as good a measure of what is possible."""
+        """
+        Another operation on the same stack, its mean with weights of a softmax over the depth: as good a measure of what is
+        possible. It has one output.
+        """
         from fla.ops.attnres import fused_attnres
 
-        return tuple(fused_attnres(query, stack, delta[0, 0].detach()) for query in gate.unbind())
+        return (fused_attnres(gate[0], stack, delta[0, 0].detach()),)
 
     def forward(self, implementation: Callable) -> Callable[[], Any]:
         """A forward pass, as in training, ready to be timed."""
@@ -89,9 +103,9 @@ class Operation:
     def backward(self, implementation: Callable) -> Callable[[], Any]:
         """A backward pass, for all gradients, ready to be timed."""
         outputs = implementation(self.stack, self.delta, self.gate)
-        inputs = [*self.stack, self.delta, self.gate]
+        inputs, grads = [*self.stack, self.delta, self.gate], self.output_grads[: len(outputs)]
         self._settle()
-        return lambda: torch.autograd.grad(outputs, inputs, self.output_grads, allow_unused=True)
+        return lambda: torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
 
     def copy(self) -> Callable[[], Any]:
         """What the passes are compared with."""
@@ -105,14 +119,16 @@ class Operation:
             torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
 
 
-def measure_operation(operation: Operation, title: str, rounds: int, warmup: int) -> tuple[dict, list[str]]:
+def measure_operation(
+    operation: Operation, title: str, rounds: int, warmup: int, names: Sequence[str] | None = None
+) -> tuple[dict, list[str]]:
     """
-    Times and shares of the copy bandwidth of all implementations, forward and backward.
+    Times and shares of the copy bandwidth of all implementations, or those of `names`, forward and backward.
 
     Returns:
         A dictionary for the results' file, and a sentence for each implementation that does not run here.
     """
-    implementations, notes = operation.implementations()
+    implementations, notes = operation.implementations(names)
     copied = 2 * operation.source.nbytes
     results = {"entries": len(operation.stack)}
     for direction in ("forward", "backward"):
@@ -123,9 +139,10 @@ def measure_operation(operation: Operation, title: str, rounds: int, warmup: int
             f"{title}, {direction}", works, lambda work: seconds(work(), operation.device), rounds, warmup
         )
         moved = operation.bytes[direction]
+        others = {COPY: copied, FLA: operation.bytes_of_one_output[direction]}
         summary = {}
         for name, own in times.items():
-            shares = bandwidth_shares(copied if name == COPY else moved, own, copied, times[COPY])
+            shares = bandwidth_shares(others.get(name, moved), own, copied, times[COPY])
             summary[name] = {"values": own, "median": median(own), **spread("share", shares)}
         results[direction] = {"unit": "seconds", "bytes": moved, "copied_bytes": copied, "implementations": summary}
     return results, notes

@@ -101,7 +101,9 @@ class BenchmarkArguments:
             self.output_dir = f"{RUNS_FOLDER}/benchmarks/{self.device}-{shape}{'-compiled' if self.compile else ''}"
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
+    """Tells what is wrong with a command line as a `UserError`."""
+
     def error(self, message: str):
         raise UserError(f"{message[0].upper()}{message[1:]}; --help lists all arguments.")
 
@@ -224,7 +226,7 @@ def benchmark(arguments: BenchmarkArguments) -> dict:
 @command
 def main():
     description = "Measure DCA next to the plain transformer."
-    parser = _Parser(
+    parser = Parser(
         BenchmarkArguments, prog="python -m training.benchmarks.run", description=description, allow_abbrev=False
     )
     arguments = BenchmarkArguments(**vars(parser.parse_args()))
