@@ -135,8 +135,9 @@ class GRNInterface(GeneralInterface):
 ALL_GRN_FUNCTIONS = GRNInterface()
 
 
-#: The best implementation by type of device; elsewhere it is the reference.
-BEST_GRN_FUNCTIONS = {"cpu": "cpu", "cuda": "triton"}
+#: The best implementation by type of device, where it was tried; elsewhere it is the reference. (PyTorch for ROCm calls its
+#: devices "cuda", too: there, name "triton" to try it.)
+BEST_GRN_FUNCTIONS = {"cpu": "cpu"} if torch.version.hip else {"cpu": "cpu", "cuda": "triton"}
 
 
 def find_implementation(name: str, device: torch.device) -> Callable:

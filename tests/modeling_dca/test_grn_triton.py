@@ -489,3 +489,14 @@ print(obstacle(torch.device("cuda")))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "Triton is not installed", result.stderr[-3000:]
+
+
+def test_rocm_gets_the_reference_by_itself():
+    """The kernels were not tried there; who names them gets them."""
+    program = (
+        "import torch; torch.version.hip = '7.0'; from modeling_dca import grn; "
+        "function = grn.find_implementation('auto', torch.device('cuda')); assert function is grn.generalized_residual; "
+        "assert grn.find_implementation('triton', torch.device('cuda')).name == 'triton'"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]

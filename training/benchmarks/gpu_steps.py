@@ -36,7 +36,7 @@ GPU_TESTS = ROOT / "tests" / "modeling_dca"
 PACKAGES = ROOT / "data" / "gpu" / "packages"
 
 #: In the order in which they are compiled, where there may not be time for all.
-MODELS = (BASELINE, "full DCA", "2-DCA", "standard")
+MODELS = (BASELINE, "2-DCA", "full DCA", "standard")
 #: With less free memory on the GPU than this, nothing is compiled beside the tests.
 FREE_BYTES = 55 * 10**9
 #: What pytest prints of a test: in several processes and at the end, and in one process.
@@ -62,6 +62,8 @@ class Sizes(NamedTuple):
     copy_bytes: int | None = None
     # Models: the batch of each width.
     layers: int = 24
+    # To compile 24 takes a minute or more a model.
+    compiled_layers: int = 12
     batch: dict[int, int] = {1024: 8, 512: 16}
     seq: int = 1024
     vocab: int = 8192
@@ -91,6 +93,7 @@ SIZES = {
         operation_others=("eager",),  # compiling for the CPU takes long
         copy_bytes=2**20,
         layers=2,
+        compiled_layers=2,
         batch={128: 2, 64: 2},
         seq=8,
         vocab=300,
@@ -303,12 +306,13 @@ def compile_options(sizes: Sizes, mode: str | None = None) -> dict:
 
 
 def run_operation(task: Task) -> None:
-    """First the kernels, at all widths, then what they are compared with."""
+    """First our own kernels, at all widths, then what they are compared with, which may take longer to tune than there is time."""
     sizes, operations, missing, resources, known = task.sizes, {}, {}, {}, set()
     own = "triton" if task.device.type == "cuda" else "cpu"
-    for names in ((own, FLA), sizes.operation_others):
+    for names in ((own,), sizes.operation_others, (FLA,)):
         for width in sizes.operation_widths:
-            title = f"width {width}" if own in names else f"width {width}, plain PyTorch"
+            other = {sizes.operation_others: ", plain PyTorch", (FLA,): ", one output"}
+            title = f"width {width}{other.get(names, '')}"
             with task.part(title):
                 shape = sizes.elements // width, width
                 operation = Operation(sizes.entries, shape, sizes.dtype, task.device, sizes.copy_bytes)
@@ -349,7 +353,8 @@ def resources_of_kernels(module, known: set[int]) -> list[dict]:
 def make_candidates(
     device: torch.device, sizes: Sizes, hidden: int, names: tuple[str, ...] = MODELS, **options
 ) -> dict[str, Candidate]:
-    models = build_models(sizes.vocab, hidden, sizes.layers, sizes.dtype, device, names)
+    layers = sizes.compiled_layers if options else sizes.layers
+    models = build_models(sizes.vocab, hidden, layers, sizes.dtype, device, names)
     input_ids = torch.randint(sizes.vocab, (sizes.batch[hidden], sizes.seq), device=device)
     return {name: Candidate(model, input_ids, **options) for name, model in models.items()}
 
@@ -360,7 +365,8 @@ def run_models(task: Task, index: int, compile: bool = False, mode: str | None =
     hidden = list(sizes.batch)[index]
     candidates = make_candidates(device, sizes, hidden, **(compile_options(sizes, mode) if compile else {}))
     how = ", compiled" * compile + f" ({mode})" * (mode is not None)
-    shape = f"{sizes.layers} layers x {hidden}, {sizes.batch[hidden]} x {sizes.seq} tokens"
+    layers = sizes.compiled_layers if compile else sizes.layers
+    shape = f"{layers} layers x {hidden}, {sizes.batch[hidden]} x {sizes.seq} tokens"
     task.save(title=f"{shape}, {str(sizes.dtype).removeprefix('torch.')}{how}")
     first, spare = {}, 0.2 * task.left()
     for name in MODELS:
@@ -570,15 +576,15 @@ class Step(NamedTuple):
 
 #: In the order of what they are worth. Time that a step leaves over goes to those after it.
 STEPS = {
-    "tests": Step(run_tests, 200, "the tests marked gpu"),
-    "operation": Step(run_operation, 45, "generalized residuals alone: share of the copy bandwidth"),
+    "tests": Step(run_tests, 170, "the tests marked gpu"),
+    "operation": Step(run_operation, 40, "generalized residuals alone: share of the copy bandwidth"),
     "models": Step(partial(run_models, index=0), 60, "24 layers x 1,024: training, memory, decoding"),
-    "profile": Step(run_profile, 25, "the kernels that a forward and backward pass takes"),
-    "compiled": Step(partial(run_models, index=0, compile=True), 75, "the same, compiled"),
-    "narrow": Step(partial(run_models, index=1), 35, "24 layers x 512: training and memory"),
-    "narrow compiled": Step(partial(run_models, index=1, compile=True), 60, "the same, compiled"),
-    "text": Step(run_text, 80, "6 layers x 512 on text, with the residual sum and with DCA"),
+    "profile": Step(run_profile, 20, "the kernels that a forward and backward pass takes"),
+    "compiled": Step(partial(run_models, index=0, compile=True), 130, "12 layers x 1,024, compiled"),
+    "narrow": Step(partial(run_models, index=1), 25, "24 layers x 512: training and memory"),
+    "text": Step(run_text, 70, "6 layers x 512 on text, with the residual sum and with DCA"),
+    "narrow compiled": Step(partial(run_models, index=1, compile=True), 60, "12 layers x 512, compiled"),
     "graphs": Step(
-        partial(run_models, index=1, compile=True, mode="reduce-overhead"), 40, "24 layers x 512 in CUDA graphs"
+        partial(run_models, index=1, compile=True, mode="reduce-overhead"), 60, "12 layers x 512 in CUDA graphs"
     ),
 }
