@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import training_args
 
-from training.altered import ALTERATIONS
-from training.run import check_model
-from training.study import COMMANDS, Comparison, read_study
+from training.run.checks import check_model
+from training.studies.study import COMMANDS, Comparison, read_study
+from training.variants.registry import ALTERATIONS
 
 
 ROOT = Path(__file__).parents[1]
