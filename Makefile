@@ -49,7 +49,8 @@ test: $(VENV)/.test
 
 # What is likeliest to depend on a release of transformers or of what it stands on.
 VERSION_TESTS := tests/modeling_dca tests/test_configuration.py \
-	$(addprefix tests/training/test_,arguments.py evaluate.py publish.py retrofit.py run.py tokenizer.py)
+	tests/training/test_evaluate.py \
+	$(addprefix tests/training/,run/test_arguments.py run/test_run.py results/test_publish.py results/test_retrofit.py text/test_tokenizer.py)
 
 $(OLDEST_VENV)/.test: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST_VENV),constraints-oldest.txt,test)
@@ -72,7 +73,7 @@ $(XLA_VENV)/.test: pyproject.toml constraints.txt
 	touch $@
 
 test-xla: $(XLA_VENV)/.test
-	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/test_xla.py
+	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/run/test_xla.py
 
 # The second text of the studies in configuration/evidence: the English documentation of Linux, as Debian ships it (or any
 # folder that holds it as text). Every 60th document is held out.

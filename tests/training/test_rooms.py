@@ -1,6 +1,8 @@
 """The rooms of `training/`: imports run downhill, and commands are imported by nobody."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,11 @@ TOP = len(FLOORS)
 def name_of(file: Path) -> str:
     parts = file.relative_to(TRAINING.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def file_of(module: str) -> Path:
+    file = TRAINING.parent / f"{module.replace('.', '/')}.py"
+    return file if file.exists() else file.with_suffix("") / "__init__.py"
 
 
 MODULES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in sorted(TRAINING.rglob("*.py"))}
@@ -80,9 +87,22 @@ def test_imports_run_downhill():
 
 
 def test_commands_are_imported_by_nobody():
-    commands = [module for module in MODULES if room_of(module) is None and module != "training"]
-    assert "training.causal_lm" in commands
-    assert [edge for edge in EDGES if edge[1] in commands] == []
+    run = [module for module in MODULES if "\nif __name__ ==" in file_of(module).read_text(encoding="utf-8")]
+    top = [module for module in MODULES if room_of(module) is None and module != "training"]
+    assert {"training.causal_lm", "training.benchmarks.images"} < set(run) and set(top) <= set(run)
+    assert [edge for edge in EDGES if edge[1] in run] == []
+
+
+def test_commands_are_listed():
+    completed = subprocess.run(
+        [sys.executable, "-m", "training"], capture_output=True, text=True, check=True, cwd=TRAINING.parent
+    )
+    listed = dict(line.removeprefix("python -m ").split(maxsplit=1) for line in completed.stdout.splitlines())
+    assert {"training.causal_lm", "training.evaluate", "training.compare", "training.benchmarks.run"} < listed.keys()
+    assert all(
+        f"training.{file.stem}" in listed for file in TRAINING.glob("*.py") if file.stem.strip("_") == file.stem
+    )
+    assert listed["training.causal_lm"] == "Train a DCA language model"
 
 
 def test_no_module_imports_itself_by_way_of_others():
