@@ -1,13 +1,17 @@
 """What all tests of the training room share: caches of their own, no network, and one finished run."""
 
+import contextlib
+
 import datasets
 import evaluate
 import huggingface_hub.constants
 import pytest
 import transformers.dynamic_module_utils
+from PIL import Image
 
 from tests.training.tiny import TEXT_RUN, call, record_training, write_room
 from training import causal_lm
+from training.results import card
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +35,36 @@ def caches(tmp_path_factory):
         transformers.utils.logging.enable_progress_bar()
 
 
+DRAWING = {name: getattr(card, name) for name in ("draw_loss_curves", "draw_depth_weights")}
+
+
+@contextlib.contextmanager
+def drawing(**functions):
+    """Has the figures of a run drawn by these functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in functions.items():
+            patch.setattr(card, name, function)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
+    """The two figures of a run take as long as a training of a few steps: they are drawn where `figures` are asked for."""
+
+    def not_drawn(data, file):
+        Image.new("L", (1, 1)).save(file)
+
+    with drawing(**dict.fromkeys(DRAWING, not_drawn)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def figures(no_figures):
+    """The runs of a module have their figures drawn."""
+    with drawing(**DRAWING):
+        yield
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """No hub is asked."""
@@ -47,11 +81,11 @@ def room(tmp_path, monkeypatch, offline):
 
 
 @pytest.fixture(scope="session")
-def comparison(tmp_path_factory):
+def comparison(tmp_path_factory, no_figures):
     """The room of a finished run in `run`, of DCA next to the standard scheme, and the record of its training."""
     room = tmp_path_factory.mktemp("comparison")
     write_room(room)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing(**DRAWING):
         patch.chdir(room)
         steps = record_training(patch)
         call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard", "--report_to=tensorboard")

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import trainer_utils
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -87,17 +89,18 @@ def finish_checkpoint(unfinished: Path, folder: Path) -> None:
     discard_unfinished(folder)
 
 
-def rotate_checkpoints(folder: Path, limit: int | None, keep: set[str]) -> None:
+def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | None) -> None:
     """
-    Delete the oldest checkpoints, so that `limit` are left, but none of those whose names are in `keep`. As for
-    transformers, a limit below 1 is none.
+    Delete the checkpoints that transformers would, so that `limit` are left of those up to a step, and the best one. What is no
+    longer whole does not have the name of a checkpoint.
     """
-    if limit is None or limit <= 0:
-        return
-    found = checkpoints(folder)
-    old = [checkpoint for checkpoint in found if checkpoint.name not in keep]
-    for checkpoint in old[: max(len(found) - max(limit, len(keep)), 0)]:
-        # What is no longer whole must not have the name.
+    found = [checkpoint for checkpoint in checkpoints(folder) if _step(checkpoint) <= step]
+    with tempfile.TemporaryDirectory() as names:
+        for checkpoint in found:
+            Path(names, checkpoint.name).mkdir()
+        trainer_utils.rotate_checkpoints(names, limit, best and str(Path(names, Path(best).name)))
+        old = [checkpoint for checkpoint in found if not Path(names, checkpoint.name).exists()]
+    for checkpoint in old:
         (folder / UNFINISHED).mkdir(exist_ok=True)
         checkpoint.rename(folder / UNFINISHED / checkpoint.name)
         discard_unfinished(folder)
@@ -201,17 +204,12 @@ def damage(checkpoint: Path) -> str | None:
     def damage_of(name: str) -> str | None:
         file, expected = checkpoint / name, content["files"][name]
         try:
-            size = file.stat().st_size
-            if size < expected["size"]:
-                return f"{file} is truncated: it has {size:,} of {expected['size']:,} bytes"
-            if size > expected["size"]:
-                return f"{file} has changed: it has {size:,} bytes and had {expected['size']:,}"
-            crc = checksum(file)
+            same = file.stat().st_size == expected["size"] and checksum(file) == expected["crc32"]
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}"
-        return None if crc == expected["crc32"] else f"{file} has changed: its checksum is not what it was"
+        return None if same else f"{file} has changed since it was written"
 
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(damage_of, content["files"])), None)

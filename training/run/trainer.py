@@ -315,10 +315,8 @@ class RunTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the name of the best one
                 finish_checkpoint(unfinished, self.folder)
-                best = self.state.best_model_checkpoint
-                rotate_checkpoints(
-                    self.folder, self.args.save_total_limit, keep={name, Path(best).name} if best else {name}
-                )
+                limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+                rotate_checkpoints(self.folder, self.state.global_step, limit, best)
             self.accelerator.wait_for_everyone()
 
     def _save_rng_state(self, output_dir):

@@ -292,7 +292,6 @@ def train(name: str, width: int, data, device: str, compiled: bool) -> dict:
 
 def write_data(file: Path, vocab_size: int) -> None:
     """The standard library's source text as blocks of token ids: all but 5 % of its files to train on, those held out."""
-
     arguments = TextDataArguments(block_size=BLOCK)
     documents = dict(zip(("train", "held_out"), load_text(arguments, 0)))
     tokenizer = train_tokenizer(texts(documents["train"], "text"), vocab_size, BLOCK)

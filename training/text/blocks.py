@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
@@ -49,9 +50,11 @@ class PackedBlocks:
 
     def encode(self, documents: Iterable[str | list[int]]) -> Iterator[list[int]]:
         """The token ids of documents that were `checked`, with the end-of-text token."""
-        documents = iter(documents)
-        while batch := list(itertools.islice(documents, TOKENIZER_BATCH)):
-            are_texts = {isinstance(document, str) for document in batch}
+        documents, size = iter(documents), 1  # who looks at the first block does not wait for many documents
+        are_texts = set()
+        while batch := list(itertools.islice(documents, size)):
+            size = min(2 * size, TOKENIZER_BATCH)
+            are_texts |= {isinstance(document, str) for document in batch}
             if len(are_texts) > 1:
                 raise UserError(f"The column {self.column!r} has both texts and lists of token ids: give one of them.")
             if True in are_texts:
@@ -71,15 +74,29 @@ class PackedBlocks:
                 )
         return document
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        tokens = itertools.chain.from_iterable(self.tokens_of_documents())
-        for block in iter(lambda: list(itertools.islice(tokens, self.block_size)), []):
-            if len(block) == self.block_size:
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """
+        The blocks, `input_ids` `(block_size,)` each.
+
+        Raises:
+            [`UserError`]: the documents are too short for one block.
+        """
+        left, count, size = np.empty(0, np.int32), 0, self.block_size
+        documents = self.tokens_of_documents()
+        while batch := list(itertools.islice(documents, TOKENIZER_BATCH if count else 1)):
+            tokens = np.concatenate([left, *(np.array(document, np.int32) for document in batch)])
+            whole = len(tokens) // size * size
+            for block in tokens[:whole].reshape(-1, size):
                 yield {"input_ids": block}
+            left, count = tokens[whole:], count + whole // size
+        if not count:
+            raise UserError(
+                f"The text has {len(left)} tokens, too short for one block of `block_size` = {size}: give more text, or a "
+                "smaller `block_size`."
+            )
 
     def materialize(self) -> Dataset:
         """All blocks as a data set on disk, read by memory-mapping, and packed anew where data, tokenizer or code changed."""
-        self.check_length()
         return made_once(
             self.__iter__,
             Features({"input_ids": List(Value("int32"))}),
@@ -95,12 +112,7 @@ class PackedBlocks:
         Raises:
             [`UserError`]: the documents are too short for one block.
         """
-        if next(iter(self), None) is None:
-            tokens = sum(map(len, self.tokens_of_documents()))
-            raise UserError(
-                f"The text has {tokens} tokens, too short for one block of `block_size` = {self.block_size}: give more "
-                "text, or a smaller `block_size`."
-            )
+        next(iter(self))
 
     def tokens_per_byte(self) -> float:
         """

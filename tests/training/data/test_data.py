@@ -47,7 +47,7 @@ def load(dataset, **options):
 
 
 def blocks_of(data, tokenizer, column="text", block_size=16):
-    return [block["input_ids"] for block in PackedBlocks(data, column, tokenizer, block_size, 300)]
+    return [block["input_ids"].tolist() for block in PackedBlocks(data, column, tokenizer, block_size, 300)]
 
 
 def write_as(file, texts):
@@ -494,7 +494,7 @@ def test_packed_text_is_taken_from_the_disk_where_nothing_changed(packed, tokeni
     # So it is in another process.
     script = (
         "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
-        "from tests.training.test_data import *; t = train_tokenizer(iter(TEXTS), 300, 64)\n"
+        "from tests.training.data.test_data import *; t = train_tokenizer(iter(TEXTS), 300, 64)\n"
         "data = load(sys.argv[2], eval_dataset=sys.argv[2])[0]\n"
         "print(PackedBlocks(data, 'text', t, 16, 300).materialize().cache_files[0]['filename'])"
     )

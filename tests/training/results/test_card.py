@@ -19,7 +19,7 @@ from training.text import task
 from training.text.fields import CausalLMArguments, TextDataArguments
 
 
-pytestmark = pytest.mark.usefixtures("offline")
+pytestmark = pytest.mark.usefixtures("offline", "figures")
 
 
 @pytest.fixture

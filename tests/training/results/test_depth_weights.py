@@ -311,12 +311,12 @@ def test_checkpoints_that_cannot_be_pooled(saved, capsys, checkpoints, words):
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("result", "mine", "which cannot be written: "),
-        ("result/learned_b.png", "mine", "where a learned_b is that is not of this command"),
-        ("result/learned_b.json", "mine", "where a learned_b is that is not of this command"),
-        ("result/learned_b.json", "{}", "where a learned_b is that is not of this command"),
-        ("result/learned_b.json", "3", "where a learned_b is that is not of this command"),
-        ("result/learned_b.json/mine", "", "where a learned_b is that is not of this command"),
+        ("result", "mine", "which cannot be made (File exists)"),
+        ("result/learned_b.png", "mine", "where a learned_b.png is that is not of this command"),
+        ("result/learned_b.json", "mine", "where a learned_b.json is that is not of this command"),
+        ("result/learned_b.json", "{}", "where a learned_b.json is that is not of this command"),
+        ("result/learned_b.json", "3", "where a learned_b.json is that is not of this command"),
+        ("result/learned_b.json/mine", "", "where a learned_b.json is that is not of this command"),
     ],
     ids=["file", "picture", "text", "other_numbers", "number", "folder"],
 )

@@ -267,7 +267,8 @@ def test_file_is_read_once_for_all_lanes_of_a_process(tmp_path, monkeypatch, fil
 
 def test_lanes_that_are_far_apart_read_on_their_own(tmp_path, monkeypatch):
     # Every other lane has documents that are 30 times as long.
-    monkeypatch.setattr(stream_module, "READ_BATCH", 4)
+    for module in (reading, stream_module):
+        monkeypatch.setattr(module, "READ_BATCH", 4)
     write_jsonl(tmp_path / "a.jsonl", [[number] * (1 + 29 * (number % 2)) for number in range(800)], column="ids")
     data = load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True)
     stream = stream_of(data, 4, shuffle_buffer=2, block_size=5)
