@@ -58,6 +58,8 @@ def parse(argv: list[str]) -> tuple[tuple, dict[str, bool]]:
                 defaults.pop("eval_dataset", None)
             if "per_device_eval_batch_size" in training:
                 defaults["batch_size"] = training["per_device_eval_batch_size"]
+            if "metrics" in training:
+                defaults["metrics"] = training["metrics"]
             if training.get("use_cpu"):
                 defaults["device"] = "cpu"
             precision = {name: training[name] for name in ("bf16", "fp16") if training.get(name)}

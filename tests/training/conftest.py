@@ -25,6 +25,7 @@ def caches(tmp_path_factory):
         patch.delenv("HF_TOKEN", raising=False)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(home / "metrics"))
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(home / "modules"))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))

@@ -38,9 +38,9 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from tqdm.auto import tqdm
 
 from training.data import files as files_module
-from training.support.errors import UserError, innermost_message
 from training.data.files import READERS, check_document, ending, read_file
 from training.data.reading import READ_ERRORS
+from training.support.errors import UserError, innermost_message
 
 
 #: The endings of the local files that are read.

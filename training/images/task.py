@@ -1,9 +1,11 @@
 """Image classifiers: what they are trained and evaluated on, and how."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
 from datasets import ClassLabel
 from torch.nn.functional import cross_entropy
@@ -30,9 +32,10 @@ from training.images.reading import (
     numbered_as,
 )
 from training.results.hub import public_name
-from training.results.metrics import Accuracy
+from training.results.metrics import Accuracy, load_metrics, plain
 from training.run.checks import (
     check_batches,
+    check_best_metric,
     check_hub,
     check_model,
     check_optimizer,
@@ -71,11 +74,16 @@ def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> ViTImag
     )
 
 
-def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """How a [`~transformers.Trainer`] evaluates an image classifier, wherever it comes from."""
-    # (Some models of transformers return more than logits.)
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return Accuracy().compute(predictions=logits.argmax(-1), references=prediction.label_ids)
+def classification_metrics(named: list[evaluate.EvaluationModule]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """How a [`~transformers.Trainer`] evaluates an image classifier, wherever it comes from: accuracy, and what is named."""
+    metrics = evaluate.combine([Accuracy(), *named])
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        # (Some models of transformers return more than logits.)
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return plain(metrics.compute(predictions=logits.argmax(-1), references=prediction.label_ids))
+
+    return compute_metrics
 
 
 def train_image_classifier(run: Run) -> None:
@@ -103,6 +111,8 @@ def train_image_classifier(run: Run) -> None:
         each.id2label, each.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     options = (processor, config.image_height_width)
     check_batches(run.training, len(train_images))
+    named, figures = load_metrics(run.training.metrics, run.training.held_out_metrics, len(names))
+    check_best_metric(run.training, figures)
     train_files = ImageFiles(train_images, config.num_channels, data.dataset)
     train_examples = ImageExamples(train_files, *options, augmentation=data, seed=run.training.seed)
     held_out_files = ImageFiles(held_out_images, config.num_channels, data.eval_dataset or data.dataset)
@@ -132,7 +142,7 @@ def train_image_classifier(run: Run) -> None:
         eval_dataset=held_out_examples,
         data_collator=functools.partial(collate, num_labels=len(names)),
         processing_class=processor,
-        compute_metrics=compute_accuracy,
+        compute_metrics=classification_metrics(named),
         compute_loss_func=loss,
         callbacks=[*callbacks, ImagesCallback(train_examples, held_out_examples)],
     )
@@ -143,7 +153,9 @@ def image_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.
     return cross_entropy(outputs["logits"].float(), labels)
 
 
-def image_options(data: ImageDataArguments, config: PreTrainedConfig, checkpoint: str) -> dict[str, Any]:
+def image_options(
+    data: ImageDataArguments, config: PreTrainedConfig, checkpoint: str, metrics: list[str]
+) -> dict[str, Any]:
     """
     The held-out images, and how to evaluate on them.
 
@@ -166,10 +178,11 @@ def image_options(data: ImageDataArguments, config: PreTrainedConfig, checkpoint
             f"note: the classes have other names than the model's, {names[0]!r} for {known[0]!r}: they go by number."
         )
     files = ImageFiles(images, num_channels, data.eval_dataset or data.dataset)
+    named, _ = load_metrics(metrics, ImageClassificationArguments.held_out_metrics, len(known))
     return {
         "eval_dataset": ImageExamples(files, processor, size=None),
         "data_collator": functools.partial(collate, num_labels=len(known)),
-        "compute_metrics": compute_accuracy,
+        "compute_metrics": classification_metrics(named),
         "compute_loss_func": image_loss,
     }
 

@@ -158,6 +158,22 @@ def check_variant(run: Run) -> None:
         raise UserError(f"{altered}, which makes a model that is not for use: leave `push_to_hub` out.")
 
 
+def check_best_metric(arguments: RunArguments, figures: list[str]) -> None:
+    """
+    Raises:
+        [`UserError`]: `metric_for_best_model` is none that is measured, or it is not known whether more of it is better.
+
+    Args:
+        figures: what the metrics give that the run names.
+    """
+    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    if name in arguments.held_out_metrics:
+        return
+    if name not in figures:
+        known = nearest_name(name, [*arguments.held_out_metrics, *figures])
+        raise UserError(f"`metric_for_best_model` is {arguments.metric_for_best_model!r}; {known}")
+
+
 def check_batches(arguments: RunArguments, num_examples: int) -> None:
     """
     Raises:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 
 from training.data.splits import DataArguments
 from training.results.card import METRICS
+from training.results.metrics import TAKEN
 from training.run.fields import check_one_gpu
 from training.run.task import Task
 from training.support.errors import UserError, innermost_message, told
@@ -33,6 +34,13 @@ class EvaluationArguments:
     dtype: str | None = dataclasses.field(
         default=None,
         metadata={"help": f"The precision of the weights: {', '.join(DTYPES)}; if none, that of the checkpoint."},
+    )
+    metrics: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Metrics of `evaluate` to measure besides: names on the Hub ('f1'), or paths ('./my_metric'). Predictions "
+            "and references are classes, or of text the next tokens."
+        },
     )
     output: str | None = dataclasses.field(default=None, metadata={"help": "A file to write the figures to, as JSON."})
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace the file that `output` names."})
@@ -100,7 +108,7 @@ def evaluate(
     Raises:
         [`UserError`]: the checkpoint cannot be read, or the data does not go with it.
     """
-    options = task.evaluation(data, config, checkpoint)
+    options = task.evaluation(data, config, checkpoint, arguments.metrics)
     model = load_model(model_class, checkpoint, arguments.dtype)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -145,7 +153,11 @@ def report(figures: dict[str, Any], output: str | None) -> None:
     Raises:
         [`UserError`]: the file cannot be written.
     """
-    rows = [[label, f"{figures[key]:.6g}"] for key, label, _ in METRICS[figures["task"]]]
+    labels = {key: label for key, label, _ in METRICS[figures["task"]]}
+    for key in figures:
+        if key.startswith("eval_") and key.removeprefix("eval_") not in TAKEN:
+            labels.setdefault(key, key.removeprefix("eval_"))  # of a metric that was named
+    rows = [[label, f"{figures[key]:.6g}"] for key, label in labels.items()]
     held_out = figures["data"]["eval_dataset"] or figures["data"]["dataset"]
     table = align(["", ""], rows)
     print(f"\n{figures['checkpoint']}, {figures['examples']:,} held-out examples of {held_out}:\n\n{table}\n")

@@ -97,6 +97,13 @@ class RunArguments(TrainingArguments):
         default=None,
         metadata={"help": f"What to train beside DCA, for studies; not for models to be used: {', '.join(VARIANTS)}."},
     )
+    metrics: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Metrics of `evaluate` to measure besides: names on the Hub ('f1'), or paths ('./my_metric'). Predictions "
+            "and references are classes, or of text the next tokens."
+        },
+    )
     global_batch_size: int | None = dataclasses.field(
         default=None,
         metadata={
@@ -251,6 +258,8 @@ class RunArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             return
         name = self.metric_for_best_model.removeprefix("eval_")
+        if self.metrics and name not in self.held_out_metrics:
+            return  # it may be one that a metric gives which is named
         if name not in self.held_out_metrics:
             raise ValueError(
                 f"`metric_for_best_model` is {self.metric_for_best_model!r}; {nearest_name(name, self.held_out_metrics)}"

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
@@ -15,9 +16,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from modeling_dca import DCAForCausalLM
 from training.data.splits import is_on_the_hub
 from training.results.hub import public_name
-from training.results.metrics import Perplexity
+from training.results.metrics import Perplexity, load_metrics, plain
 from training.run.checks import (
     check_batches,
+    check_best_metric,
     check_hub,
     check_model,
     check_optimizer,
@@ -50,6 +52,11 @@ def block_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Te
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
 
 
+def next_tokens(logits: torch.Tensor | tuple) -> torch.Tensor:
+    """The likeliest token after each but the last of a block, `(batch, length - 1)`."""
+    return (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].argmax(-1)
+
+
 def next_token_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing: float) -> torch.Tensor:
     """
     The loss of next-token prediction with smoothed labels; a `compute_loss_func` of the Trainer, whose own goes by the names
@@ -65,20 +72,36 @@ def next_token_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing
     return cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing) / items
 
 
-def evaluation_options(held_out: PackedBlocks, blocks: Dataset) -> dict[str, Any]:
-    """How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from."""
-    metric, tokens_per_byte = Perplexity(), held_out.tokens_per_byte()
+def evaluation_options(
+    held_out: PackedBlocks, blocks: Dataset, named: list[evaluate.EvaluationModule]
+) -> dict[str, Any]:
+    """
+    How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from.
+
+    Args:
+        named: metrics of the tokens that are predicted, see [`load_metrics`].
+    """
+    of_losses, tokens_per_byte = evaluate.combine([Perplexity()]), held_out.tokens_per_byte()
+    of_tokens = evaluate.combine(named)
+
+    def losses_and_tokens(logits, labels):
+        losses = block_losses(logits, labels)
+        return (losses, next_tokens(logits)) if named else losses
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        losses = prediction.predictions
+        losses, *tokens = prediction.predictions if named else (prediction.predictions,)
         num_tokens = [held_out.block_size - 1] * len(losses)
-        return metric.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
+        figures = of_losses.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
+        if named:
+            references = prediction.label_ids[:, 1:].reshape(-1)
+            figures |= of_tokens.compute(predictions=tokens[0].reshape(-1), references=references)
+        return plain(figures)
 
     return {
         "eval_dataset": blocks,
         "data_collator": collate,
         "compute_metrics": compute_metrics,
-        "preprocess_logits_for_metrics": block_losses,
+        "preprocess_logits_for_metrics": losses_and_tokens,
     }
 
 
@@ -118,6 +141,8 @@ def train_language_model(run: Run) -> None:
     check_optimizer(run.training)
     check_trainer(run.training)
     check_output_folder(run.training)
+    named, figures = load_metrics(run.training.metrics, run.training.held_out_metrics, config.vocab_size)
+    check_best_metric(run.training, figures)
     check_hub(run.training)
 
     with run.training.main_process_first(desc="preparing the data"):
@@ -144,7 +169,7 @@ def train_language_model(run: Run) -> None:
     for each in filter(None, (config, baseline)):
         each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         each.pad_token_id = tokenizer.pad_token_id
-    evaluation = evaluation_options(held_out, held_out_blocks)
+    evaluation = evaluation_options(held_out, held_out_blocks, named)
     smoothing = run.training.label_smoothing_factor
     loss = functools.partial(next_token_loss, label_smoothing=smoothing) if smoothing else None
     if run.training.should_save:
@@ -181,7 +206,9 @@ def text_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.T
     return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=labels[:, 1:].numel())
 
 
-def text_options(data: TextDataArguments, config: PreTrainedConfig, checkpoint: str) -> dict[str, Any]:
+def text_options(
+    data: TextDataArguments, config: PreTrainedConfig, checkpoint: str, metrics: list[str]
+) -> dict[str, Any]:
     """The held-out text in blocks, and how to evaluate on it."""
     limited = getattr(config, "position_embedding", "learned") == "learned"
     limited = limited and getattr(config, "rope_parameters", None) is None
@@ -191,7 +218,8 @@ def text_options(data: TextDataArguments, config: PreTrainedConfig, checkpoint: 
     tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
     _, documents = load_text(data, held_out_only=True)
     held_out = PackedBlocks(documents, data.text_column, tokenizer, data.block_size, config.vocab_size)
-    return evaluation_options(held_out, held_out.materialize()) | {"compute_loss_func": text_loss}
+    named, _ = load_metrics(metrics, CausalLMArguments.held_out_metrics, config.vocab_size)
+    return evaluation_options(held_out, held_out.materialize(), named) | {"compute_loss_func": text_loss}
 
 
 LANGUAGE_MODELS = Task(

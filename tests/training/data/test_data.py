@@ -25,8 +25,8 @@ from training import causal_lm
 from training.data.splits import is_on_the_hub
 from training.support.errors import UserError
 from training.text.blocks import TOKENIZER_BATCH, PackedBlocks
-from training.text.fields import TextDataArguments
 from training.text.documents import load_text
+from training.text.fields import TextDataArguments
 from training.text.tokenizer import END_OF_TEXT, PADDING, train_tokenizer
 
 
@@ -516,7 +516,9 @@ def test_packed_text_is_made_anew_when_the_code_changed(packed, tokenizer, monke
     changed, anew = packed(tokenizer)
     assert anew and changed != ids
     monkeypatch.undo()
-    monkeypatch.setattr(training.text.blocks, "plain_tokens", lambda tokenizer, texts: [[7] * len(text) for text in texts])
+    monkeypatch.setattr(
+        training.text.blocks, "plain_tokens", lambda tokenizer, texts: [[7] * len(text) for text in texts]
+    )
     changed, anew = packed(tokenizer)
     assert anew and set(itertools.chain(*changed)) == {7, tokenizer.eos_token_id}
     monkeypatch.undo()

@@ -13,10 +13,10 @@ import pytest
 from tests.training.tiny import TEXT_RUN, call, documents, failure, refusal, write_jsonl
 from training import causal_lm
 from training.data import reading
-from training.support.errors import UserError
 from training.data.files import READERS, ending, read_file
-from training.text.fields import TextDataArguments
+from training.support.errors import UserError
 from training.text.documents import load_text
+from training.text.fields import TextDataArguments
 
 
 pytestmark = pytest.mark.usefixtures("offline")
