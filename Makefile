@@ -50,7 +50,7 @@ test: $(VENV)/.test
 # What is likeliest to depend on a release of transformers or of what it stands on.
 VERSION_TESTS := tests/modeling_dca tests/test_configuration.py \
 	tests/training/test_evaluate.py \
-	$(addprefix tests/training/,run/test_arguments.py run/test_run.py results/test_publish.py results/test_retrofit.py text/test_tokenizer.py)
+	$(addprefix tests/training/,data/test_data.py run/test_arguments.py run/test_run.py results/test_publish.py results/test_retrofit.py text/test_tokenizer.py)
 
 $(OLDEST_VENV)/.test: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST_VENV),constraints-oldest.txt,test)

@@ -439,8 +439,10 @@ def made_once(rows: Callable[[], Iterable[dict]], features: Features, *decisive)
     Args:
         decisive: all that decides what the rows are, the code among it (`code_of`).
     """
+    # Each for itself: whether two of them hold one object, or two that are equal, depends on what a process did before.
+    fingerprint = Hasher.hash([Hasher.hash(each) for each in decisive])
     try:
-        return Dataset.from_generator(_Rows(rows, Hasher.hash(decisive)), features=features, writer_batch_size=100)
+        return Dataset.from_generator(_Rows(rows, fingerprint), features=features, writer_batch_size=100)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

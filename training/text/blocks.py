@@ -97,10 +97,13 @@ class PackedBlocks:
 
     def materialize(self) -> Dataset:
         """All blocks as a data set on disk, read by memory-mapping, and packed anew where data, tokenizer or code changed."""
+        plain_tokens(self.tokenizer, [""])  # how it was called last is a part of it, and for all packing the same
+        warned = {"deprecation_warnings": None}  # what it has warned of is a part of it, too
+        decisive = {**vars(self), "tokenizer": {**vars(self.tokenizer), **warned}}
         return made_once(
             self.__iter__,
             Features({"input_ids": List(Value("int32"))}),
-            vars(self),
+            *decisive.values(),
             (tokenizers.__version__, transformers.__version__),
             code_of(
                 *type(self).__mro__, *type(self.tokenizer).__mro__, plain_tokens, check_document, values_of, read_shard
