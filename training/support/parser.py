@@ -43,4 +43,4 @@ class Parser(HfArgumentParser):
         super().__init__(classes, description=description, **options)
 
     def error(self, message: str):
-        raise UserError(f"{message}; --help lists all arguments.")
+        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists all arguments.")

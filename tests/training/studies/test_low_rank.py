@@ -303,7 +303,7 @@ def test_page_says_what_was_measured(tmp_path, monkeypatch, capsys, bounds):
 def test_command_writes_into_no_tracked_folder_unless_it_is_told_to(tmp_path, monkeypatch):
     written = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(low_rank, "check_output", lambda folder: written.append(folder) or sys.exit())
+    monkeypatch.setattr(low_rank, "output_folder", lambda folder, *_: written.append(folder) or sys.exit())
     with pytest.raises(SystemExit):
         call(command.main)
     assert written == [Path("runs/low_rank")]
@@ -314,7 +314,7 @@ def test_command_refuses_what_it_cannot_do(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"title": "other"}')
     before = snapshot(tmp_path)
     line = failure(capsys, command.main, "--output_dir", tmp_path)
-    assert "a README.md is that is not of this study" in line
+    assert "a README.md is that is not of this command" in line
     line = failure(capsys, command.main, "--output_dir", tmp_path / "README.md" / "below")
     assert "cannot be made" in line
     for seeds in (("1", "1"), ("-1",)):
