@@ -41,8 +41,8 @@ demo: $(VENV)/.training
 	@echo "  generate  $(BIN)/python -c \"import modeling_dca, transformers; print(transformers.pipeline('text-generation', 'runs/demo/text')('def __init__(self', max_new_tokens=60)[0]['generated_text'])\""
 	@echo "  push      $(BIN)/python -m training.publish runs/demo/text YOUR_NAME/dca-demo-text"
 
-# A process for each core, and for each file of tests one process.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# A process for each core; one that has no tests left takes some of the others.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.test
 	$(PYTEST)

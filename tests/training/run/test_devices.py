@@ -23,6 +23,7 @@ from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, refusal, weights, wri
 from training import causal_lm, image_classification
 from training.run.checkpoints import checkpoints, damage
 from training.support import errors
+from training.text import task
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -202,7 +203,7 @@ def test_what_is_wrong_in_another_process_than_the_first_is_said_too(room, capfd
     def arrange(rank):
         errors.PATIENCE = 0.1
         if rank == 1:
-            causal_lm.run_models = fail
+            task.run_models = fail
 
     def fail(*args, **kwargs):
         raise errors.UserError("The disk of this one is full.")

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -322,6 +323,18 @@ def test_perplexity_is_drawn_over_the_time(made_up, monkeypatch):
     (runs,) = groups.values()
     assert list(runs) == ["plain", "deep"] and label == "held-out perplexity" and baseline == "plain"
     assert [point[2] for point in runs["deep"][0]["held_out"]] == pytest.approx([math.exp(4.5), math.exp(3.5)])
+
+
+def test_text_is_packed_once_for_all_runs(room, started, monkeypatch):
+    def on_disk():
+        return set(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
+
+    start, found = running.start, [on_disk()]
+    monkeypatch.setattr(running, "start", lambda *run: (start(*run), found.append(on_disk()))[0])
+    write_study("study.yaml")
+    call(compare.main, "study.yaml")
+    before, *after = found
+    assert len(after) == len(started) == 4 and before < after[0] and all(each == after[0] for each in after)
 
 
 def test_groups_are_compared_each_with_its_own_baseline(room, started, monkeypatch):
