@@ -11,6 +11,7 @@ after a checkpoint lists its fields.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import AutoConfig
@@ -26,11 +27,8 @@ from training.text.task import LANGUAGE_MODELS
 TASKS = (LANGUAGE_MODELS, IMAGE_CLASSIFIERS)
 
 
-def parse(argv: list[str]) -> tuple[tuple, dict[str, bool]]:
-    """
-    What `argv` (`CHECKPOINT [--field value ...]`) asks for, where it names nothing of what the run had: the arguments of
-    [`evaluate`].
-    """
+def parse(argv: list[str]) -> dict[str, Any]:
+    """What `argv` (`CHECKPOINT [--field value ...]`) asks for, else what the run had: the arguments of [`evaluate`]."""
     named = bool(argv) and not argv[0].startswith("-")
     given = {each[2:].partition("=")[0].replace("-", "_") for each in argv if each.startswith("--")}
     defaults, precision, config, task, model_class = {}, {}, None, None, None
@@ -83,13 +81,14 @@ def parse(argv: list[str]) -> tuple[tuple, dict[str, bool]]:
     data, arguments = parsed
     if "eval_dataset" in given and "dataset" not in given:
         data.dataset = data.eval_dataset  # of which nothing is needed but the names of the classes
-    return (rest.checkpoint, task, model_class, data, arguments, config), {} if arguments.dtype else precision
+    asked = {"checkpoint": rest.checkpoint, "task": task, "model_class": model_class, "config": config}
+    return {**asked, "data": data, "arguments": arguments, **({} if arguments.dtype else precision)}
 
 
 @command
 def main():
-    arguments, precision = parse(sys.argv[1:])
-    report(evaluate(*arguments, **precision), arguments[4].output)
+    asked = parse(sys.argv[1:])
+    report(evaluate(**asked), asked["arguments"].output)
 
 
 if __name__ == "__main__":
