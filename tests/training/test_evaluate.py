@@ -126,7 +126,7 @@ def held_out_blocks(folder, length):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _, documents = load_text(TextDataArguments(dataset="text.jsonl", eval_dataset="held_out.jsonl"))
     blocks = PackedBlocks(documents, "text", tokenizer, length, 300)
-    return torch.tensor([block["input_ids"] for block in blocks]), blocks.tokens_per_byte()
+    return torch.tensor([block["input_ids"].tolist() for block in blocks]), blocks.tokens_per_byte()
 
 
 @torch.no_grad()
