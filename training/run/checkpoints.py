@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,15 +94,14 @@ def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | N
     longer whole does not have the name of a checkpoint.
     """
     found = [checkpoint for checkpoint in checkpoints(folder) if _step(checkpoint) <= step]
-    with tempfile.TemporaryDirectory() as names:
-        for checkpoint in found:
-            Path(names, checkpoint.name).mkdir()
-        trainer_utils.rotate_checkpoints(names, limit, best and str(Path(names, Path(best).name)))
-        old = [checkpoint for checkpoint in found if not Path(names, checkpoint.name).exists()]
-    for checkpoint in old:
-        (folder / UNFINISHED).mkdir(exist_ok=True)
-        checkpoint.rename(folder / UNFINISHED / checkpoint.name)
-        discard_unfinished(folder)
+    names = folder / UNFINISHED / "names"
+    for checkpoint in found:
+        (names / checkpoint.name).mkdir(parents=True)
+    trainer_utils.rotate_checkpoints(str(names), limit, best and str(names / Path(best).name))
+    for checkpoint in found:
+        if not (names / checkpoint.name).exists():
+            checkpoint.rename(folder / UNFINISHED / checkpoint.name)
+    discard_unfinished(folder)
 
 
 def move_finished(unfinished: Path, folder: Path) -> None:
