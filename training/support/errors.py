@@ -27,7 +27,6 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
-from torch import distributed
 from tqdm.auto import tqdm
 
 
@@ -177,6 +176,8 @@ def _is_loss_of_process(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
+    from torch import distributed  # (which takes long to import, and commands that train nothing do without)
+
     if isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError)):
         return True
     return bool(LOSS_OF_PROCESS.search(str(error)))
