@@ -43,15 +43,16 @@ demo: $(VENV)/.training
 	@echo "  generate  $(BIN)/python -c \"import modeling_dca, transformers; print(transformers.pipeline('text-generation', 'runs/demo/text')('def __init__(self', max_new_tokens=60)[0]['generated_text'])\""
 	@echo "  push      $(BIN)/python -m training.publish runs/demo/text YOUR_NAME/dca-demo-text"
 
-# A process for each core, and for each file of tests one process.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# A process for each core; one that has no tests left takes some of the others.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: $(VENV)/.test
 	$(PYTEST)
 
 # What is likeliest to depend on a release of transformers or of what it stands on.
 VERSION_TESTS := tests/modeling_dca tests/test_configuration.py \
-	$(addprefix tests/training/test_,arguments.py evaluate.py publish.py retrofit.py run.py tokenizer.py)
+	tests/training/test_evaluate.py \
+	$(addprefix tests/training/,data/test_data.py run/test_arguments.py run/test_run.py results/test_publish.py results/test_retrofit.py text/test_tokenizer.py)
 
 $(OLDEST_VENV)/.test: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST_VENV),constraints-oldest.txt,test)
@@ -74,7 +75,7 @@ $(XLA_VENV)/.test: pyproject.toml constraints.txt
 	touch $@
 
 test-xla: $(XLA_VENV)/.test
-	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/test_xla.py
+	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/run/test_xla.py
 
 # All that a GPU is wanted for. With PYTHON=python3 VENV= it runs in an environment that is there already.
 GPU_MINUTES ?= 9

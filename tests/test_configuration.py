@@ -10,11 +10,10 @@ import torch
 from transformers import get_scheduler
 
 from modeling_dca import DCAForCausalLM, DCAForImageClassification
-from training.arguments import Run, parse_run
-from training.causal_lm import CausalLMArguments
-from training.image_classification import ImageClassificationArguments
-from training.images import ImageDataArguments
-from training.text import TextDataArguments
+from training.images.fields import ImageClassificationArguments, ImageDataArguments
+from training.run.fields import Run
+from training.run.parsing import parse_run
+from training.text.fields import CausalLMArguments, TextDataArguments
 
 
 ROOM = Path(__file__).parents[1] / "configuration"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import training_args
 
-from training.altered import ALTERATIONS
-from training.run import check_model
-from training.study import COMMANDS, Comparison, read_study
+from training.run.checks import check_model
+from training.run.training import model_and_callbacks
+from training.studies.study import COMMANDS, Comparison, read_study
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +65,7 @@ def test_models_can_be_built(name):
     members = study(name).members
     for member in members:
         if member.seed == members[0].seed:
-            alteration = getattr(member.run.training, "alteration", None)
-            model_class, _ = ALTERATIONS.get(alteration, (COMMANDS[member.command][0], ()))
+            model_class, _ = model_and_callbacks(member.run, COMMANDS[member.command].model_class)
             check_model(model_class, member.run.config)
 
 

@@ -1,13 +1,17 @@
 """What all tests of the training room share: caches of their own, no network, and one finished run."""
 
+import contextlib
+
 import datasets
 import evaluate
 import huggingface_hub.constants
 import pytest
 import transformers.dynamic_module_utils
+from PIL import Image
 
 from tests.training.tiny import TEXT_RUN, call, record_training, write_room
 from training import causal_lm
+from training.results import card
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +25,7 @@ def caches(tmp_path_factory):
         patch.delenv("HF_TOKEN", raising=False)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home / "datasets"))
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(home / "metrics"))
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(home / "modules"))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
@@ -29,6 +34,36 @@ def caches(tmp_path_factory):
         yield home
         datasets.enable_progress_bars()
         transformers.utils.logging.enable_progress_bar()
+
+
+DRAWING = {name: getattr(card, name) for name in ("draw_loss_curves", "draw_depth_weights")}
+
+
+@contextlib.contextmanager
+def drawing(**functions):
+    """Has the figures of a run drawn by these functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in functions.items():
+            patch.setattr(card, name, function)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
+    """The two figures of a run take as long as a training of a few steps: they are drawn where `figures` are asked for."""
+
+    def not_drawn(data, file):
+        Image.new("L", (1, 1)).save(file)
+
+    with drawing(**dict.fromkeys(DRAWING, not_drawn)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def figures(no_figures):
+    """The runs of a module have their figures drawn."""
+    with drawing(**DRAWING):
+        yield
 
 
 @pytest.fixture
@@ -47,11 +82,11 @@ def room(tmp_path, monkeypatch, offline):
 
 
 @pytest.fixture(scope="session")
-def comparison(tmp_path_factory):
+def comparison(tmp_path_factory, no_figures):
     """The room of a finished run in `run`, of DCA next to the standard scheme, and the record of its training."""
     room = tmp_path_factory.mktemp("comparison")
     write_room(room)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing(**DRAWING):
         patch.chdir(room)
         steps = record_training(patch)
         call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard", "--report_to=tensorboard")

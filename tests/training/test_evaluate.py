@@ -33,8 +33,11 @@ from tests.training.tiny import (
     write_room,
 )
 from training import causal_lm, evaluate, image_classification
-from training.metrics import Perplexity
-from training.text import PackedBlocks, TextDataArguments, load_text
+from training.results.metrics import Perplexity
+from training.run import evaluation
+from training.text.blocks import PackedBlocks
+from training.text.documents import load_text
+from training.text.fields import TextDataArguments
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -123,7 +126,7 @@ def held_out_blocks(folder, length):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _, documents = load_text(TextDataArguments(dataset="text.jsonl", eval_dataset="held_out.jsonl"))
     blocks = PackedBlocks(documents, "text", tokenizer, length, 300)
-    return torch.tensor([block["input_ids"] for block in blocks]), blocks.tokens_per_byte()
+    return torch.tensor([block["input_ids"].tolist() for block in blocks]), blocks.tokens_per_byte()
 
 
 @torch.no_grad()
@@ -319,7 +322,7 @@ def test_what_cannot_be_evaluated_is_refused(in_room, capsys, arguments, words):
 def test_help(in_room, capsys, arguments, words):
     with pytest.raises(SystemExit) as exit:
         call(evaluate.main, *arguments)
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0 and not [word for word in words if word not in printed]
 
 
@@ -330,6 +333,6 @@ def test_metric_is_that_of_the_project(in_room, monkeypatch):
 
 
 def test_several_gpus_are_refused(in_room, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate.TrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(evaluation.TrainingArguments, "n_gpu", 2)
     line = failure(capsys, evaluate.main, "run")
     assert "2 GPUs" in line and "CUDA_VISIBLE_DEVICES=0" in line

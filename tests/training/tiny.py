@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
 
-from training.trainer import RunTrainer
+from training.run.trainer import RunTrainer
 
 
 def need_image_processors() -> None:

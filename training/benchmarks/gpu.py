@@ -24,11 +24,13 @@ from matplotlib import pyplot as plt
 from tqdm.auto import tqdm
 
 from modeling_dca.configuration_dca import nearest_name
-from training.arguments import RUNS_FOLDER
 from training.benchmarks import report
 from training.benchmarks.gpu_steps import RESULTS, STEPS, Record, run_step, use
-from training.benchmarks.run import Parser, describe_machine, make_output_folder
-from training.errors import UserError, command
+from training.results.record import RUNS_FOLDER
+from training.support.errors import UserError, command
+from training.support.machine import describe_machine
+from training.support.parser import Parser
+from training.support.tables import align
 
 
 #: The token ids that `make gpu-data` writes.
@@ -188,7 +190,7 @@ def tables(results: dict) -> str:
             for kernel in kernels
         ]
         if rows:
-            parts.append(report.align(["", *RESOURCES], rows))
+            parts.append(align(["", *RESOURCES], rows))
         parts += profile_tables(result.get("profiles", {}))
         parts += text_table(result.get("curves"))
         parts += [f"- {note}" for note in result.get("notes", [])]
@@ -207,7 +209,7 @@ def profile_tables(profiles: dict[str, dict]) -> list[str]:
         parts.append(
             f"{name}: {1e3 * one['seconds']:.1f} ms, in {share:.0%} of which a kernel runs; {one['launches']:,} launches."
         )
-        parts.append(report.align(["kernel", "time", "launches"], rows))
+        parts.append(align(["kernel", "time", "launches"], rows))
     return parts
 
 
@@ -220,17 +222,15 @@ def text_table(curves: dict[str, list] | None) -> list[str]:
     for figures in list(zip(*curves.values()))[::-1][::every][::-1]:
         cells = [f"{held_out:.4f} ({seconds:.1f} s)" for _, seconds, _, held_out in figures]
         rows.append([f"{figures[0][0]:,}", *cells])
-    return [report.align(["step", *(f"{name}: held-out loss" for name in curves)], rows)]
+    return [align(["step", *(f"{name}: held-out loss" for name in curves)], rows)]
 
 
 @command
 def main():
     description = "Everything that a GPU is wanted for, in minutes."
-    parser = Parser(
-        GPUArguments, prog="python -m training.benchmarks.gpu", description=description, allow_abbrev=False
-    )
+    parser = Parser(GPUArguments, "training.benchmarks.gpu", description)
     arguments = GPUArguments(**vars(parser.parse_args()))
-    folder = make_output_folder(arguments)
+    folder = report.make_output_folder(arguments)
     run_steps(arguments, folder)
     print(f"\n{(folder / report.TABLES).read_text(encoding='utf-8')}\nThe results are in {folder}.")
 

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from training.benchmarks.run import Parser
-from training.errors import UserError, command
-from training.text import PackedBlocks, TextDataArguments, standard_library
-from training.tokenizer import train_tokenizer
+from training.support.errors import UserError, command
+from training.support.parser import Parser
+from training.text.blocks import PackedBlocks
+from training.text.documents import standard_library
+from training.text.fields import TextDataArguments
+from training.text.tokenizer import train_tokenizer
 
 
 BLOCK = 512
@@ -81,9 +83,7 @@ def write_tokens(file: Path, train: list[str], held_out: list[str], vocab_size: 
 @command
 def main():
     description = "Write the text that training.benchmarks.gpu trains on, as token ids in one file."
-    parser = Parser(
-        GPUDataArguments, prog="python -m training.benchmarks.gpu_data", description=description, allow_abbrev=False
-    )
+    parser = Parser(GPUDataArguments, "training.benchmarks.gpu_data", description)
     arguments = GPUDataArguments(**vars(parser.parse_args()))
     train, held_out = (list(part["text"]) for part in standard_library(TextDataArguments()))
     # About 3 bytes a token: what is left out is not tokenized.

@@ -23,14 +23,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from modeling_dca import DCAForImageClassification, DCAVisionConfig
-from training.arguments import RUNS_FOLDER
-from training.augmentation import mixed_cross_entropy
 from training.benchmarks import report
 from training.benchmarks.measure import interleave, seconds, spread
-from training.benchmarks.run import Parser, describe_machine, make_output_folder
-from training.errors import UserError, command
-from training.image_classification import image_processor
-from training.images import ImageDataArguments, ImageExamples, ImageFiles, collate
+from training.images.augmentation import mixed_cross_entropy
+from training.images.fields import ImageDataArguments
+from training.images.reading import ImageExamples, ImageFiles, collate
+from training.images.task import image_processor
+from training.results.record import RUNS_FOLDER
+from training.support.errors import UserError, command
+from training.support.machine import describe_machine
+from training.support.parser import Parser
+from training.support.tables import align
 
 
 #: Height and width of the files, the most frequent in ImageNet, and their number of classes.
@@ -181,20 +184,15 @@ def table(results: dict) -> str:
         [name, f"{each['rate']:,.1f}", "{:,.1f} to {:,.1f}".format(*each["spread"])]
         for name, each in results["rates"].items()
     ]
-    return "\n\n".join([report.align(["", "images/s", "spread"], rows), *results["notes"]])
+    return "\n\n".join([align(["", "images/s", "spread"], rows), *results["notes"]])
 
 
 @command
 def main():
     description = "Measure whether the images come as fast as a vision transformer trains on them."
-    parser = Parser(
-        ImageBenchmarkArguments,
-        prog="python -m training.benchmarks.images",
-        description=description,
-        allow_abbrev=False,
-    )
+    parser = Parser(ImageBenchmarkArguments, "training.benchmarks.images", description)
     arguments = ImageBenchmarkArguments(**vars(parser.parse_args()))
-    folder = make_output_folder(arguments)
+    folder = report.make_output_folder(arguments)
     results = benchmark(arguments)
     (folder / report.RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{results['title']}\n\n{table(results)}\n\nThe results are in {folder}.")

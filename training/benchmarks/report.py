@@ -10,6 +10,9 @@ import matplotlib
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
 
+from training.support.files import output_folder
+from training.support.tables import align
+
 
 RESULTS, TABLES, PLOT = "results.json", "README.md", "results.png"
 
@@ -21,12 +24,14 @@ FORMATS = {
 }
 
 
-def align(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown that can be read as it is."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in (header, *rows)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def make_output_folder(arguments) -> Path:
+    """
+    The folder for the results of a benchmark, from its arguments `output_dir` and `overwrite`.
+
+    Raises:
+        `UserError`: it holds results already and `overwrite` is not set, or it cannot be made.
+    """
+    return output_folder(Path(arguments.output_dir), [RESULTS], lambda: True, arguments.overwrite)
 
 
 def tables(results: dict) -> list[str]:

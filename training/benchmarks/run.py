@@ -8,19 +8,13 @@ The models take turns in one process, and each is compared with Llama in the sam
 
 import dataclasses
 import os
-import platform
-import re
 import shlex
 import sys
-from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import HfArgumentParser
 
 from modeling_dca.configuration_dca import nearest_name
-from training.arguments import RUNS_FOLDER
 from training.benchmarks import report
 from training.benchmarks.measure import PEAK_RESET, interleave, summarize
 from training.benchmarks.models import (
@@ -35,7 +29,10 @@ from training.benchmarks.models import (
     build_models,
 )
 from training.benchmarks.operation import Operation, measure_operation
-from training.errors import UserError, command
+from training.results.record import RUNS_FOLDER
+from training.support.errors import UserError, command
+from training.support.machine import describe_machine
+from training.support.parser import Parser
 
 
 #: What can be asked for, and what it is.
@@ -99,53 +96,6 @@ class BenchmarkArguments:
         if self.output_dir is None:
             shape = f"{self.layers}x{self.hidden}-{self.batch}x{self.seq}-{self.dtype}"
             self.output_dir = f"{RUNS_FOLDER}/benchmarks/{self.device}-{shape}{'-compiled' if self.compile else ''}"
-
-
-class Parser(HfArgumentParser):
-    """Tells what is wrong with a command line as a `UserError`."""
-
-    def error(self, message: str):
-        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists all arguments.")
-
-
-def make_output_folder(arguments: BenchmarkArguments) -> Path:
-    """
-    The folder for the results.
-
-    Raises:
-        `UserError`: it holds results already and `overwrite` is not set, or it cannot be made.
-    """
-    folder = Path(arguments.output_dir)
-    named = f"`output_dir` is {str(folder)!r}"
-    if (folder / report.RESULTS).exists() and not arguments.overwrite:
-        raise UserError(f"{named}, which holds results: name another folder, or pass --overwrite to replace them.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{named}, which cannot be made ({error.strerror}): name another folder.") from error
-    return folder
-
-
-def describe_machine(device: torch.device) -> dict[str, str | int | None]:
-    """What the results depend on besides the arguments."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-        cpu = name[1] if name else cpu
-    machine = {
-        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "CPU": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "CUDA": torch.version.cuda,
-        "Python": platform.python_version(),
-    }
-    for package in ("torch", "transformers", "triton", PUBLISHED, "fla-core"):
-        try:
-            machine[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            machine[package] = None
-    return machine
 
 
 def measure_models(arguments: BenchmarkArguments, candidates: dict[str, Candidate]) -> dict[str, dict]:
@@ -226,11 +176,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict:
 @command
 def main():
     description = "Measure DCA next to the plain transformer."
-    parser = Parser(
-        BenchmarkArguments, prog="python -m training.benchmarks.run", description=description, allow_abbrev=False
-    )
+    parser = Parser(BenchmarkArguments, "training.benchmarks.run", description)
     arguments = BenchmarkArguments(**vars(parser.parse_args()))
-    folder = make_output_folder(arguments)
+    folder = report.make_output_folder(arguments)
     # The models share code, of which each has compiled versions of its own.
     with torch._dynamo.config.patch(recompile_limit=64):
         print(report.write(benchmark(arguments), folder))

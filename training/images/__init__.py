@@ -1,0 +1,1 @@
+"""Image classifiers: fields, reading, augmentation, the task."""

@@ -1,0 +1,80 @@
+"""The fields of a run on images."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from training.data.splits import DataArguments
+from training.images.augmentation import MAX_MAGNITUDE
+from training.run.fields import RunArguments
+
+
+@dataclasses.dataclass
+class ImageDataArguments(DataArguments):
+    """The images of a run."""
+
+    dataset: str = dataclasses.field(
+        default="digits",
+        metadata={
+            "help": "'digits' (scikit-learn's handwritten digits), a local folder with one folder of images for each "
+            "class, parquet files, or the id of a data set on the Hub."
+        },
+    )
+    eval_fraction: float = dataclasses.field(
+        default=0.2, metadata={"help": "The share of the images to hold out, of each class alike."}
+    )
+    image_column: str = dataclasses.field(default="image", metadata={"help": "The column with the images."})
+    label_column: str = dataclasses.field(default="label", metadata={"help": "The column with the classes."})
+    num_labels: int | None = dataclasses.field(
+        default=None, metadata={"help": "The number of classes, where the data does not name them."}
+    )
+    eval_resize: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Resize the smaller side of an image to so many pixels and take the middle of it; if none, the whole "
+            "image is resized to `image_size`. For images held out, and those to train on without `random_crop`."
+        },
+    )
+    random_crop: bool = dataclasses.field(
+        default=False, metadata={"help": "Train on random parts of the images, from 5 %% of the area to all of it."}
+    )
+    horizontal_flip: bool = dataclasses.field(
+        default=False, metadata={"help": "Mirror half of the images to train on, at random."}
+    )
+    rand_augment_operations: int = dataclasses.field(
+        default=0, metadata={"help": "How many operations of RandAugment each image to train on goes through."}
+    )
+    rand_augment_magnitude: float = dataclasses.field(
+        default=10, metadata={"help": f"Their magnitude, from 0 to {MAX_MAGNITUDE}."}
+    )
+    mixup_alpha: float = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "Mix the images of a batch in pairs, each with weights of Beta(alpha, alpha) of its own; 0: do not."
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("rand_augment_operations", "mixup_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
+        if not 0 <= self.rand_augment_magnitude <= MAX_MAGNITUDE:
+            raise ValueError(
+                f"`rand_augment_magnitude` is {self.rand_augment_magnitude}; it must lie between 0 and {MAX_MAGNITUDE}."
+            )
+
+
+@dataclasses.dataclass
+class ImageClassificationArguments(RunArguments):
+    """The paper's recipe for ImageNet (table 8; Beyer et al., 2022), where a run does not say otherwise."""
+
+    held_out_metrics: ClassVar = {"loss": False, "accuracy": True}
+
+    learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "The peak learning rate."})
+    lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "The learning rate schedule."})
+    warmup_steps: float = dataclasses.field(
+        default=10_000, metadata={"help": "Steps to warm up, or below 1 their share."}
+    )
+    weight_decay: float = dataclasses.field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    # The model does not take what the examples hold for their collator.
+    remove_unused_columns: bool = dataclasses.field(default=False, init=False)

@@ -1,0 +1,233 @@
+"""The model card of a run, from what the run left in its folder, and that of a converted model."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from safetensors import safe_open
+
+from training.results.figures import draw_depth_weights, draw_loss_curves
+from training.results.hub import model_name, public_name
+from training.support.files import read_json
+
+
+TEMPLATES = Path(__file__).parents[2] / "model_cards"
+RUN_TEMPLATE, CONVERSION_TEMPLATE = TEMPLATES / "card.md.jinja", TEMPLATES / "conversion.md.jinja"
+LOSS_CURVE, DEPTH_WEIGHTS = "loss_curve.png", "depth_weights.png"
+DEPTH_WEIGHTS_DATA = "depth_weights.json"
+
+# What a card shows of a run's training arguments, and the names it has there.
+HYPER_PARAMETERS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+)
+#: The figures of a task: the key in `all_results.json`, how a card calls it, and whether less is better.
+METRICS = {
+    "text-generation": [
+        ("eval_loss", "held-out loss (nats per token)", True),
+        ("eval_perplexity", "held-out perplexity", True),
+        ("eval_bits_per_byte", "held-out bits per byte", True),
+    ],
+    "image-classification": [
+        ("eval_accuracy", "held-out accuracy", False),
+        ("eval_loss", "held-out loss (nats)", True),
+    ],
+}
+
+
+def origin(source: str, revision: str | None = None) -> dict:
+    """
+    What the metadata of a card say of the model that another was made from, as far as its own card, or its name, tells.
+
+    Args:
+        source: path or id on the Hub.
+    """
+    on_the_hub = not Path(source).exists()
+    try:
+        card = Path(hf_hub_download(source, "README.md", revision=revision) if on_the_hub else f"{source}/README.md")
+        theirs = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):  # it has none, or none that can be had or read
+        theirs = {}
+    told = {name: theirs.get(name) for name in ("license", "license_name", "license_link", "base_model")}
+    link = told["license_link"]
+    if link is not None and "://" not in link:  # a file beside the source's card
+        told["license_link"] = f"https://huggingface.co/{source}/blob/main/{link}" if on_the_hub else None
+    if on_the_hub:
+        told["base_model"] = source
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def write_card(folder: Path, run, note: dict) -> None:
+    """
+    Write `README.md` and its pictures into the folder of a run.
+
+    Args:
+        folder: of the run, with `config.json`, the weights, `all_results.json`, `trainer_state.json` and
+            `depth_weights.json`, as the run left them.
+        run: as it was asked for, a `Run` of `training.run.fields`.
+        note: what the folder cannot tell: `task` (a pipeline tag), `data` (a sentence), `dataset` (an id on the Hub, or
+            `None`), `dataset_name`, `baseline` (the folder of the baseline, or `None`) and, for text generation,
+            `prompt`.
+    """
+    models = {scheme_name(folder): folder}
+    if note["baseline"] is not None:
+        models[scheme_name(note["baseline"])] = note["baseline"]
+    results = {name: read_json(path / "all_results.json") for name, path in models.items()}
+    draw_loss_curves(
+        {name: read_json(path / "trainer_state.json")["log_history"] for name, path in models.items()},
+        folder / LOSS_CURVE,
+    )
+    state = read_json(folder / "trainer_state.json")
+    weights = read_json(folder / DEPTH_WEIGHTS_DATA)
+    if weights:
+        draw_depth_weights(weights, folder / DEPTH_WEIGHTS)
+
+    metrics = METRICS[note["task"]]
+    own = next(iter(models))
+    arguments = run.training.to_dict()
+    name = model_name(folder)
+    metadata = {"license": arguments["model_license"]}
+    if run.initial_checkpoint is not None:
+        metadata = origin(run.initial_checkpoint)
+        if "model_license" in run.named["training"]:
+            others = {name: value for name, value in metadata.items() if not name.startswith("license")}
+            metadata = {**others, "license": arguments["model_license"]}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=note["task"],
+        **metadata,
+        datasets=[note["dataset"]] if note["dataset"] else None,
+        tags=["deep-cross-attention", "dca", run.config.residual_scheme],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type=note["task"],
+                dataset_type=note["dataset"] or public_name(run.data.dataset),
+                dataset_name=note["dataset_name"],
+                metric_type=key.removeprefix("eval_"),
+                metric_name=label,
+                metric_value=round(results[own][key], 6),
+            )
+            for key, label, _ in metrics
+        ],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(RUN_TEMPLATE),
+        folder=folder.as_posix(),
+        task=note["task"],
+        model_name=name,
+        scheme=own,
+        data_sentence=note["data"],
+        metrics=metrics,
+        results=results,
+        parameters={name: count_parameters(path) for name, path in models.items()},
+        verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
+        steps=state["global_step"],
+        best_step=state.get("best_global_step") if arguments["load_best_model_at_end"] else None,
+        hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
+        config=run.config,
+        alteration=arguments["variant"],
+        loss_curve=LOSS_CURVE,
+        depth_weights=DEPTH_WEIGHTS if weights else None,
+        prompt=repr(note.get("prompt")),  # as Python writes it: JSON's escapes of an emoji are another text to Python
+        versions={
+            "Python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "datasets")},
+        },
+        configuration=yaml.safe_dump(public_name(run.named["model"]), sort_keys=False).strip(),
+        base_model=metadata.get("base_model"),
+        is_new=run.initial_checkpoint is None,
+        optimizer=str(run.training.optim.value),
+        processes=run.training.world_size,
+    )
+    card.save(folder / "README.md")
+
+
+def write_conversion_card(
+    folder: Path, source: str, revision: str | None, place: Path, note: dict, new_parameters: int
+) -> None:
+    """
+    Write `README.md` into the folder of a model that was converted and not trained.
+
+    Args:
+        source: path or Hub id of what it was made from.
+        place: where the folder will be.
+        note: `task` (a pipeline tag), `architecture` (the name of the source's class), `dtype`, `exact` (whether only the
+            order of sums differs), `difference` (of the logits, as part of the largest, or `None` if nothing was compared),
+            `processor` (whether there is one), and `config`.
+    """
+    metadata = origin(source, revision)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=note["task"],
+        tags=["deep-cross-attention", "dca", note["config"].residual_scheme],
+        **metadata,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(CONVERSION_TEMPLATE),
+        model_name=model_name(place),
+        folder=str(place),
+        source=None if Path(source).exists() else source,
+        revision=revision,
+        metadata=metadata,
+        scheme=scheme_name(folder),
+        parameters=count_parameters(folder),
+        new_parameters=new_parameters,
+        versions={name: version(name) for name in ("torch", "transformers")},
+        **note,
+    )
+    card.save(folder / "README.md")
+
+
+def _length(arguments: dict) -> str:
+    """Which of the training arguments says how long a run is."""
+    return "max_steps" if arguments["max_steps"] > 0 else "num_train_epochs"
+
+
+def scheme_name(folder: Path) -> str:
+    """The name of a model's residual scheme, with its `k`."""
+    config = read_json(folder / "config.json")
+    scheme, k = config.get("residual_scheme", "dca"), config.get("last_k")
+    return scheme if k is None else f"{k}-{scheme}"
+
+
+def count_parameters(folder: Path) -> int:
+    """How many parameters the weights in a folder have; tied ones are saved once."""
+    count = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dictionary)
+                size = 1
+                for length in weights.get_slice(name).get_shape():
+                    size *= length
+                count += size
+    return count
+
+
+def _verdict(metric: tuple[str, str, bool], results: dict[str, dict]) -> str:
+    """Which of two models is better on this run, in words."""
+    key, label, less_is_better = metric
+    (own, own_results), (other, other_results) = results.items()
+    difference = own_results[key] - other_results[key]
+    if difference == 0:
+        return f"On this run `{own}` and `{other}` have the same {label}."
+    better, worse = (own, other) if (difference < 0) == less_is_better else (other, own)
+    return (
+        f"On this run `{better}` is better than `{worse}`: its {label} is {abs(difference):.3g} "
+        f"{'lower' if less_is_better else 'higher'}. This is one run with one seed."
+    )

@@ -1,0 +1,267 @@
+"""
+Checkpoints that a run can rely on.
+
+A checkpoint has its name, `checkpoint-<step>`, only when all of it is on the disk; until then it is below `.unfinished`.
+A manifest in it says what its files were, so that one that changed since is not trained on. At SIGTERM one is written.
+"""
+
+import contextlib
+import errno
+import json
+import shutil
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import trainer_utils
+from transformers.trainer import FSDP_MODEL_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from training.run.initial import INITIAL_CHECKPOINT
+from training.support.errors import UserError, innermost_message
+from training.support.files import share, sync
+
+
+# The names, sizes and checksums of the files of a checkpoint.
+MANIFEST = "manifest.json"
+# Where, in the folder of a run, that is written or deleted which is not whole. Nothing there is ever read.
+UNFINISHED = ".unfinished"
+
+RESUME = "the same command with --resume_from_checkpoint"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in the folder of a run, the latest last."""
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal() and path.is_dir()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoint_to_resume(folder: Path, named: str | None) -> Path | None:
+    """The checkpoint that the training of the model in `folder` goes on from: the one named, if it is there, or the last."""
+    if named is None:
+        return None
+    if Path(named).resolve().parent == folder.resolve():
+        return Path(named)
+    return next(reversed(checkpoints(folder)), None)
+
+
+def goes_on(checkpoint: Path) -> str:
+    """How a training goes on from a checkpoint."""
+    if any(checkpoint.glob("optimizer*")):
+        return f"{RESUME} goes on from there"
+    return f"it holds a model alone (`save_only_model`), from which a new run starts with --{INITIAL_CHECKPOINT}={checkpoint}"
+
+
+# Writing
+
+
+def finish_checkpoint(unfinished: Path, folder: Path) -> None:
+    """
+    Give a checkpoint that has been written to `unfinished` its place in `folder`, with a manifest, and only when it is on
+    the disk. One of the same name, from an earlier attempt at these steps, is replaced.
+    """
+    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+    with ThreadPoolExecutor() as pool:
+        checksums = pool.map(checksum, files)
+    content = {
+        file.relative_to(unfinished).as_posix(): {"size": file.stat().st_size, "crc32": each}
+        for file, each in zip(files, checksums)
+    }
+    (unfinished / MANIFEST).write_text(
+        json.dumps({"crc32": _checksum_of(content), "files": content}, indent=1), encoding="utf-8"
+    )
+    share(files, unfinished)
+    for path in (*unfinished.rglob("*"), unfinished):
+        sync(path)
+    checkpoint, replaced = folder / unfinished.name, unfinished.with_name("replaced")
+    if checkpoint.exists():
+        checkpoint.rename(replaced)
+    unfinished.rename(checkpoint)
+    sync(folder)
+    discard_unfinished(folder)
+
+
+def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | None) -> None:
+    """
+    Delete the checkpoints that transformers would, so that `limit` are left of those up to a step, and the best one. What is no
+    longer whole does not have the name of a checkpoint.
+    """
+    found = [checkpoint for checkpoint in checkpoints(folder) if _step(checkpoint) <= step]
+    names = folder / UNFINISHED / "names"
+    for checkpoint in found:
+        (names / checkpoint.name).mkdir(parents=True)
+    trainer_utils.rotate_checkpoints(str(names), limit, best and str(names / Path(best).name))
+    for checkpoint in found:
+        if not (names / checkpoint.name).exists():
+            checkpoint.rename(folder / UNFINISHED / checkpoint.name)
+    discard_unfinished(folder)
+
+
+def move_finished(unfinished: Path, folder: Path) -> None:
+    """Move the files of `unfinished`, when they are on the disk, to `folder`, where each replaces the one that was there."""
+    files = [path for path in unfinished.rglob("*") if path.is_file()]
+    share(files, unfinished)
+    for file in files:
+        sync(file)
+    # The index of the weights comes last, the weights before it: what lacks them is not taken for a model.
+    for file in sorted(files, key=lambda file: (".index." in file.name, file.suffix == ".safetensors", file)):
+        target = folder / file.relative_to(unfinished)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    sync(folder)
+    discard_unfinished(folder)
+
+
+def discard_unfinished(folder: Path) -> None:
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def told_if_not_written(what: str, folder: Path, *, only_if_full: bool = False) -> Iterator[None]:
+    """
+    Tells in a sentence that something could not be written to the folder of a run, and from where it can be resumed.
+
+    Args:
+        what: the beginning of the sentence.
+        only_if_full: let errors pass that may have come from reading.
+
+    Raises:
+        [`UserError`]: the disk is full, or fails.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        reason = _writing_error(error, only_if_full)
+        if reason is None:
+            raise
+        with contextlib.suppress(OSError):
+            reason += f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
+        discard_unfinished(folder)
+        last = next(reversed(checkpoints(folder)), None)
+        go_on = "No checkpoint had been written: the same command with --overwrite starts again"
+        if last is not None:
+            go_on = f"{last} is whole: {goes_on(last)}"
+        raise UserError(f"{what} could not be written to {folder} ({reason}). {go_on} when this is mended.") from error
+
+
+def _writing_error(error: BaseException, only_if_full: bool) -> str | None:
+    """Why something could not be written, or `None` if that is not what an exception says."""
+    if isinstance(error, CheckpointException):
+        # Of several processes that write a sharded checkpoint together, each is told what went wrong in any.
+        causes = [wrapped[0] for wrapped in error.failures.values()]
+        return next(filter(None, (_writing_error(cause, only_if_full) for cause in causes)), None)
+    text = innermost_message(error)
+    full = "No space left" in text or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if only_if_full and not full:
+        return None
+    if isinstance(error, OSError):
+        return error.strerror or text
+    # The writers of safetensors and torch have exceptions of their own; torch's do not say why.
+    if full or isinstance(error, SafetensorError):
+        return text
+    return "torch failed to write a file" if "PytorchStreamWriter" in text or "inline_container" in text else None
+
+
+# Reading
+
+
+def checksum(file: Path) -> str:
+    """The CRC-32 of a file, which finds what a disk or a copy spoils at several GB per second."""
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+def _checksum_of(content: dict) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or `None` if it is as it was written, or was written before there were manifests."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.exists():
+        with_manifest = [each for each in checkpoints(checkpoint.parent) if (each / MANIFEST).exists()]
+        return f"{manifest} is missing" if any(_step(each) < _step(checkpoint) for each in with_manifest) else None
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        intact = content["crc32"] == _checksum_of(content["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        return f"{manifest} is damaged"
+
+    def damage_of(name: str) -> str | None:
+        file, expected = checkpoint / name, content["files"][name]
+        try:
+            same = file.stat().st_size == expected["size"] and checksum(file) == expected["crc32"]
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror}"
+        return None if same else f"{file} has changed since it was written"
+
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(damage_of, content["files"])), None)
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """
+    See that a checkpoint is as it was written.
+
+    Raises:
+        [`UserError`]: it is not. What is wrong is said, and which other checkpoint is whole.
+    """
+    wrong = damage(checkpoint)
+    if wrong is None:
+        return
+    # The nearest before it, or else one that is further on.
+    others = sorted(checkpoints(checkpoint.parent), key=lambda each: (_step(each) < _step(checkpoint), _step(each)))
+    whole = next((each for each in reversed(others) if damage(each) is None), None)
+    raise UserError(
+        f"{checkpoint} cannot be resumed, because {wrong}. "
+        + (
+            f"{whole} is whole: go on from there with --resume_from_checkpoint={whole}."
+            if whole
+            else "No other checkpoint is whole: start again with --overwrite."
+        )
+    )
+
+
+def check_state(checkpoint: Path) -> None:
+    """
+    See that a checkpoint holds all of a training, not its model alone.
+
+    Raises:
+        [`UserError`]: the optimizer, which would start anew, is not in it.
+    """
+    if not any(checkpoint.glob("optimizer*")):
+        raise UserError(
+            f"{checkpoint} cannot be resumed, because it holds a model alone, without its optimizer (`save_only_model`): start "
+            f"a new run from its weights, with --{INITIAL_CHECKPOINT}={checkpoint} and another `output_dir`."
+        )
+
+
+def check_sharding(checkpoint: Path, sharded: bool) -> None:
+    """
+    See that a run can go on from a checkpoint in the way in which it was started.
+
+    Args:
+        sharded: whether the processes share out one model, as FSDP does.
+
+    Raises:
+        [`UserError`]: the checkpoint is of the other way.
+    """
+    if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != sharded:
+        raise UserError(
+            f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: resume it "
+            f"{'without' if sharded else 'with'} it, too, on however many devices."
+        )

@@ -1,0 +1,169 @@
+"""A checkpoint evaluated on held-out data, with the figures that a run has."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from training.data.splits import DataArguments
+from training.results.card import METRICS
+from training.results.metrics import TAKEN
+from training.run.fields import check_one_gpu
+from training.run.task import Task
+from training.support.errors import UserError, innermost_message, told
+from training.support.files import write_whole
+from training.support.tables import align
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass
+class EvaluationArguments:
+    """How a checkpoint is evaluated."""
+
+    batch_size: int = dataclasses.field(default=8, metadata={"help": "The examples of a batch, on each device."})
+    device: str | None = dataclasses.field(
+        default=None, metadata={"help": "'cpu', 'cuda', ...; if none, the best that there is."}
+    )
+    dtype: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": f"The precision of the weights: {', '.join(DTYPES)}; if none, that of the checkpoint."},
+    )
+    metrics: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={
+            "help": "Metrics of `evaluate` to measure besides: names on the Hub ('f1'), or paths ('./my_metric'). Predictions "
+            "and references are classes, or of text the next tokens."
+        },
+    )
+    output: str | None = dataclasses.field(default=None, metadata={"help": "A file to write the figures to, as JSON."})
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace the file that `output` names."})
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"`dtype` is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        if self.output is not None and Path(self.output).exists() and not self.overwrite:
+            raise ValueError(f"`output` is {self.output!r}, which exists: name another file, or pass --overwrite.")
+
+
+def find_task(tasks: Iterable[Task], config: PreTrainedConfig, checkpoint: str) -> tuple[Task, type[PreTrainedModel]]:
+    """
+    The task of a checkpoint, and the class that loads it.
+
+    Raises:
+        [`UserError`]: it is of none of the tasks.
+    """
+    architectures = config.architectures or []
+    for task in tasks:
+        classes = task.mapping.get(type(config), ())
+        for model_class in classes if isinstance(classes, tuple) else (classes,):
+            if model_class.__name__ in architectures:
+                return task, model_class
+    raise UserError(
+        f"{checkpoint!r} is a {' or '.join(architectures) or config.model_type}; what is evaluated are causal language models "
+        "and image classifiers."
+    )
+
+
+def load_model(model_class: type[PreTrainedModel], checkpoint: str, dtype: str | None) -> PreTrainedModel:
+    """
+    Load a model of which all weights are in its checkpoint.
+
+    Raises:
+        [`UserError`]: the checkpoint cannot be read, or lacks weights.
+    """
+    with told(checkpoint, "evaluated"):
+        model, loading = model_class.from_pretrained(checkpoint, dtype=dtype or "auto", output_loading_info=True)
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"{checkpoint!r} lacks {len(missing)} weights of a {model_class.__name__}: {missing[0]}, for one."
+        )
+    return model
+
+
+def evaluate(
+    checkpoint: str,
+    task: Task,
+    model_class: type[PreTrainedModel],
+    data: DataArguments,
+    arguments: EvaluationArguments,
+    config: PreTrainedConfig,
+    **precision: bool,
+) -> dict[str, Any]:
+    """
+    The held-out figures of a checkpoint, by the names that they have in a run's `all_results.json`.
+
+    Args:
+        precision: in what a run trained and evaluated, `bf16` or `fp16`, as [`~transformers.TrainingArguments`] take it.
+
+    Raises:
+        [`UserError`]: the checkpoint cannot be read, or the data does not go with it.
+    """
+    options = task.evaluation(data, config, checkpoint, arguments.metrics)
+    model = load_model(model_class, checkpoint, arguments.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer_arguments = TrainingArguments(
+                folder,
+                per_device_eval_batch_size=arguments.batch_size,
+                use_cpu=arguments.device == "cpu" or (bool(precision) and not torch.accelerator.is_available()),
+                average_tokens_across_devices=False,
+                remove_unused_columns=False,
+                report_to="none",
+                **precision,
+            )
+            check_one_gpu(trainer_arguments)
+            device = trainer_arguments.device.type
+            if arguments.device not in (None, device):
+                raise UserError(
+                    f"`device` is {arguments.device!r}, but what there is here is {device!r}: leave it out."
+                )
+            trainer = Trainer(model, trainer_arguments, **options)
+        except ValueError as error:
+            raise UserError(f"{innermost_message(error)} (`--dtype` sets another precision.)") from error
+        figures = trainer.evaluate()
+    return {
+        "checkpoint": checkpoint,
+        "model": model_class.__name__,
+        "parameters": model.num_parameters(),
+        "task": task.name,
+        "data": dataclasses.asdict(data),
+        "examples": len(options["eval_dataset"]),
+        "batch_size": arguments.batch_size,
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **precision,
+        **{name: value for name, value in figures.items() if name.startswith("eval_")},
+    }
+
+
+def report(figures: dict[str, Any], output: str | None) -> None:
+    """
+    Print the figures of a checkpoint, and write them to a file, if one is named.
+
+    Raises:
+        [`UserError`]: the file cannot be written.
+    """
+    labels = {key: label for key, label, _ in METRICS[figures["task"]]}
+    for key in figures:
+        if key.startswith("eval_") and key.removeprefix("eval_") not in TAKEN:
+            labels.setdefault(key, key.removeprefix("eval_"))  # of a metric that was named
+    rows = [[label, f"{figures[key]:.6g}"] for key, label in labels.items()]
+    held_out = figures["data"]["eval_dataset"] or figures["data"]["dataset"]
+    table = align(["", ""], rows)
+    print(f"\n{figures['checkpoint']}, {figures['examples']:,} held-out examples of {held_out}:\n\n{table}\n")
+    if output is not None:
+        try:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(output), json.dumps(figures, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"`output` is {output!r}, which cannot be written: {error.strerror}.") from error

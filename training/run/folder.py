@@ -1,0 +1,130 @@
+"""The folder of a run: what may be in it before the run, and the record of what was asked for."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import yaml
+
+from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
+from training.results.record import RECORD, read_record
+from training.run.checkpoints import MANIFEST, check_checkpoint, check_sharding, check_state, checkpoint_to_resume
+from training.run.fields import LAST, Run, RunArguments
+from training.run.trainer import uses_fsdp
+from training.support.errors import UserError
+from training.support.files import read_json, write_whole
+
+
+# Fields that a run which is resumed has from its checkpoint, or, with others, cannot take from there.
+OF_THE_OPTIMIZER = (
+    *("learning_rate", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+
+
+def check_output_folder(arguments: RunArguments) -> None:
+    """
+    See that a run may use its folder, before anything is done for it.
+
+    Raises:
+        [`UserError`]: the folder holds another run and neither `overwrite` nor `resume_from_checkpoint` is set, it
+        holds something else than a run, there is nothing to resume, or the checkpoint is damaged or of another way to
+        share out the model.
+    """
+    folder, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    named = f"`output_dir` is {str(folder)!r}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{named}, which is a file: name a folder.")
+    holds_run = (folder / RECORD).exists()
+    if checkpoint is not None:
+        if arguments.overwrite:
+            raise UserError("Both `overwrite` and `resume_from_checkpoint` are set: leave one of them out.")
+        if not holds_run:
+            raise UserError(f"{named}, which holds no run to resume: leave `resume_from_checkpoint` out.")
+        if checkpoint != LAST and not (
+            any((Path(checkpoint) / file).exists() for file in ("trainer_state.json", MANIFEST))
+            and folder.resolve() in Path(checkpoint).resolve().parents
+        ):
+            raise UserError(
+                f"`resume_from_checkpoint` is {checkpoint!r}, which is no checkpoint of the run in {folder}."
+            )
+        for model_folder in filter(None, (folder, arguments.baseline and folder / arguments.baseline)):
+            resumed = checkpoint_to_resume(model_folder, checkpoint)
+            if resumed is not None:
+                if arguments.should_save:  # one process reads all of it
+                    check_checkpoint(resumed)
+                check_state(resumed)
+                check_sharding(resumed, uses_fsdp(arguments))
+                check_gates(resumed)
+    elif folder.exists() and any(folder.iterdir()):
+        if not holds_run:
+            raise UserError(f"{named}, which holds files that are not of a run: name another folder.")
+        if not arguments.overwrite:
+            raise UserError(
+                f"{named}, which holds another run: name another folder, or pass --overwrite to delete it or "
+                "--resume_from_checkpoint to go on with it."
+            )
+        # (`runs/demo` of one configuration can hold `runs/demo/text` of another.)
+        other = next((record.parent for record in folder.rglob(RECORD) if record.parent != folder), None)
+        if other is not None:
+            raise UserError(f"{named}, which also holds the run {str(other)!r}: move that, or name another folder.")
+
+
+def check_gates(checkpoint: Path) -> None:
+    """
+    Raises:
+        [`UserError`]: the checkpoint has gates of release 0.1, which would go on as another model.
+    """
+    file = checkpoint / "config.json"
+    config = read_json(file) if file.exists() else {}
+    scheme = RESIDUAL_SCHEMES.get(config.get("residual_scheme"))
+    if scheme is not None and scheme.gated and "gate_norm" not in config:
+        raise UserError(
+            f"{checkpoint} is of a run with modeling-dca 0.1, whose gates saw entries as they are: go on with that release, "
+            "or pass --overwrite to start again."
+        )
+
+
+def _variant(named: dict[str, dict]) -> str | None:
+    """The variant of a run, which `training.altered` calls `alteration`."""
+    return named["training"].get("variant") or named["training"].get("alteration")
+
+
+def make_output_folder(run: Run) -> None:
+    """Make the folder of a run, which `check_output_folder` has seen, with a record of what was asked for."""
+    folder = Path(run.training.output_dir)
+    record = folder / RECORD
+    if run.training.resume_from_checkpoint is not None:
+        before = read_record(record)
+        if before is None:
+            raise UserError(f"{record} is damaged: name another `output_dir`, or pass --overwrite to start again.")
+        if "split_seed" in run.named["data"]:  # which was the run's seed before it had one of its own
+            before["data"].setdefault("split_seed", before["training"].get("seed", 42))
+        for section in ("model", "data"):
+            if before[section] != run.named[section]:
+                raise UserError(
+                    f"The run in {folder} was started with other `{section}` fields ({record}): resume it with those, or "
+                    "name another `output_dir`."
+                )
+        was, now = (_variant(named) for named in (before, run.named))
+        if was != now:
+            raise UserError(
+                f"The run in {folder} was started with {was!r} as `variant`, not {now!r}: resume it so, or name another "
+                "`output_dir`."
+            )
+        defaults = {field.name: field.default for field in dataclasses.fields(run.training)}
+        for name in OF_THE_OPTIMIZER:
+            was, now = (named["training"].get(name, defaults[name]) for named in (before, run.named))
+            if was != now:
+                raise UserError(
+                    f"The run in {folder} was started with {was!r} as `{name}`, not {now!r}, and its checkpoints hold that: "
+                    "resume it so, or name another `output_dir`."
+                )
+    try:
+        if run.training.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").unlink(missing_ok=True)  # A card says that the run is finished, and with what figures.
+        write_whole(record, yaml.safe_dump(run.named, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error

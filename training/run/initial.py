@@ -1,0 +1,86 @@
+"""Runs that start from a trained checkpoint instead of random weights: of a DCA model, or of one that becomes DCA."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from modeling_dca import DCABaseConfig
+from modeling_dca.conversion_dca import OVERRIDES, convert_config
+from training.support.errors import UserError, told
+
+
+# Fields that only a residual model still leaves open.
+SCHEME = ("residual_scheme", "last_k")
+
+
+def is_trained_dca(config: DCABaseConfig) -> bool:
+    return isinstance(config, DCABaseConfig) and config.residual_scheme != "standard"
+
+
+def initial_config(model_class: type[PreTrainedModel], checkpoint: str, fields: dict[str, Any]) -> DCABaseConfig:
+    """
+    The configuration of a run that starts from a checkpoint.
+
+    Args:
+        checkpoint: path or Hub id of a DCA model, or of a residual model of a family that can become DCA.
+        fields: those fields that the run names itself.
+
+    Raises:
+        [`UserError`]: there is no such checkpoint, it cannot become DCA, or a field does not go with it.
+    """
+    with told(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint)
+        if not is_trained_dca(config):
+            return convert_config(model_class, config, fields)
+    if config.model_type != model_class.config_class.model_type:
+        raise UserError(
+            f"`initial_checkpoint` is {checkpoint!r}, a {config.model_type!r} model; this command trains "
+            f"{model_class.config_class.model_type!r} models."
+        )
+    for name, value in fields.items():
+        if (name not in OVERRIDES or name in SCHEME) and value != getattr(config, name):
+            raise UserError(
+                f"`{name}` is {value!r}, but `initial_checkpoint` ({checkpoint!r}) has {getattr(config, name)!r}: leave "
+                f"`{name}` out."
+            )
+        setattr(config, name, value)
+    return config
+
+
+def check_scheme(config: DCABaseConfig, checkpoint: str | None) -> None:
+    """
+    Raises:
+        [`UserError`]: the checkpoint is a DCA model of another scheme than `config`.
+    """
+    if checkpoint is None:
+        return
+    with told(checkpoint):
+        trained = AutoConfig.from_pretrained(checkpoint)
+    if is_trained_dca(trained) and any(getattr(trained, name) != getattr(config, name) for name in SCHEME):
+        raise UserError(
+            f"`initial_checkpoint` is {checkpoint!r}, which has the `residual_scheme` {trained.residual_scheme!r}: "
+            f"{config.residual_scheme!r} cannot start from it; name a residual model."
+        )
+
+
+def initial_model(
+    model_class: type[PreTrainedModel], config: DCABaseConfig, checkpoint: str | None
+) -> PreTrainedModel:
+    """
+    A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A
+    classifier of other classes than the checkpoint's has a new head.
+    """
+    if checkpoint is None:
+        return model_class(config)
+    options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    with told(checkpoint):
+        if is_trained_dca(AutoConfig.from_pretrained(checkpoint)):
+            return model_class.from_pretrained(checkpoint, **options)
+        scheme = {name: getattr(config, name) for name in SCHEME}
+        weights = model_class.from_residual(checkpoint, dtype=torch.float32, **scheme).state_dict()
+        return model_class.from_pretrained(None, state_dict=weights, **options)
+
+
+# The field of the section `model` that is no field of its configuration.
+INITIAL_CHECKPOINT = "initial_checkpoint"

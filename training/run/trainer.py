@@ -1,0 +1,407 @@
+"""The trainer of a run: what the Trainer of transformers does not do by itself, or does otherwise."""
+
+import contextlib
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import parse_flag_from_env
+from accelerate.utils.memory import should_reduce_batch_size
+from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import is_torch_xla_available
+
+from training.results.hub import publish
+from training.results.record import DIVERGED
+from training.run.checkpoints import (
+    UNFINISHED,
+    discard_unfinished,
+    finish_checkpoint,
+    move_finished,
+    rotate_checkpoints,
+    told_if_not_written,
+)
+from training.run.fields import RunArguments
+from training.run.termination import Termination
+from training.run.throughput import SpeedProgress, Throughput
+from training.support.errors import UserError, innermost_message
+from training.support.files import read_json, write_whole
+
+
+if is_torch_xla_available():
+    import torch_xla
+
+
+# Of how many batches the losses are kept that nobody has looked at.
+LOSSES_KEPT = 1000
+
+
+def uses_fsdp(arguments: RunArguments) -> bool:
+    """Whether the processes share out one model, as the launcher or the run says."""
+    return arguments.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+class XlaStep(TrainerCallback):
+    """
+    Ends the graph of an XLA device with the step, before anything looks at a value of it: a value that is asked for earlier
+    has all that leads to it compiled, and computed, for itself. The data loader, which would end it, is part of the next
+    step, which would then be said to wait for data while it compiles; and of batches whose gradients are accumulated it
+    would make a single graph.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch_xla.sync(wait=control.should_log or control.should_evaluate or control.should_save)
+
+    on_substep_end = on_step_end
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Stops a run whose loss or weights are no longer finite, before such weights are logged, evaluated or saved."""
+
+    def __init__(self, trainer: "RunTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        saves = control.should_save or state.global_step >= state.max_steps
+        if not (saves or control.should_log or control.should_evaluate or len(self.trainer.losses) >= LOSSES_KEPT):
+            return  # looking at a value on the device means waiting for it
+        losses, what = self.trainer.take_losses(), "loss"
+        learning_rates = {step: learning_rate for step, learning_rate, _ in losses}
+        step = self._first([step for step, _, loss in losses if not math.isfinite(loss)])
+        if step is None and saves:
+            what, learning_rates = "weights", {state.global_step: self.trainer._get_learning_rate()}
+            step = self._first([] if get_total_norm(model.parameters()).isfinite() else [state.global_step])
+        if step is not None:
+            last = get_last_checkpoint(args.output_dir)
+            if args.should_save:
+                found = {"step": step, "learning_rate": learning_rates[step], "what": what}
+                with told_if_not_written("What was found", args.output_dir):
+                    write_whole(Path(args.output_dir, DIVERGED), json.dumps(found))
+            raise UserError(
+                f"The {what} became NaN or infinite at step {step}, with a learning rate of {learning_rates[step]:.3g}: lower "
+                "`learning_rate` or lengthen `warmup_steps`. "
+                + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved.")
+            )
+
+    def _first(self, steps: list[int]) -> int | None:
+        """The first of the steps that any of the processes found, the same in all of them."""
+        accelerator, never = self.trainer.accelerator, self.trainer.state.global_step + 1
+        first = min(steps, default=never)
+        if accelerator.num_processes > 1:
+            first = accelerator.gather(torch.tensor([first], device=accelerator.device)).min().item()
+        return None if first == never else first
+
+
+class StreamBatches(Protocol):
+    """The batches of one process, without end. It knows how far the training is, however far it has read ahead itself."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def trained(self) -> None:
+        """Every process was trained on a batch."""
+
+    def save(self, folder: str) -> None:
+        """Write to a checkpoint where the stream is."""
+
+    def load(self, folder: str) -> None:
+        """Go on where the processes were, however many, that wrote a checkpoint."""
+
+
+class Stream(Protocol):
+    """Examples that are read while they are trained on."""
+
+    def batches(self, batch_size: int, collate: Callable, **options: int | None) -> StreamBatches:
+        """
+        The batches of one process.
+
+        Args:
+            options: `num_processes`, `process_index`, `num_workers` and `prefetch_factor`.
+        """
+
+
+class RunTrainer(Trainer):
+    """
+    The trainer of a run: what it saves is whole or not there, it stops with a checkpoint at SIGTERM and without one at a
+    loss that is not finite, and publishes the run as a whole.
+
+    Args:
+        stream: what is trained on, in place of `train_dataset`; it says where it is and goes on from there.
+    """
+
+    def __init__(self, *args, stream: Stream | None = None, **kwargs):
+        state = PartialState()
+        if state.distributed_type is DistributedType.MULTI_CPU and uses_fsdp(kwargs["args"]):
+            # The processes of CPUs are all that accelerate does not pass on to FSDP: it would train with DDP, and not say so.
+            state.distributed_type = DistributedType.MULTI_GPU
+        super().__init__(*args, train_dataset=kwargs.pop("train_dataset", None) or stream, **kwargs)
+        self.losses = []
+        self.initial_weights = None
+        self.stream, self.stream_batches = stream, None
+        if stream is not None:
+            self.args.ignore_data_skip = True  # it goes on where it was, and is not read again from its start
+        if self.args.device.type == "xla":
+            self.add_callback(XlaStep)
+        self.throughput = Throughput()
+        self.add_callback(self.throughput)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(SpeedProgress)
+        self.folder = Path(self.args.output_dir)
+        self.checkpoints_folder = None
+        self.termination = Termination(self)
+        self.add_callback(self.termination)  # before the guard, which looks at what is to be saved
+        self.add_callback(NonFiniteGuard(self))
+
+    def train(self, *args, **kwargs):
+        if self.args.should_save:
+            discard_unfinished(self.folder)
+        with self.termination, self._told_if_out_of_memory("per_device_train_batch_size"):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self._told_if_out_of_memory("per_device_eval_batch_size"):
+            return super().evaluate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _told_if_out_of_memory(self, field: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) and "No executable batch size" not in str(error):
+                raise
+            message = textwrap.shorten(innermost_message(error), 200, placeholder=" ...")
+            raise UserError(
+                f"The memory does not suffice with {getattr(self.args, field)} as `{field}`: lower it, or make the model "
+                f"smaller ({message})."
+            ) from error
+
+    def _inner_training_loop(self, batch_size=None, args=None, **kwargs):
+        if args.auto_find_batch_size:
+            if self.initial_weights is None:
+                self.initial_weights = {
+                    name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()
+                }
+            else:  # what did not fit into memory may have come some way
+                self.model.load_state_dict(self.initial_weights)
+                self.optimizer, self.losses = None, []
+                self.throughput.__init__()
+                set_seed(args.seed)
+            if args.global_batch_size is not None:
+                share = args.global_batch_size // args.world_size
+                batch_size = max(size for size in range(1, batch_size + 1) if share % size == 0)
+                args.gradient_accumulation_steps = share // batch_size
+            args.per_device_train_batch_size = batch_size
+        return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler, batch = super()._get_train_sampler(train_dataset), self.args.global_batch_size
+        if batch is None or sampler is None:
+            return sampler
+        # Left to itself, the last batch of an epoch is smaller on one process, and filled up for several.
+        whole = -(-len(sampler) // batch) * batch
+        if isinstance(sampler, RandomSampler):
+            return RandomSampler(sampler.data_source, num_samples=whole)
+        return [index % len(sampler) for index in range(whole)]
+
+    def get_train_dataloader(self):
+        if self.stream is None:
+            return super().get_train_dataloader()
+        self.stream_batches = self.stream.batches(
+            self._train_batch_size,
+            self.data_collator,
+            num_processes=self.args.world_size,
+            process_index=self.args.process_index,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        loader = DataLoader(
+            self.stream_batches,
+            batch_size=None,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),
+        )
+        # Each process reads its own part: as one of several, accelerate would take a part of that, too.
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # that is for the training
+        try:
+            loader = super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+        # Accelerate's loader for XLA reads ahead in a thread. It has met the end before the last batch is evaluated, so
+        # that nothing leaves out what fills that batch up: the loss would count it as a whole one.
+        return loader.dataloader if self.args.device.type == "xla" else loader
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            if self.stream_batches is not None and kwargs["resume_from_checkpoint"] is not None:
+                self.stream_batches.load(kwargs["resume_from_checkpoint"])
+                # (The trainer, which skips nothing, would count the epoch from 0.)
+                kwargs["epoch"] = kwargs["epochs_trained"] = self.state.global_step / self.state.max_steps
+            return super()._run_epoch(*args, **kwargs)
+        # A run that had come to its end is resumed: the trainer would take one more step before it saw that.
+        self.control.should_training_stop = True
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches = super().get_batch_samples(self.throughput.waiting.over(epoch_iterator), num_batches, device)
+        if self.args.device.type == "xla" and len(batches[0]) < num_batches:
+            # An error in the thread that reads ahead ends the data, and only its traceback tells of it.
+            raise UserError(
+                f"The data could not be read on after step {self.state.global_step}; why stands above. The same command "
+                "with --resume_from_checkpoint goes on from the last checkpoint when this is mended."
+            )
+        return batches
+
+    def log(self, logs, start_time=None):
+        # What is said of a step and of the whole training; evaluations have speeds of their own.
+        if "loss" in logs:
+            logs.update(self.throughput.measured(self.args.world_size, since_last_log=True))
+        elif "train_loss" in logs:
+            total = self.throughput.measured(self.args.world_size, since_last_log=False)
+            logs.update({f"train_{name}": value for name, value in total.items()})
+        super().log(logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.throughput.count(self.model, inputs, self.args.world_size)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append((self.state.global_step + 1, self._get_learning_rate(), loss.detach()))
+        if self.stream_batches is not None:
+            self.stream_batches.trained()
+        return loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        if model.training:
+            return super().compute_loss(model, *args, **kwargs)
+        # What is held out has the model's own loss, which can be compared, whatever was done to the one that is trained on.
+        smoother, loss_func = self.label_smoother, self.compute_loss_func
+        self.label_smoother = self.compute_loss_func = None
+        try:
+            return super().compute_loss(model, *args, **kwargs)
+        finally:
+            self.label_smoother, self.compute_loss_func = smoother, loss_func
+
+    def take_losses(self) -> list[tuple[int, float, float]]:
+        """Step, learning rate and loss of every batch since the last call."""
+        steps, learning_rates, losses = zip(*self.losses)
+        self.losses = []
+        return list(zip(steps, learning_rates, torch.stack(losses).tolist()))
+
+    def _get_output_dir(self, trial):
+        return self.checkpoints_folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = self.folder / UNFINISHED / name
+        with told_if_not_written(f"The checkpoint of step {self.state.global_step}", self.folder):
+            self.checkpoints_folder = str(unfinished.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.checkpoints_folder = None
+            if self.state.best_model_checkpoint == str(unfinished):
+                self.state.best_model_checkpoint = str(self.folder / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the name of the best one
+                finish_checkpoint(unfinished, self.folder)
+                limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+                rotate_checkpoints(self.folder, self.state.global_step, limit, best)
+            self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.stream_batches is not None:
+            self.stream_batches.save(output_dir)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if output_dir is not None:
+            with self._plain_arguments():
+                return super().save_model(output_dir, _internal_call)
+        unfinished = self.folder / UNFINISHED / "model"
+        with told_if_not_written("The trained model", self.folder), self.whole_weights():
+            # (The trainer would publish a run that is not yet whole.)
+            with self._plain_arguments():
+                super().save_model(str(unfinished), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_finished(unfinished, self.folder)
+            self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _plain_arguments(self) -> Iterator[None]:
+        """
+        Saves the arguments as those of transformers, which keep all fields: whoever loads them need not have this project,
+        and never has the module that the command was.
+        """
+        own = self.args
+        self.args = object.__new__(TrainingArguments)
+        vars(self.args).update(vars(own))
+        try:
+            yield
+        finally:
+            self.args = own
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Saves weights that FSDP has shared out as those of one model, not as the parts that the processes have."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        before = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(before)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
+        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            # The last batches of the processes are filled up, with examples that were evaluated before. The loss, which the
+            # trainer then takes as often as there are others, is to be that of those alone.
+            own = min(max(state.remainder - self.args.process_index * size, 1), size)
+            inputs = self._prepare_inputs({name: values[:own] for name, values in inputs.items()})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs).detach()
+        return loss, logits, labels
+
+    def save_metrics(self, split, metrics, combined=True):
+        """As the trainer does, but that a file is replaced as a whole: `all_results.json` is read again in a resumed run."""
+        if self.is_world_process_zero():
+            together = self.folder / "all_results.json"
+            before = read_json(together) if together.exists() else {}
+            for file, values in ((together, {**before, **metrics}), (self.folder / f"{split}_results.json", metrics)):
+                write_whole(file, json.dumps(values, indent=4, sort_keys=True))
+
+    def init_hf_repo(self, *args, **kwargs):
+        """The repository is there: the commands have seen to it before anything else."""
+
+    def push_to_hub(self, *args, **kwargs):
+        """Publish the folder of the run, model card and all, rather than what transformers would make of it."""
+        if self.is_world_process_zero():
+            repo_id, revision = self.args.hub_model_id, self.args.hub_revision
+            try:
+                publish(self.folder, repo_id, self.args.hub_private_repo, revision)
+                self.callback_handler.on_push_begin(self.args, self.state, self.control)  # a Space of the logs, say
+            except UserError as error:
+                options = "".join(
+                    [f" --revision {revision}" if revision else "", " --private" if self.args.hub_private_repo else ""]
+                )
+                raise UserError(
+                    f"The run in {self.folder} is complete, but not published; when this is mended, `python -m "
+                    f"training.publish {self.folder} {repo_id}{options}` does it: "
+                    + str(error).replace("the same command", "that command")
+                ) from error

@@ -1,0 +1,137 @@
+"""One run from start to end: its models, their training, and what it leaves."""
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.utils.checkpoint
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers.trainer_utils import speed_metrics
+from transformers.utils import is_torch_xla_available
+
+from modeling_dca import DCABaseConfig
+from training.results.card import DEPTH_WEIGHTS_DATA, write_card
+from training.results.depth_weights import measure_depth_weights
+from training.results.record import DIVERGED
+from training.run.checkpoints import checkpoint_to_resume, told_if_not_written
+from training.run.fields import Run, RunArguments
+from training.run.initial import initial_model
+from training.run.trainer import RunTrainer
+from training.support.errors import UserError, innermost_message
+from training.support.files import read_json
+from training.variants.registry import VARIANTS
+
+
+if is_torch_xla_available():
+    import torch_xla
+
+# How many held-out batches tell the mean gates.
+DEPTH_WEIGHT_BATCHES = 16
+
+
+def run_models(
+    run: Run, model_class: type[PreTrainedModel], baseline: DCABaseConfig | None, note: dict, **trainer_options
+) -> None:
+    """
+    Train the model of a run, and before it its baseline on the same batches, and leave the folder of the run complete:
+    weights, configuration, code, processor, results, logs, model card and its pictures.
+
+    Args:
+        note: what the model card says of task and data, see `write_card`.
+        trainer_options: datasets, collator, processor and metrics, as [`~transformers.Trainer`] takes them.
+    """
+    folder = Path(run.training.output_dir)
+    note = {**note, "baseline": None}
+    if baseline is not None:
+        arguments = copy.copy(run.training)
+        arguments.output_dir, arguments.push_to_hub = str(folder / baseline.residual_scheme), False
+        train(model_class, baseline, arguments, run.initial_checkpoint, **trainer_options)
+        note["baseline"] = Path(arguments.output_dir)
+
+    trainer = train(model_class, run.config, run.training, run.initial_checkpoint, **trainer_options)
+    if trainer.is_world_process_zero():
+        # From the saved weights, which are whole however the trainer had spread the model.
+        model = model_class.from_pretrained(folder).to(run.training.device)
+        weights = measure_depth_weights(model, held_out_batches(trainer))
+        (folder / DEPTH_WEIGHTS_DATA).write_text(json.dumps(weights, indent=1), encoding="utf-8")
+        write_card(folder, run, note)
+    if run.training.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"\nThe run is complete: {folder} (model card: {folder / 'README.md'})")
+
+
+def model_and_callbacks(
+    run: Run, model_class: type[PreTrainedModel]
+) -> tuple[type[PreTrainedModel], list[TrainerCallback]]:
+    """What a run trains, and the callbacks of its trainer: those of its variant, if it names one."""
+    if run.training.variant is None:
+        return model_class, []
+    variant = VARIANTS[run.training.variant]
+    return variant.model(model_class), list(variant.callbacks)
+
+
+def held_out_batches(trainer: RunTrainer) -> Iterator[dict[str, torch.Tensor]]:
+    """The first held-out batches, whole, on the process that asks."""
+    size = trainer.args.per_device_eval_batch_size
+    examples = trainer.eval_dataset.select(range(min(size * DEPTH_WEIGHT_BATCHES, len(trainer.eval_dataset))))
+    for batch in DataLoader(examples, batch_size=size, collate_fn=trainer.data_collator):
+        yield {name: values.to(trainer.args.device) for name, values in batch.items()}
+        if trainer.args.device.type == "xla":
+            torch_xla.sync()  # rather than a graph of all batches
+
+
+def mean_logged_loss(log_history: list[dict]) -> float:
+    """The mean over all steps, of which each entry holds the mean since the one before."""
+    steps, losses = zip(*((entry["step"], entry["loss"]) for entry in log_history if "loss" in entry))
+    return sum((step - before) * loss for before, step, loss in zip((0, *steps), steps, losses)) / steps[-1]
+
+
+def figures_of_the_past(trainer: RunTrainer) -> dict[str, float]:
+    """What the training of a run had come to that was over before this sitting, by what was logged and counted in it."""
+    steps = trainer.state.global_step
+    figures = {"train_loss": mean_logged_loss(trainer.state.log_history)}
+    measured = trainer.throughput.measured(trainer.args.world_size, since_last_log=False)
+    if measured:
+        examples = steps * trainer.get_total_train_batch_size(trainer.args)
+        figures |= speed_metrics("train", time.time() - trainer.throughput.seconds, examples, steps)
+        figures |= {f"train_{name}": value for name, value in measured.items()}
+    return figures
+
+
+def train(
+    model_class: type[PreTrainedModel],
+    config: DCABaseConfig,
+    arguments: RunArguments,
+    initial_checkpoint: str | None = None,
+    **trainer_options,
+) -> RunTrainer:
+    """Train one model, from where it was left if `resume_from_checkpoint` is set, and save and evaluate it."""
+    folder = Path(arguments.output_dir)
+    set_seed(arguments.seed)
+    model = initial_model(model_class, config, initial_checkpoint)
+    try:
+        trainer = RunTrainer(model=model, args=arguments, **trainer_options)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(innermost_message(error)) from error
+    checkpoint = checkpoint_to_resume(folder, arguments.resume_from_checkpoint)
+    first_step = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else 0
+    with told_if_not_written("What was logged or found", folder, only_if_full=True):
+        if arguments.should_save:
+            (folder / DIVERGED).unlink(missing_ok=True)
+        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if result.global_step > first_step:
+            trainer.save_metrics("train", result.metrics)
+        elif not (folder / "train_results.json").exists():
+            # It ended between its last checkpoint and its figures. (Those that there are stay as they are.)
+            trainer.save_metrics("train", figures_of_the_past(trainer))
+        trainer.save_model()
+        trainer.save_state()
+        metrics = trainer.evaluate()
+        trainer.log_metrics(config.residual_scheme, metrics)
+        trainer.save_metrics("eval", metrics)
+    return trainer

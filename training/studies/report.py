@@ -1,0 +1,256 @@
+"""What came of the runs of a comparison: figures over the seeds, a table and pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.results.card import METRICS, count_parameters, scheme_name
+from training.results.figures import draw_compared_curves, draw_loss_over_parameters, draw_loss_over_time
+from training.studies.statistics import (
+    CONFIDENCE,
+    DIVERGENCE,
+    SPIKE_DEVIATIONS,
+    SPIKE_LOGGING_STEPS,
+    SPIKE_WINDOW,
+    count_spikes,
+    has_diverged,
+    summarize,
+)
+from training.studies.study import COMMANDS, Comparison, Member
+from training.support.files import read_json
+from training.support.tables import align
+
+
+TABLE, RAW = "README.md", "comparison.json"
+CURVES, OVER_TIME, OVER_PARAMETERS = "loss_curves.png", "loss_over_time.png", "loss_over_parameters.png"
+
+
+def read_member(member: Member) -> dict[str, Any]:
+    """
+    What came of a run: its figures, by the names that they have in `comparison.json`, and its curves as lists of points.
+
+    The held-out figures are the run's own, all by the same code: that of the training commands and of `training.evaluate`.
+    """
+    state, results = read_json(member.folder / "trainer_state.json"), read_json(member.folder / "all_results.json")
+    steps, history, arguments = state["global_step"], state["log_history"], member.run.training
+    text = COMMANDS[member.command].name == "text-generation"
+    curve_key = "eval_perplexity" if text else "eval_loss"
+    held_out = {entry["step"]: entry for entry in history if "eval_loss" in entry} | {steps: results}
+    # Of the training alone, where that is measured, and over all sittings; evaluations and saving are not in it.
+    speed = results.get("train_tokens_per_second" if text else "train_images_per_second")
+    length = member.run.data.block_size if text else 1
+    if speed is None:
+        speed = results["train_samples_per_second"] * length
+    batch = arguments.global_batch_size
+    if batch is None:
+        batch = state["train_batch_size"] * arguments.gradient_accumulation_steps
+        # How many processes there were is not recorded.
+        batch *= max(1, round(results["train_samples_per_second"] / results["train_steps_per_second"] / batch))
+    examples = steps * batch * length
+    # The runtime of a run that was resumed is that of its last sitting.
+    share = results["train_steps_per_second"] * results["train_runtime"] / steps
+    config = read_json(member.folder / "config.json")
+    sittings = read_json(member.sittings) if member.sittings.exists() else {}
+    training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    seen = arguments.logging_steps <= SPIKE_LOGGING_STEPS
+    return {
+        "group": member.group,
+        "variant": member.variant,
+        "seed": member.seed,
+        "folder": member.folder.as_posix(),
+        "scheme": scheme_name(member.folder),
+        "layers": config["num_hidden_layers"],
+        "width": config["hidden_size"],
+        "parameters": count_parameters(member.folder),
+        "steps": steps,
+        "examples": examples,
+        "seconds": examples / speed,
+        "wall_time": results["train_runtime"] / (share if share < 0.99 else 1),
+        "speed": speed,
+        **{key: results[key] for key, _, _ in METRICS[COMMANDS[member.command].name]},
+        "held_out": [[step, entry["eval_loss"], entry[curve_key]] for step, entry in sorted(held_out.items())],
+        "training": training,
+        "spikes": count_spikes(training) if seen else None,
+        "diverged": has_diverged(training),
+        "named": member.run.named,
+        **sittings,
+    }
+
+
+def with_spread(figure: dict, digits: int) -> str:
+    deviation = figure["standard_deviation"]
+    return f"{figure['mean']:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:,.{digits}f}")
+
+
+def label_of(group: str | None, variant: str) -> str:
+    return variant if group is None else f"{group}, {variant}"
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
+
+
+def make_table(summary: dict[str | None, dict[str, dict]], baseline: str, task: str) -> str:
+    """The table in Markdown, a row for each variant of each group."""
+    unit = "tokens" if task == "text-generation" else "images"
+    header = ["", "parameters", "steps", unit]
+    for key, label, _ in METRICS[task]:
+        header += [label] + [f"to {baseline}"] * (key == METRICS[task][0][0])
+    header += [f"{unit}/s", "time", f"steps to {baseline}'s loss", "time to it"]
+    rows = []
+    for group, variant in [(group, variant) for group, variants in summary.items() for variant in variants]:
+        figures = summary[group][variant]
+        row = [
+            label_of(group, variant),
+            *(f"{figures[key]['mean']:,.0f}" for key in ("parameters", "steps", "examples")),
+        ]
+        for index, (key, _, _) in enumerate(METRICS[task]):
+            row.append(with_spread(figures[key], 4 if figures[key]["mean"] < 10 else 2))
+            if index == 0:
+                apart = figures[f"{key}_difference"]
+                half = "" if apart is None or apart["half_width"] is None else f" ± {apart['half_width']:.4f}"
+                row.append("" if apart is None or variant == baseline else f"{apart['mean']:+.4f}{half}")
+        row += [with_spread(figures["speed"], 0), duration(figures["seconds"]["mean"])]
+        reached = figures["reached"]
+        if not reached["of_seeds"]:
+            row += ["", ""]
+        elif not reached["seeds"]:
+            row += ["not reached"] * 2
+        else:
+            times = len(reached["seeds"])
+            part = "" if times == reached["of_seeds"] else f"; {times} of {reached['of_seeds']} seeds"
+            row.append(f"{reached['steps']['mean']:,.0f} ({reached['steps_ratio']['mean']:.2f}{part})")
+            row.append(f"{duration(reached['seconds']['mean'])} ({reached['seconds_ratio']['mean']:.2f}{part})")
+        rows.append(row)
+    return align(header, rows)
+
+
+def make_stability_table(runs: list[dict], diverged: list[Member]) -> str:
+    """How many runs of each variant of each group had spikes or diverged, in Markdown."""
+    rows = {}
+    for group, variant, spikes, is_diverged in [
+        *((run["group"], run["variant"], run["spikes"], run["diverged"]) for run in runs),
+        *((member.group, member.variant, None, True) for member in diverged),
+    ]:
+        row = rows.setdefault(label_of(group, variant), {"runs": 0, "diverged": 0, "spikes": []})
+        row["runs"] += 1
+        row["diverged"] += is_diverged
+        row["spikes"] += [] if spikes is None else [spikes]
+    header = ["", "runs", "diverged", "with spikes", "spikes in all"]
+    cells = []
+    for name, row in rows.items():
+        # Left empty where none could be seen, which is not to say that there were none.
+        spikes = [sum(map(bool, row["spikes"])), sum(row["spikes"])] if row["spikes"] else ["", ""]
+        cells.append([name, *map(str, (row["runs"], row["diverged"], *spikes))])
+    return align(header, cells)
+
+
+def describe_training(runs: list[dict]) -> list[str]:
+    """On what the runs were trained, a line for each kind of machine, and how many at a time."""
+    sittings = [sitting for run in runs for sitting in run.get("sittings", [])]
+    lines = []
+    for sitting in sittings:
+        machine = ", ".join(f"{name} {value}" for name, value in sitting["machine"].items() if value is not None)
+        at_a_time = sitting["at_a_time"]
+        line = f"{machine}; " + ("one run at a time" if at_a_time == 1 else f"{at_a_time} runs at a time")
+        if line not in lines:
+            lines.append(line)
+    if not all("sittings" in run for run in runs):
+        lines.append("not recorded for runs that were not trained by `training.compare`")
+    return lines
+
+
+def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str, str], folder: Path, line: str) -> str:
+    """Write the tables, the figures and everything in JSON into a folder, and return the table."""
+    diverged = [member for member in comparison.members if member.divergence()]
+    task = COMMANDS[comparison.members[0].command].name
+    metrics = METRICS[task]
+    groups = {run["group"]: {} for run in runs}
+    for run in sorted(runs, key=lambda run: run["variant"] != comparison.baseline):
+        groups[run["group"]].setdefault(run["variant"], []).append(run)
+    keys = [key for key, _, _ in metrics]
+    summary = {
+        group: summarize([run for run in runs if run["group"] == group], comparison.baseline, keys) for group in groups
+    }
+    table = make_table(summary, comparison.baseline, task)
+    figures = {
+        CURVES: "Training and held-out loss over the steps; the bands reach from the lowest to the highest seed."
+    }
+    draw_compared_curves(groups, folder / CURVES)
+    label = "perplexity" if task == "text-generation" else "loss (nats)"
+    draw_loss_over_time(groups, f"held-out {label}", comparison.baseline, folder / OVER_TIME)
+    figures[OVER_TIME] = (
+        f"Held-out {label} over the training time. The dashed line is where {comparison.baseline} ended."
+    )
+    # Groups of one size or nearly so, of learning rates say, have nothing to tell about sizes.
+    sizes = [run["parameters"] for run in runs if run["group"] is None or run["variant"] == comparison.baseline]
+    if sizes and max(sizes) > 1.01 * min(sizes):
+        draw_loss_over_parameters(groups, folder / OVER_PARAMETERS)
+        figures[OVER_PARAMETERS] = "Final held-out loss over the number of parameters."
+    else:
+        (folder / OVER_PARAMETERS).unlink(missing_ok=True)
+
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    counts = ", ".join(
+        f"{label_of(group, variant)} {len(summary[group][variant]['seeds'])}"
+        for group in summary
+        for variant in summary[group]
+    )
+    notes = [
+        f"Seeds: {', '.join(map(str, seeds))} (runs: {counts}). ± after a figure is the standard deviation over the seeds. "
+        f"The differences to {comparison.baseline} are between runs of the same seed, ± half of the {CONFIDENCE:.0%} confidence "
+        "interval of their mean (Student's t).",
+        f'"Steps to {comparison.baseline}\'s loss" are those after which the held-out loss first was no more than the final '
+        f"one of {comparison.baseline} with the same seed, with straight lines between the evaluations; in brackets is the "
+        f"ratio to what {comparison.baseline} itself took. Times are of the training steps alone: tokens (or images) by their speed.",
+    ]
+    if task == "image-classification":
+        notes.append("A smaller batch at the end of an epoch is counted as a whole one.")
+    if len(seeds) == 1:
+        notes.append("**One seed says nothing about the spread.**")
+    datas = {}
+    for member in comparison.members:
+        data = member.run.named["data"] or {"dataset": member.run.data.dataset}
+        named = ", ".join(f"`{name}` {value}" for name, value in data.items())
+        datas.setdefault(named, []).append(member.group)
+    sections = [f"# {comparison.title}", table, *notes]
+    sections += [f"![{text}]({file})\n\n{text}" for file, text in figures.items()]
+    if diverged or all(each["spikes"] is not None for each in runs):
+        sections += [
+            "## Stability",
+            make_stability_table(runs, diverged),
+            f"A spike is a logged training loss more than {SPIKE_DEVIATIONS:g} standard deviations above the mean of those of "
+            f"the last {SPIKE_WINDOW} steps; more within as many steps are the same. A run has diverged if its loss or weights "
+            f"became NaN or infinite, or if the mean loss of its last {SPIKE_WINDOW} steps is more than {DIVERGENCE:g} nats "
+            "above the lowest one of as many steps before. Only runs that became NaN or infinite have no part in the table above.",
+        ]
+    if failed:
+        sections += ["## Runs that failed", "\n".join(f"- {name}: {error}" for name, error in failed.items())]
+    sections += [
+        "## How it was made",
+        f"```bash\n{line}\n```",
+        "\n".join(
+            f"- Data{'' if len(datas) == 1 else ' of ' + ', '.join(dict.fromkeys(of))}: {data}."
+            for data, of in datas.items()
+        ),
+        "\n".join(f"- Trained on: {each}" for each in describe_training(runs)),
+        f"All figures, of every run too, are in [`{RAW}`]({RAW}).",
+    ]
+    (folder / TABLE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    content = {
+        "title": comparison.title,
+        "command": line,
+        "task": task,
+        "baseline": comparison.baseline,
+        "metrics": {key: label for key, label, _ in metrics},
+        "confidence": CONFIDENCE,
+        **({"variants": summary[None]} if None in summary else {"groups": summary}),
+        "diverged": {member.name: member.divergence() for member in diverged},
+        "failed": failed,
+        "runs": runs,
+    }
+    (folder / RAW).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return table

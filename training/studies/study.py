@@ -1,0 +1,323 @@
+"""What is compared: the runs of a study, or runs that are finished."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_dca.configuration_dca import nearest_name
+from training.images.task import IMAGE_CLASSIFIERS
+from training.results.card import scheme_name
+from training.results.record import DIVERGED, RECORD, RUNS_FOLDER, find_record, read_record
+from training.run.fields import Run
+from training.run.parsing import as_arguments, default_output_dir, known_fields, parse_run
+from training.support.errors import UserError
+from training.support.files import load_yaml, read_json
+from training.text.fields import AlteredArguments
+from training.text.task import LANGUAGE_MODELS
+
+
+#: What the commands train that a study may name.
+COMMANDS = {
+    "causal_lm": LANGUAGE_MODELS,
+    "altered": LANGUAGE_MODELS._replace(arguments_class=AlteredArguments),
+    "image_classification": IMAGE_CLASSIFIERS,
+}
+
+STUDY_KEYS = ("title", "command", "configuration", "fields", "baseline", "seeds", "groups", "variants", "runs_of")
+#: Fields that a study gives to each run itself, or that are for one run alone.
+NOT_FOR_VARIANTS = ("seed", "output_dir", "baseline", "overwrite", "resume_from_checkpoint", "push_to_hub")
+#: Fields in which the runs of a variant may differ.
+NOT_OF_A_VARIANT = {*NOT_FOR_VARIANTS, "hub_model_id", "run_name", "report_to"}
+
+
+@dataclasses.dataclass
+class Member:
+    """A run of a comparison."""
+
+    group: str | None
+    variant: str
+    folder: Path
+    command: str  # of the room `training`
+    run: Run  # as it was asked for
+    arguments: list[str]  # of the command
+
+    @property
+    def seed(self) -> int:
+        return self.run.training.seed
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, (self.group, self.variant, f"seed {self.seed}")))
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "logs" / f"{self.folder.name}.log"
+
+    @property
+    def sittings(self) -> Path:
+        """Where it is told on what the run was trained, in one sitting or, where it was cut off, several."""
+        return self.log.with_suffix(".json")
+
+    def is_whole(self) -> bool:
+        try:
+            return "eval_loss" in read_json(self.folder / "all_results.json") and any(
+                self.folder.glob("*.safetensors")
+            )
+        except (OSError, ValueError):
+            return False
+
+    def divergence(self) -> dict[str, Any] | None:
+        """The step at which the loss or the weights became NaN or infinite, and which, if the run ended so."""
+        found = self.folder / DIVERGED
+        return read_json(found) if found.exists() else None
+
+
+@dataclasses.dataclass
+class Comparison:
+    """
+    Runs that are compared with each other, those of one variant after those of another or not; where they are in groups,
+    those of each group.
+    """
+
+    title: str
+    baseline: str
+    members: list[Member]
+    folder: Path  # of the table and the figures, if no other is named
+
+    def __post_init__(self):
+        """
+        Raises:
+            [`UserError`]: there is no baseline, a run is there twice, or the data of two runs of a group is not the same.
+        """
+        variants = [member.variant for member in self.members]
+        if self.baseline not in variants:
+            raise UserError(f"`baseline` is {self.baseline!r}, no variant; {nearest_name(self.baseline, variants)}")
+        by_name, first_of_group = {}, {}
+        for member in self.members:
+            first = first_of_group.setdefault(member.group, member)
+            other = by_name.setdefault(member.name, member)
+            if other is not member:
+                raise UserError(f"{other.folder} and {member.folder} are both {member.name}: leave one of them out.")
+            if member.command != self.members[0].command:
+                first = self.members[0]
+                raise UserError(f"{first.folder} and {member.folder} have different tasks: compare those of one task.")
+            pairs = [(name, value, vars(member.run.data)[name]) for name, value in vars(first.run.data).items()]
+            if COMMANDS[member.command].name == "text-generation":
+                pairs.append(("vocab_size", first.run.config.vocab_size, member.run.config.vocab_size))
+            for name, value, others in pairs:
+                if value != others:
+                    raise UserError(
+                        f"The losses of {first.name} and {member.name} cannot be compared: `{name}` is {value!r} for one and "
+                        f"{others!r} for the other."
+                    )
+
+
+def parse_member(group: str | None, variant: str, command_name: str, folder: Path, arguments: list[str]) -> Member:
+    run = parse_run(arguments, f"training.{command_name}", "", *COMMANDS[command_name].fields)
+    return Member(group, variant, folder, command_name, run, arguments)
+
+
+def read_study(file: Path) -> Comparison:
+    """
+    The comparison that a YAML file asks for.
+
+    Raises:
+        [`UserError`]: with what is wrong with the file, or a field of a variant.
+    """
+    try:
+        study = load_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The study {file} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The study {file} is not a YAML file: {error}.") from error
+    if not isinstance(study, dict):
+        raise UserError(f"The study {file} is not a YAML file with the keys {', '.join(STUDY_KEYS)}.")
+    for key in study:
+        if key not in STUDY_KEYS:
+            raise UserError(f"The study {file} has an unknown key {key!r}; {nearest_name(key, STUDY_KEYS)}")
+    variants, groups, seeds = study.get("variants"), study.get("groups", {None: {}}), study.get("seeds")
+    shared, command_name = study.get("fields") or {}, study.get("command", "causal_lm")
+    if not isinstance(variants, dict) or not variants:
+        raise UserError(f"`variants` of {file} is {variants!r}; it must name the variants, each with its fields.")
+    if not isinstance(groups, dict) or not groups:
+        raise UserError(f"`groups` of {file} is {groups!r}; it must name the groups, each with its fields.")
+    if not isinstance(shared, dict):
+        raise UserError(f"`fields` of {file} is {shared!r}; it must name fields and values.")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"`seeds` of {file} is {seeds!r}; it must be a list of integers from 0.")
+    if command_name not in COMMANDS:
+        raise UserError(f"`command` of {file} is {command_name!r}; {nearest_name(command_name, COMMANDS)}")
+    runs_of = study.get("runs_of", file.name)
+    if not isinstance(runs_of, str) or not (file.parent / runs_of).is_file():
+        raise UserError(
+            f"`runs_of` of {file} is {runs_of!r}; it must be the file of a study, as seen from this one's folder."
+        )
+    runs_folder = default_output_dir(Path(os.path.relpath(file.parent / runs_of)))
+    for name in (*variants, *filter(None, groups)):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
+            raise UserError(f"{name!r} of {file} cannot be the name of a folder: use letters, digits, - and _.")
+    members = []
+    # A seed at a time, so that a study that is cut off has the same seeds of all variants, or nearly so.
+    for seed, (group, of_group), (variant, of_variant) in itertools.product(seeds, groups.items(), variants.items()):
+        where = f"The variant {variant!r} of {file}" + ("" if group is None else f", group {group!r},")
+        for fields in (of_group or {}, of_variant or {}):
+            if not isinstance(fields, dict):
+                raise UserError(f"{where} has {fields!r}, which must name fields and values.")
+        fields = {**shared, **(of_group or {}), **(of_variant or {})}
+        output = Path(runs_folder, group or "", variant, f"seed-{seed}")
+        arguments = member_arguments(where, fields, {"seed": seed, "output_dir": str(output)}, study, file)
+        try:
+            member = parse_member(group, variant, command_name, output, arguments)
+            if member.run.training.baseline is not None:
+                # It is the configuration's, for when it is run alone.
+                member = parse_member(group, variant, command_name, output, [*arguments, "--baseline=none"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        members.append(member)
+    baseline = study.get("baseline", next(iter(variants)))
+    return Comparison(str(study.get("title", file.stem)), baseline, members, default_output_dir(file))
+
+
+def member_arguments(where: str, fields: dict, own: dict, study: dict, file: Path) -> list[str]:
+    """
+    The arguments of the command that trains a run of a study.
+
+    Args:
+        where: what an error names, the variant and the study's `file`.
+        fields: those of the study, of the group and of the variant.
+        own: fields of the section `training` that are the run's own.
+
+    Raises:
+        [`UserError`]: a field is unknown, not for a variant, or has no value; or there is no configuration.
+    """
+    known = known_fields(*COMMANDS[study.get("command", "causal_lm")].fields)
+    configuration, sections = study.get("configuration"), {}
+    for field, value in fields.items():
+        section = next((section for section, names in known.items() if field in names), None)
+        if field == "configuration":
+            configuration = value
+        elif field in NOT_FOR_VARIANTS:
+            raise UserError(f"{where} has the field {field!r}, which is not for a variant: leave it out.")
+        elif section is None:
+            nearest = nearest_name(field, sum(known.values(), [])).partition(" Known: ")[0]
+            raise UserError(f"{where} has an unknown field {field!r}; {nearest}")
+        elif value is None and section != "model":
+            raise UserError(f"{where} has no value for {field!r}: give one, or leave it out.")
+        else:
+            sections.setdefault(section, {})[field] = value
+    if not isinstance(configuration, str):
+        raise UserError(f"{where} has no `configuration`: name the YAML file of the run.")
+    sections.setdefault("training", {}).update(own)
+    return [os.path.relpath(file.parent / configuration), *as_arguments(sections)]
+
+
+def read_runs(folders: list[Path], baseline: str | None) -> Comparison:
+    """
+    The comparison of runs that are finished. Those that differ in nothing but the seed are of one variant.
+
+    Raises:
+        [`UserError`]: one of them is no finished run.
+    """
+    members, kinds = [], {}
+    for folder in folders:
+        record = find_record(folder)
+        if record is None or not (folder / "config.json").exists():
+            raise UserError(f"{folder} is not the folder of a run, nor a YAML file: name one of them.")
+        config = read_json(folder / "config.json")
+        classifier = any("ForImageClassification" in name for name in config.get("architectures") or [])
+        # ("altered" knows the fields of all language models.)
+        member = parse_member(None, "", "image_classification" if classifier else "altered", folder, [str(record)])
+        if not member.is_whole():
+            raise UserError(f"{folder} holds a run that is not finished: resume it, or leave it out.")
+        named = {**member.run.named["model"], **member.run.named["training"]}
+        for name in ("residual_scheme", "last_k", *NOT_OF_A_VARIANT):  # (The first two are in `config`.)
+            named.pop(name, None)
+        kinds.setdefault(json.dumps([config, named], sort_keys=True), []).append(member)
+        members.append(member)
+    names = [scheme_name(kind[0].folder) for kind in kinds.values()]
+    for name, kind in zip(names, kinds.values()):
+        first = kind[0].folder
+        if first.name.startswith("seed-"):
+            name = first.parent.name
+        elif names.count(name) > 1:
+            name = first.as_posix()
+        for member in kind:
+            member.variant = name
+    if baseline is None:
+        plain = [member for member in members if scheme_name(member.folder) == "standard"]
+        baseline = [*plain, *members][0].variant
+    schemes = ", ".join(dict.fromkeys(member.variant for member in members))
+    return Comparison(f"Comparison of {schemes}", baseline, members, Path(RUNS_FOLDER, "comparison"))
+
+
+def check_folder(member: Member) -> None:
+    """
+    See that what is in the folder of a run is that run, as it is asked for now.
+
+    Raises:
+        [`UserError`]: it is another one.
+    """
+    folder, record = member.folder, member.folder / RECORD
+    if not record.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is in the way of a run of that name, and holds none: move it.")
+        return
+    before = read_record(record)
+    if before is None:
+        raise UserError(f"{record} is damaged: move {folder}, and it is trained anew.")
+    for section, fields in member.run.named.items():
+        old = before.get(section) or {}
+        for name in {**old, **fields}:
+            if old.get(name) != fields.get(name):
+                was, now = (repr(each[name]) if name in each else "not named" for each in (old, fields))
+                raise UserError(
+                    f"The run in {folder} was started with another `{name}` (it was {was}, and now is {now}): put that back, or "
+                    "move the folder."
+                )
+
+
+def read_recorded(file: Path, members: list[Member], written: Path) -> dict[str, dict[str, Any]]:
+    """
+    The figures of those runs that an earlier comparison has, by the names that they have now. A run is the same where all
+    of its fields are, wherever its folder was and whatever its variant and group were called.
+
+    Args:
+        file: the `comparison.json` of the earlier comparison.
+        written: that of the new one.
+
+    Raises:
+        [`UserError`]: the file is none, has none of the runs, or has others and would be written over.
+    """
+
+    def fields(named):
+        training = {name: value for name, value in named["training"].items() if name != "output_dir"}
+        return {**named, "training": training}
+
+    try:
+        runs = [(fields(run["named"]), run) for run in read_json(file)["runs"]]
+    except OSError as error:
+        raise UserError(f"The comparison {file} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"`recorded` is {str(file)!r}, which is no `comparison.json` of `training.compare`."
+        ) from error
+    recorded = {}
+    for member in members:
+        for named, run in runs:
+            if named == fields(member.run.named):
+                recorded[member.name] = {**run, "group": member.group, "variant": member.variant}
+    if not recorded:
+        raise UserError(
+            f"{file} has none of the runs of this study: name the `comparison.json` of one that shares some."
+        )
+    if len(recorded) < len(runs) and file.resolve() == written.resolve():
+        raise UserError(
+            f"{file} has runs that this study has not, and would be written over: name another `output_dir`."
+        )
+    return recorded

@@ -1,0 +1,107 @@
+"""Files: read, written as a whole, and known to be on the disk."""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.support.errors import UserError
+
+
+def share(files: list[Path], folder: Path) -> None:
+    """Give files the mode that new ones have in a folder: safetensors writes some that their owner alone can read."""
+    new = folder / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in files:
+        file.chmod(mode)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file, of which there is at any moment what was before, or all that is new."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive the loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_json(file: Path) -> dict | list:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """A loader that refuses a key that is there twice, of which the first would be lost."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.composer.ComposerError(
+                    "while reading a mapping", node.start_mark, f"found the key {key.value!r} twice", key.start_mark
+                )
+            seen.add(name)
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """
+    Raises:
+        `yaml.YAMLError`: the text is no YAML, or has a key twice.
+    """
+    return yaml.load(text, Loader=_YamlLoader)
+
+
+def output_folder(
+    folder: Path, written: Iterable[str], is_own: Callable[[], bool], overwrite: bool | None = None
+) -> Path:
+    """
+    The folder that a command writes into, which is made if missing.
+
+    Args:
+        written: the names of the files that the command writes.
+        is_own: whether such files, where some are there, are of an earlier call of the same command.
+        overwrite: whether those may be replaced; `None` where they always may, as the command goes on from them.
+
+    Raises:
+        [`UserError`]: the folder holds files of these names that are not the command's own or may not be replaced, or it
+            cannot be made.
+    """
+    named = f"`output_dir` is {str(folder)!r}"
+    there = [name for name in written if (folder / name).exists()]
+    if there:
+        try:
+            own = is_own()
+        except (OSError, ValueError, KeyError, TypeError):
+            own = False
+        if not own:
+            raise UserError(f"{named}, where a {there[0]} is that is not of this command: name another folder.")
+        if overwrite is False:
+            raise UserError(f"{named}, which holds results: name another folder, or pass --overwrite to replace them.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{named}, which cannot be made ({error.strerror}): name another folder.") from error
+    return folder

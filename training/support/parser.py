@@ -1,0 +1,46 @@
+"""The parser of all commands."""
+
+import argparse
+import os
+
+from transformers import HfArgumentParser
+
+from training.support.errors import UserError
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they stand, and the defaults of arguments that have one and do not tell it themselves."""
+
+    def __init__(self, prog: str):
+        width = min(120, os.get_terminal_size().columns if os.isatty(1) else 120)
+        super().__init__(prog, max_help_position=32, width=width)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default is None or action.default is False or "default:" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
+class Parser(HfArgumentParser):
+    """
+    A parser of dataclasses, of which each can be a group, and of other arguments. What it refuses is one sentence.
+
+    Args:
+        dataclasses: the classes, by the name of the group that the fields of each stand in, or one class.
+        command: what the user types after `python -m`.
+        description: what the command does, as its help tells it.
+    """
+
+    def __init__(
+        self, dataclasses: dict[str, type] | type | None = None, command: str = "", description: str = "", **options
+    ):
+        classes = dataclasses or {}
+        if isinstance(dataclasses, dict):
+            for name, each in dataclasses.items():
+                each._argument_group_name = name
+            classes = list(dataclasses.values())
+        options = {"allow_abbrev": False, "formatter_class": HelpFormatter, **options}
+        options.setdefault("prog", f"python -m {command}")  # (that of a command within one is given)
+        super().__init__(classes, description=description, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists all arguments.")

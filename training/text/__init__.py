@@ -1,0 +1,1 @@
+"""Language models: fields, documents, blocks, stream, tokenizer, the task."""

@@ -1,0 +1,95 @@
+"""The documents of a run."""
+
+import hashlib
+import itertools
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+
+from training.data.reading import values_of
+from training.data.splits import TEXT_FORMATS, load_splits
+from training.support.errors import UserError
+from training.text.fields import TextDataArguments
+
+
+def standard_library(arguments: TextDataArguments) -> tuple[Dataset, Dataset]:
+    """
+    The source text of the running Python's standard library, one document a file, `text` and `path`.
+
+    Files of equal text are taken once. A file is held out by its path alone, whatever the seed: no release of Python
+    and no run has a file in both parts.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = {}
+    for file in sorted(root.rglob("*.py")):
+        path = file.relative_to(root)
+        if {"site-packages", "dist-packages"} & set(path.parts):
+            continue
+        try:
+            with tokenize.open(file) as stream:  # in the encoding that the file declares
+                texts.setdefault(stream.read(), path.as_posix())
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # the few files that test wrong encodings
+    parts = {True: [], False: []}
+    for text, path in texts.items():
+        draw = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+        if text:
+            parts[draw < arguments.eval_fraction].append((draw, path, text))
+    # In the order of the draws, a first few documents are a fair sample.
+    held_out, train = (
+        Dataset.from_dict({"path": [path for _, path, _ in part], "text": [text for _, _, text in part]})
+        for part in (sorted(parts[True]), sorted(parts[False]))
+    )
+    return train, held_out
+
+
+def load_text(
+    arguments: TextDataArguments, held_out_only: bool = False
+) -> tuple[Dataset | IterableDataset | None, Dataset]:
+    """
+    The documents to train on and those held out, with the column `arguments.text_column`.
+
+    Args:
+        held_out_only: give `None` for those to train on, and do not load them where the others are not a share of them.
+    """
+    if arguments.block_size < 2:
+        raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")
+    for name in ("max_eval_documents", "tokenizer_documents", "stream_lanes", "shuffle_buffer"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"`{name}` is {value}; it must be at least 1.")
+    train, held_out = load_splits(
+        arguments,
+        {"stdlib": standard_library},
+        TEXT_FORMATS,
+        [arguments.text_column],
+        streaming=arguments.streaming,
+        # A few documents need not be downloaded with all of the others.
+        held_out_streaming=arguments.streaming and arguments.max_eval_documents is not None,
+        held_out_only=held_out_only,
+    )
+    if isinstance(held_out, IterableDataset):
+        first = itertools.islice(values_of(held_out, arguments.text_column), arguments.max_eval_documents)
+        held_out = Dataset.from_dict({arguments.text_column: list(first)})
+    elif arguments.max_eval_documents is not None:
+        held_out = held_out.select(range(min(arguments.max_eval_documents, len(held_out))))
+    return None if held_out_only else train, held_out
+
+
+def texts(data: Dataset | IterableDataset, column: str) -> Iterator[str]:
+    """
+    The texts of a column, one by one.
+
+    Raises:
+        [`UserError`]: a document holds something else than text.
+    """
+    for document in values_of(data, column):
+        if not isinstance(document, str):
+            raise UserError(
+                f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, "
+                "or lists of token ids with the `tokenizer` that they are of."
+            )
+        yield document

@@ -1,0 +1,233 @@
+"""Language models: what they are trained and evaluated on, and how."""
+
+import functools
+import itertools
+import platform
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import torch
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, EvalPrediction, PreTrainedConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from modeling_dca import DCAForCausalLM
+from training.data.splits import is_on_the_hub
+from training.results.hub import public_name
+from training.results.metrics import Perplexity, load_metrics, plain
+from training.run.checks import (
+    check_batches,
+    check_best_metric,
+    check_hub,
+    check_model,
+    check_optimizer,
+    check_trainer,
+    check_variant,
+    config_of_baseline,
+)
+from training.run.fields import Run
+from training.run.folder import check_output_folder, make_output_folder
+from training.run.task import Task
+from training.run.training import model_and_callbacks, run_models
+from training.support.errors import UserError
+from training.text.blocks import PackedBlocks
+from training.text.documents import load_text, texts
+from training.text.fields import CausalLMArguments, TextDataArguments
+from training.text.stream import TextStream, check_lanes
+from training.text.tokenizer import keep_tokenizer, load_tokenizer, train_tokenizer
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of blocks; every token is a label, end-of-text tokens too."""
+    input_ids = torch.tensor([example["input_ids"] for example in examples])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def block_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each block, `(batch,)`, all that the metrics need of `(batch, length, vocab)`."""
+    if isinstance(logits, tuple):  # some models of transformers return more than logits
+        logits = logits[0]
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
+
+
+def next_tokens(logits: torch.Tensor | tuple) -> torch.Tensor:
+    """The likeliest token after each but the last of a block, `(batch, length - 1)`."""
+    return (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].argmax(-1)
+
+
+def next_token_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing: float) -> torch.Tensor:
+    """
+    The loss of next-token prediction with smoothed labels; a `compute_loss_func` of the Trainer, whose own goes by the names
+    of models.
+
+    Args:
+        outputs: of the model, with `logits` `(batch, length, vocab)`.
+        labels: `(batch, length)`, the tokens themselves.
+        num_items_in_batch: how many tokens an optimizer step predicts; by default, those of these.
+    """
+    logits, labels = outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+    items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing) / items
+
+
+def evaluation_options(
+    held_out: PackedBlocks, blocks: Dataset, named: list[evaluate.EvaluationModule]
+) -> dict[str, Any]:
+    """
+    How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from.
+
+    Args:
+        named: metrics of the tokens that are predicted, see [`load_metrics`].
+    """
+    of_losses, tokens_per_byte = evaluate.combine([Perplexity()]), held_out.tokens_per_byte()
+    of_tokens = evaluate.combine(named)
+
+    def losses_and_tokens(logits, labels):
+        losses = block_losses(logits, labels)
+        return (losses, next_tokens(logits)) if named else losses
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        losses, *tokens = prediction.predictions if named else (prediction.predictions,)
+        num_tokens = [held_out.block_size - 1] * len(losses)
+        figures = of_losses.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
+        if named:
+            references = prediction.label_ids[:, 1:].reshape(-1)
+            figures |= of_tokens.compute(predictions=tokens[0].reshape(-1), references=references)
+        return plain(figures)
+
+    return {
+        "eval_dataset": blocks,
+        "data_collator": collate,
+        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": losses_and_tokens,
+    }
+
+
+def describe(data: TextDataArguments, train_documents, held_out_documents, held_out_blocks) -> str:
+    """What a model card says of the text."""
+    source = public_name(data.dataset) + (f" ({data.dataset_config})" if data.dataset_config is not None else "")
+    if data.dataset == "stdlib":
+        source = f"the source text of the standard library of Python {platform.python_version()}, split by file"
+    documents = "a stream of documents" if data.streaming else f"{len(train_documents):,} documents"
+    return (
+        f"Trained on {source}: {documents}. Evaluated on {len(held_out_documents):,} documents that were held out "
+        f"({len(held_out_blocks):,} blocks of {data.block_size} tokens)."
+    )
+
+
+def train_language_model(run: Run) -> None:
+    """Train the model of a run, and its baseline, on its text."""
+    data, config, folder = run.data, run.config, run.training.output_dir
+    if config.position_embedding == "learned" and data.block_size > config.max_position_embeddings:
+        raise UserError(
+            f"`block_size` is {data.block_size}, longer than the learned positions allow: `max_position_embeddings` is "
+            f"{config.max_position_embeddings}."
+        )
+    if data.streaming and run.training.max_steps < 1:
+        raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must say when the run ends.")
+    if data.streaming and run.training.train_sampling_strategy != "random":
+        raise UserError(
+            f"`train_sampling_strategy` is {run.training.train_sampling_strategy!r}, but `shuffle_buffer` says in what order a "
+            "stream is trained on: leave it out, or `streaming`."
+        )
+    if data.streaming:
+        check_lanes(data.stream_lanes, run.training.world_size)
+    baseline = config_of_baseline(run)
+    check_variant(run)
+    model_class, callbacks = model_and_callbacks(run, DCAForCausalLM)
+    check_model(model_class, config, run.training.device)
+    check_optimizer(run.training)
+    check_trainer(run.training)
+    check_output_folder(run.training)
+    named, figures = load_metrics(run.training.metrics, run.training.held_out_metrics, config.vocab_size)
+    check_best_metric(run.training, figures)
+    check_hub(run.training)
+
+    with run.training.main_process_first(desc="preparing the data"):
+        train_documents, held_out_documents = load_text(data)
+        trained_tokenizer = data.tokenizer or run.initial_checkpoint
+        if run.training.resume_from_checkpoint is not None and Path(folder, "tokenizer_config.json").exists():
+            trained_tokenizer = folder  # the one that the run was begun with
+        if trained_tokenizer is not None:
+            tokenizer = load_tokenizer(trained_tokenizer, config.vocab_size)
+        else:
+            sample = itertools.islice(texts(train_documents, data.text_column), data.tokenizer_documents)
+            tokenizer = train_tokenizer(sample, config.vocab_size, config.max_position_embeddings)
+        options = (data.text_column, tokenizer, data.block_size, config.vocab_size)
+        train_blocks = PackedBlocks(train_documents, *options)
+        held_out = PackedBlocks(held_out_documents, *options)
+        held_out_blocks = held_out.materialize()
+        if data.streaming:
+            train_blocks.check_length()
+            seed = run.training.seed if run.training.data_seed is None else run.training.data_seed
+            train_data = {"stream": TextStream(train_blocks, data.stream_lanes, data.shuffle_buffer, seed)}
+        else:
+            train_data = {"train_dataset": train_blocks.materialize()}
+            check_batches(run.training, len(train_data["train_dataset"]))
+    for each in filter(None, (config, baseline)):
+        each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        each.pad_token_id = tokenizer.pad_token_id
+    evaluation = evaluation_options(held_out, held_out_blocks, named)
+    smoothing = run.training.label_smoothing_factor
+    loss = functools.partial(next_token_loss, label_smoothing=smoothing) if smoothing else None
+    if run.training.should_save:
+        make_output_folder(run)
+        if trained_tokenizer is None:
+            keep_tokenizer(tokenizer, Path(folder))
+
+    note = {
+        "task": "text-generation",
+        "dataset": data.dataset if is_on_the_hub(data.dataset) else None,
+        "dataset_name": "Python standard library" if data.dataset == "stdlib" else Path(data.dataset).name,
+        "data": describe(data, train_documents, held_out_documents, held_out_blocks),
+        "prompt": tokenizer.decode(held_out_blocks[0]["input_ids"][:8]),
+    }
+    run_models(
+        run,
+        model_class,
+        baseline,
+        note,
+        **train_data,
+        processing_class=tokenizer,
+        compute_loss_func=loss,
+        callbacks=callbacks,
+        **evaluation,
+    )
+
+
+def text_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """
+    The mean loss of a batch, the same for all models: some add further losses to it in their own, and of some the trainer
+    does not know how many labels that counts.
+    """
+    logits = outputs["logits"]
+    return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=labels[:, 1:].numel())
+
+
+def text_options(
+    data: TextDataArguments, config: PreTrainedConfig, checkpoint: str, metrics: list[str]
+) -> dict[str, Any]:
+    """The held-out text in blocks, and how to evaluate on it."""
+    limited = getattr(config, "position_embedding", "learned") == "learned"
+    limited = limited and getattr(config, "rope_parameters", None) is None
+    longest = getattr(config, "max_position_embeddings", None)
+    if limited and longest is not None and data.block_size > longest:
+        raise UserError(f"`block_size` is {data.block_size}, but {checkpoint!r} takes no more than {longest} tokens.")
+    tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
+    _, documents = load_text(data, held_out_only=True)
+    held_out = PackedBlocks(documents, data.text_column, tokenizer, data.block_size, config.vocab_size)
+    named, _ = load_metrics(metrics, CausalLMArguments.held_out_metrics, config.vocab_size)
+    return evaluation_options(held_out, held_out.materialize(), named) | {"compute_loss_func": text_loss}
+
+
+LANGUAGE_MODELS = Task(
+    "text-generation",
+    DCAForCausalLM,
+    TextDataArguments,
+    CausalLMArguments,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    train_language_model,
+    text_options,
+)

@@ -1,0 +1,1 @@
+"""What is trained beside DCA, by the names that a run gives it (its `variant`)."""
