@@ -150,6 +150,7 @@ def normalized_residual(
         call_is_plain(residual, GeneralizedResidual)
         and residual.delta is not None
         and all(call_is_plain(norm, DCARMSNorm) for norm in norms)
+        and len({norm.variance_epsilon for norm in norms}) == 1
         and not has_global_hooks()
     ):
         implementation = find_implementation(residual.config.grn_implementation, stack[0].device)

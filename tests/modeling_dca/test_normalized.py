@@ -183,6 +183,20 @@ def test_modules_that_somebody_looks_at_are_called(what, monkeypatch):
     assert_close(result, expected, 1e-5)
 
 
+def test_each_norm_has_its_epsilon():
+    model = tiny_model(num_hidden_layers=2, grn_implementation="cpu")
+    ids = random_ids(2, 5)
+    results = []
+    for implementation in ("cpu", "eager"):
+        model.config.grn_implementation = implementation
+        before = model(ids).logits
+        model.model.layers[1].key_layernorm.variance_epsilon = 1.0
+        results.append(model(ids).logits)
+        assert (results[-1] - before).abs().max() > 1e-3
+        model.model.layers[1].key_layernorm.variance_epsilon = model.config.norm_eps
+    assert_close(*results, 1e-5)
+
+
 def test_a_hook_on_all_modules_sees_the_norms(monkeypatch):
     calls, seen = count_of_fused(monkeypatch), []
     model = tiny_model(num_hidden_layers=2, grn_implementation="cpu")
