@@ -1,12 +1,12 @@
 """
-What trained models draw from each earlier output: the whole weight `b + relu(w . n(f))` (paper, figure 10), in the mean over
-held-out tokens.
+What trained models draw from each earlier output (paper, figure 10), and what they lose without it:
 
     python -m training.depth_weights CHECKPOINT [CHECKPOINT ...] --output_dir FOLDER [--times_size] [--without ENTRY]
 
-writes `depth_weights.json`, `depth_weights.png` (a map of the mean over features, by block and output, for queries, keys and
-values) and `depth_spreads.png` (beside the mean the band that holds 90 % of the features) into the folder, of all checkpoints
-together (those of several seeds, say). `--without` writes `without.json` and `without.png`, too, and a table.
+writes `depth_weights.json`, `depth_weights.png` and `depth_spreads.png` into the folder, of all checkpoints together (those of
+several seeds, say). What is drawn is the whole weight `b + relu(w . n(f))` in the mean over held-out tokens: the first figure
+maps its mean over features, by block and output, for queries, keys and values; the second has the band beside it that holds
+90 % of the features. `--without` writes `without.json` and `without.png`, too, and a table.
 
 The data is that which `training.evaluate` takes: in the folder of a run all that this run held out, by its `run.yaml`. The
 fields of `training.evaluate` (`--eval_dataset FILE`, `--batch_size 32`, `--device cpu`, ...; its `--help` after a checkpoint
