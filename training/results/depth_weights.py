@@ -1,137 +1,193 @@
-"""What a trained model draws from each earlier output: the learned `b` and the mean gate (paper, figure 10)."""
+"""
+What a trained model draws from each earlier output: the whole weights `b + relu(w . n(f))` (paper, figure 10, whose model has
+`b` alone), and what its loss loses without an output.
+"""
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from modeling_dca import DCAPreTrainedModel, GeneralizedResidual
-from training.results.figures import draw_learned_b
-from training.support.errors import UserError, told
-from training.support.files import output_folder, read_json, write_whole
+from modeling_dca import GeneralizedResidual
 
 
 INPUTS = ("q", "k", "v")
-BAND = (0.05, 0.5, 0.95)
-LEARNED_B = "learned_b"
+BAND = (0.05, 0.95)
+#: What does without an output, other than a block by its number.
+ALL_BLOCKS, OUTPUT = "all", "output"
+
+
+def _places(residual: GeneralizedResidual) -> list[int]:
+    """Where in the stack the entries are that a generalized residual takes (see `training.altered`)."""
+    return list(getattr(residual, "chosen", range(residual.delta.shape[1])))
 
 
 @torch.no_grad()
-def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]:
+def measure_draws(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]:
     """
-    The weights with which each block's queries, keys and values take each entry of the stack.
+    What the blocks of a model draw from their stacks, in the mean over the tokens of batches.
 
     Args:
         model: a model of any scheme but the standard one, which learns no weights.
         batches: held-out inputs of the model, on its device.
 
     Returns:
-        One dictionary for each input of each block, from the first block on: `block` (from 1), `input` ("q", "k", "v",
-        or "q, k, v" where they share one), and lists over the entries: `outputs` (the numbers of the first and the
-        last output that the entry holds; the model's input is number 0), `b` (mean over the features) and `gate`
-        (mean of `relu(w . n(f_i))` over all tokens).
+        A dictionary for each block: `outputs`, see [`depth_weights`], and tensors on the CPU: `b` `(inputs, entries,
+        hidden_size)` (1 in the place of `hidden_size` for GRN-v1), `gate` `(inputs, entries, 1)`, the mean of
+        `relu(w . n(f_i))`, and `size` `(entries,)`, the root mean square of the entries' numbers.
     """
-    residuals = [layer.residual for layer in model.base_model.layers]
+    residuals = [layer.residual for layer in model.base_model.layers[: model.config.num_hidden_layers]]
     if residuals[0].delta is None:
         return []
-    gates = {residual: [] for residual in residuals}
+    sums = {residual: [] for residual in residuals}
 
-    def record_gates(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
-        entries = [stack[i] for i in getattr(residual, "chosen", range(len(stack)))]  # (see `training.altered`)
-        # (tokens, outputs, entries) of this batch
-        opened = torch.stack([residual.gates(entry, i).flatten(0, -2) for i, entry in enumerate(entries)], dim=-1)
-        gates[residual].append((opened.sum(dim=0), len(opened)))
+    def record(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
+        entries = [stack[i] for i in _places(residual)]
+        squares = torch.stack([entry.float().square().mean(dim=-1).sum() for entry in entries])
+        opened = squares.new_zeros(len(residual.delta), len(entries))
+        if residual.gate is not None:
+            gates = [residual.gates(entry, i).flatten(0, -2).sum(dim=0) for i, entry in enumerate(entries)]
+            opened = torch.stack(gates, dim=-1)
+        sums[residual].append((opened, squares, entries[0][..., 0].numel()))
 
-    hooks = [residual.register_forward_pre_hook(record_gates) for residual in residuals if residual.gate is not None]
+    hooks = [residual.register_forward_pre_hook(record) for residual in residuals]
     was_training = model.training
     model.eval()
-    for batch in batches:
-        model(**batch)
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
 
+    draws = []
+    for residual in residuals:
+        opened, squares, tokens = zip(*sums[residual])  # the last batch may be smaller than the others
+        gate = sum(each.cpu().double() for each in opened) / sum(tokens)
+        size = (sum(each.cpu().double() for each in squares) / sum(tokens)).sqrt()
+        b = 1 + residual.delta.cpu().double()
+        draws.append({"outputs": residual.spans(), "b": b, "gate": gate.unsqueeze(-1), "size": size})
+    return draws
+
+
+def depth_weights(models: Sequence[list[dict]], times_size: bool = False) -> list[dict]:
+    """
+    The weights with which each block's queries, keys and values take each entry of the stack, in models that are alike but
+    for their parameters.
+
+    Args:
+        models: what [`measure_draws`] found of each.
+        times_size: whether weights are multiplied by the entry's size: how much of it is taken.
+
+    Returns:
+        One dictionary for each input of each block, from the first block on: `block` (from 1), `input` ("q", "k", "v",
+        or "q, k, v" where they share one), and lists over the entries: `outputs` (the numbers of the first and the
+        last output that the entry holds; the model's input is number 0), `weight` (mean over features, tokens and
+        models of `b_i + relu(w . n(f_i))`), `low` and `high` (the 5th and 95th percentile over the features of all
+        models of the mean over tokens), and of what `weight` comes: `b` and `gate` (the means of the two terms), and
+        `size` (root mean square over features, tokens and models).
+    """
     weights = []
-    for block, residual in enumerate(residuals, start=1):
-        b = (1 + residual.delta.float().cpu()).mean(dim=-1)
-        gate = torch.zeros_like(b)
-        if gates[residual]:
-            sums, tokens = zip(*gates[residual])  # the last batch may be smaller than the others
-            gate = sum(each.cpu() for each in sums) / sum(tokens)
+    for block, draws in enumerate(zip(*models), start=1):
+        b, gate = (torch.cat([draw[name] for draw in draws], dim=-1) for name in ("b", "gate"))
+        size = torch.stack([draw["size"] for draw in draws], dim=-1)
+        scales = [draw["size"].unsqueeze(-1) if times_size else 1.0 for draw in draws]
+        whole = torch.cat([(draw["b"] + draw["gate"]) * scale for draw, scale in zip(draws, scales)], dim=-1)
+        low, high = torch.quantile(whole, torch.tensor(BAND, dtype=whole.dtype), dim=-1)
+        of_inputs = {"weight": whole.mean(-1), "low": low, "high": high, "b": b.mean(-1), "gate": gate.mean(-1)}
         for index, name in enumerate(INPUTS if len(b) == len(INPUTS) else ["q, k, v"]):
             weights.append(
                 {
                     "block": block,
                     "input": name,
-                    "outputs": residual.spans(),
-                    "b": b[index].tolist(),
-                    "gate": gate[index].tolist(),
+                    "outputs": draws[0]["outputs"],
+                    **{key: values[index].tolist() for key, values in of_inputs.items()},
+                    "size": size.square().mean(-1).sqrt().tolist(),
                 }
             )
     return weights
 
 
-@torch.no_grad()
-def learned_b(models: Sequence[DCAPreTrainedModel]) -> list[dict]:
+def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]:
+    """[`depth_weights`] of one model, as a run leaves them; without `low` and `high`, as a variant's gates may see features."""
+    weights = depth_weights([measure_draws(model, batches)])
+    return [{key: value for key, value in each.items() if key not in ("low", "high")} for each in weights]
+
+
+@contextmanager
+def without(entries: Iterable[tuple[GeneralizedResidual, int]]) -> Iterator[None]:
     """
-    How the learned `b` of the features are spread, in models that are alike but for their weights.
+    Has generalized residuals do without entries of theirs, by index, as if `b` were 0 and the gate shut for these alone.
+    Other blocks have them still.
+    """
+    removed = {}
+    for residual, index in entries:
+        removed.setdefault(residual, set()).add(_places(residual)[index])
+    whole = {}
+
+    def remove(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
+        whole[residual] = stack
+        return tuple(torch.zeros_like(f) if i in removed[residual] else f for i, f in enumerate(stack))
+
+    def restore(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...], results: tuple):
+        return *results[:-1], whole.pop(residual)
+
+    hooks = [residual.register_forward_pre_hook(remove) for residual in removed]
+    hooks += [residual.register_forward_hook(restore) for residual in removed]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def losses_without(
+    model: PreTrainedModel, outputs: Iterable[int], measure: Callable[[], float]
+) -> tuple[float, list[dict]]:
+    """
+    What a model's loss is when a block, all blocks, or the model's output do without the entry that holds an output. Where
+    an entry holds many, merged (k-DCA), all of them go.
+
+    Args:
+        outputs: the numbers of the outputs, each of which is left out in turn.
+        measure: measures the loss.
 
     Returns:
-        One dictionary for each input of each block, from the first block on: `block`, `input` and `outputs` as
-        [`measure_depth_weights`] has them, and lists over the entries: `low`, `median` and `high`, the 5th, 50th and 95th
-        percentile over the features of all models.
+        The loss of the whole model, and for each output and all that have an entry with it a dictionary: `without` (the
+        output's number), `block` (that does without it: its number, `"all"`, or `"output"` for the generalized residual
+        that forms the model's output), `outputs` (the first and the last that are left out), `loss`, and `lost` (by
+        which that is more than the loss of the whole model).
     """
-    spreads = []
-    for block, residuals in enumerate(zip(*(model.base_model.layers for model in models)), start=1):
-        residuals = [layer.residual for layer in residuals]
-        b = 1 + torch.cat([residual.delta.float() for residual in residuals], dim=-1)  # (inputs, entries, features)
-        low, median, high = torch.quantile(b, torch.tensor(BAND), dim=-1).tolist()
-        for index, name in enumerate(INPUTS if len(b) == len(INPUTS) else ["q, k, v"]):
-            spread = {"low": low[index], "median": median[index], "high": high[index]}
-            spreads.append({"block": block, "input": name, "outputs": residuals[0].spans(), **spread})
-    return spreads
+    network = model.base_model
+    residuals = {block: layer.residual for block, layer in enumerate(network.layers, start=1)}
+    residuals[OUTPUT] = network.residual
+    cases = []
+    for output in outputs:
+        holding = {
+            block: index
+            for block, residual in residuals.items()
+            for index, (first, last) in enumerate(residual.spans())
+            if first <= output <= last
+        }
+        blocks = [block for block in holding if block != OUTPUT]
+        each_of = {block: [block] for block in blocks} | ({ALL_BLOCKS: blocks} if blocks else {})
+        if OUTPUT in holding:
+            each_of[OUTPUT] = [OUTPUT]
+        for name, members in each_of.items():
+            cases.append((output, name, [(residuals[block], holding[block]) for block in members]))
 
-
-def load(checkpoint: str) -> DCAPreTrainedModel:
-    """
-    Raises:
-        [`UserError`]: the checkpoint cannot be read, or has no generalized residuals.
-    """
-    with told(checkpoint, "read"):
-        model = AutoModel.from_pretrained(checkpoint)
-    if not isinstance(model, DCAPreTrainedModel) or model.config.residual_scheme == "standard":
-        raise UserError(
-            f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
-        )
-    return model
-
-
-def kind_of(model: DCAPreTrainedModel) -> tuple[str, list[torch.Size]]:
-    return model.config.residual_scheme, [layer.residual.delta.shape for layer in model.layers]
-
-
-def write_learned_b(checkpoints: Sequence[str], folder: Path) -> None:
-    """
-    Write how the learned `b` of all checkpoints together are spread, in numbers and as a figure.
-
-    Raises:
-        [`UserError`]: the checkpoints cannot be read or are not alike, or the folder holds other files of these names.
-    """
-    models = [load(checkpoint) for checkpoint in checkpoints]
-    for checkpoint, model in zip(checkpoints, models):
-        if kind_of(model) != kind_of(models[0]):
-            raise UserError(
-                f"{checkpoint!r} has other generalized residuals than {checkpoints[0]!r}: name models of one "
-                "scheme and shape."
-            )
-    numbers, figure = f"{LEARNED_B}.json", f"{LEARNED_B}.png"
-    output_folder(folder, (numbers, figure), lambda: LEARNED_B in read_json(folder / numbers))
-    content = {"checkpoints": checkpoints, "percentiles": BAND, "learned_b": learned_b(models)}
-    try:
-        write_whole(folder / numbers, json.dumps(content, indent=1))
-        draw_learned_b(content["learned_b"], folder / figure)
-    except OSError as error:
-        raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error
-    print(f"The learned b are in {folder}: {numbers} and {figure}.")
+    before, losses = measure(), {}
+    rows = []
+    for output, name, entries in tqdm(cases, desc="without an entry", disable=None):
+        # Outputs that are merged are left out together: that is measured once.
+        if frozenset(entries) not in losses:
+            with without(entries):
+                losses[frozenset(entries)] = measure()
+        spans = [residual.spans()[index] for residual, index in entries]
+        left_out = min(first for first, _ in spans), max(last for _, last in spans)
+        loss = losses[frozenset(entries)]
+        rows.append({"without": output, "block": name, "outputs": left_out, "loss": loss, "lost": loss - before})
+    return before, rows

@@ -8,6 +8,7 @@ import numpy as np
 
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
+from matplotlib.colors import SymLogNorm
 
 
 #: Colours that the colour-blind can tell apart (Okabe and Ito), the first for the baseline; with more variants than
@@ -47,52 +48,56 @@ def draw_loss_curves(histories: dict[str, list[dict]], file: Path) -> None:
     plt.close(figure)
 
 
-def draw_depth_weights(weights: list[dict], file: Path) -> None:
+def draw_depth_weights(weights: list[dict], file: Path, times_size: bool = False) -> None:
     """
-    Draw what each block's inputs draw from each earlier output: the learned `b` above, the mean gate below.
+    Draw what each block's inputs draw from each earlier output: the mean of the whole weight, `b` and gate together.
 
     Args:
-        weights: what `measure_depth_weights` returned.
+        weights: what `measure_depth_weights` or `depth_weights` returned; those of earlier versions have no `weight`, but its
+            parts.
         file: where to save the picture.
+        times_size: whether the weights were multiplied by the sizes of the entries.
     """
     inputs = list(dict.fromkeys(weight["input"] for weight in weights))
     blocks = max(weight["block"] for weight in weights)
+    grids = {name: np.full((blocks, blocks), np.nan) for name in inputs}
+    for weight in weights:
+        whole = weight["weight"] if "weight" in weight else np.add(weight["b"], weight["gate"])
+        for (first, last), value in zip(weight["outputs"], whole):
+            grids[weight["input"]][weight["block"] - 1, first : last + 1] = value
+    values = np.concatenate([grid[~np.isnan(grid)] for grid in grids.values()])
+    center = 0.0 if times_size else 1.0
+    reach = max(np.abs(values - center).max(), 1e-6)
     figure, axes = plt.subplots(
-        2, len(inputs), figsize=(1.5 + 3.6 * len(inputs), 6.4), squeeze=False, layout="constrained"
+        1, len(inputs), figsize=(1.5 + 3.6 * len(inputs), 3.6), squeeze=False, layout="constrained"
     )
-    for row, (key, title, center, colors) in enumerate(
-        (("b", "learned b", 1.0, "RdBu_r"), ("gate", "mean gate", 0.0, "viridis"))
-    ):
-        grids = {name: np.full((blocks, blocks), np.nan) for name in inputs}
-        for weight in weights:
-            for (first, last), value in zip(weight["outputs"], weight[key]):
-                grids[weight["input"]][weight["block"] - 1, first : last + 1] = value
-        values = np.concatenate([grid[~np.isnan(grid)] for grid in grids.values()])
-        reach = max(np.abs(values - center).max(), 1e-6)
-        limits = {"vmin": center - reach if key == "b" else 0, "vmax": center + reach}
-        for column, name in enumerate(inputs):
-            panel = axes[row, column]
-            image = panel.imshow(grids[name], cmap=colors, **limits)
-            panel.set_title(f"{name}: {title}")
-            panel.set_xlabel("output drawn from (0: the model's input)")
-            panel.set_yticks(range(blocks), range(1, blocks + 1))
-            panel.set_xticks(range(blocks))
-        axes[row, 0].set_ylabel("block")
-        figure.colorbar(image, ax=axes[row].tolist(), shrink=0.8)
+    for panel, name in zip(axes[0], inputs):
+        image = panel.imshow(grids[name], cmap="RdBu_r", vmin=center - reach, vmax=center + reach)
+        panel.set_title(f"{name}: {_whole_weight(times_size)}")
+        panel.set_xlabel("output drawn from (0: the model's input)")
+        panel.set_yticks(range(blocks), range(1, blocks + 1))
+        panel.set_xticks(range(blocks))
+    axes[0, 0].set_ylabel("block")
+    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def draw_learned_b(spreads: list[dict], file: Path) -> None:
+def _whole_weight(times_size: bool) -> str:
+    return "weight x size" if times_size else "weight"
+
+
+def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False) -> None:
     """
-    Draw how the learned `b` of the features are spread: the median and the band of 90 %, by the entries of each block's
+    Draw how the whole weights of the features are spread: the mean and the band of 90 %, by the entries of each block's
     stack, for each input (paper, figure 10).
 
     Args:
-        spreads: what `learned_b` returned.
+        weights: what `depth_weights` returned.
         file: where to save the picture.
+        times_size: whether the weights were multiplied by the sizes of the entries.
     """
-    blocks = max(spread["block"] for spread in spreads)
+    blocks = max(weight["block"] for weight in weights)
     columns = min(4, blocks)
     rows = -(-blocks // columns)
     figure, panels = plt.subplots(
@@ -100,24 +105,55 @@ def draw_learned_b(spreads: list[dict], file: Path) -> None:
     )
     for axes in panels.flat[blocks:]:
         axes.remove()
-    inputs = list(dict.fromkeys(spread["input"] for spread in spreads))
-    for spread in spreads:
-        axes, index = panels.flat[spread["block"] - 1], inputs.index(spread["input"])
-        entries = np.arange(len(spread["outputs"]))
+    inputs = list(dict.fromkeys(weight["input"] for weight in weights))
+    for weight in weights:
+        axes, index = panels.flat[weight["block"] - 1], inputs.index(weight["input"])
+        entries = np.arange(len(weight["outputs"]))
         # Side by side, so that they do not hide each other.
         x = entries + 0.22 * (index - (len(inputs) - 1) / 2)
-        low, median, high = (np.array(spread[key]) for key in ("low", "median", "high"))
-        style = {"fmt": MARKERS[index], "color": COLORS[index + 1], "markersize": 4, "linewidth": 1.5}
-        axes.errorbar(x, median, [median - low, high - median], label=spread["input"], **style)
-        labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in spread["outputs"]]
+        color = COLORS[index + 1]
+        # (Where a few features are far from the rest, their mean is outside of the band.)
+        axes.vlines(x, weight["low"], weight["high"], color=color, linewidth=1.5)
+        axes.plot(x, weight["weight"], MARKERS[index], color=color, markersize=4, label=weight["input"])
+        labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in weight["outputs"]]
         axes.set_xticks(entries, labels, fontsize=8)
     for block, axes in enumerate(panels.flat[:blocks], start=1):
-        axes.axhline(1, color=COLORS[0], linestyle="--", linewidth=0.8)
+        if not times_size:
+            axes.axhline(1, color=COLORS[0], linestyle="--", linewidth=0.8)
         axes.set_title(f"block {block}", fontsize=10)
     for axes in panels[:, 0]:
-        axes.set_ylabel("learned b")
+        axes.set_ylabel(_whole_weight(times_size))
     figure.supxlabel("output drawn from (0: the model's input)", fontsize=10)
     panels.flat[0].legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def draw_without(rows: list[dict], file: Path) -> None:
+    """
+    Draw what the held-out loss loses without an output: in one block, in all, and in the model's output.
+
+    Args:
+        rows: what `losses_without` returned.
+        file: where to save the picture.
+    """
+    outputs = sorted({row["without"] for row in rows})
+    named = {"all": "all blocks", "output": "the model's output"}
+    numbers = {row["block"] for row in rows} - named.keys()
+    blocks = [*sorted(numbers), *(name for name in named if name in {row["block"] for row in rows})]
+    grid = np.full((len(blocks), len(outputs)), np.nan)
+    for row in rows:
+        grid[blocks.index(row["block"]), outputs.index(row["without"])] = row["lost"]
+    finite = np.abs(grid[np.isfinite(grid)])
+    # A block without the model's input can lose a thousand times what others do.
+    norm = SymLogNorm(0.01, vmax=max(finite.max(initial=0), 0.01), vmin=-max(finite.max(initial=0), 0.01))
+    size = (4 + 0.45 * len(outputs), 2 + 0.32 * len(blocks))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
+    axes.set_xticks(range(len(outputs)), outputs)
+    axes.set_yticks(range(len(blocks)), [named.get(block, f"block {block}") for block in blocks], fontsize=8)
+    axes.set_xlabel("without output (0: the model's input)")
+    figure.colorbar(image, ax=axes, label="held-out loss lost (nats)")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

@@ -3,20 +3,24 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+import yaml
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from training.data.splits import DataArguments
 from training.results.card import METRICS
 from training.results.metrics import TAKEN
+from training.results.record import find_record
 from training.run.fields import check_one_gpu
 from training.run.task import Task
 from training.support.errors import UserError, innermost_message, told
 from training.support.files import write_whole
+from training.support.parser import Parser
 from training.support.tables import align
 
 
@@ -73,6 +77,70 @@ def find_task(tasks: Iterable[Task], config: PreTrainedConfig, checkpoint: str) 
     )
 
 
+def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, description: str) -> dict[str, Any]:
+    """
+    What `argv` (`CHECKPOINT [--field value ...]`) asks for, else what the run had: the arguments of [`evaluate`].
+
+    Args:
+        tasks: on text, and on images.
+        command, description: as [`Parser`] takes them.
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    given = {each[2:].partition("=")[0].replace("-", "_") for each in argv if each.startswith("--")}
+    defaults, precision, config, task, model_class = {}, {}, None, None, None
+    data_classes = dict(zip(("data", "data (of images)"), (each.data_class for each in tasks)))
+    if named:
+        with told(argv[0], "evaluated"):
+            config = AutoConfig.from_pretrained(argv[0])
+        task, model_class = find_task(tasks, config, argv[0])
+        data_classes = {"data": task.data_class}
+        record = find_record(Path(argv[0]))
+        if record is not None:
+            run = yaml.safe_load(record.read_text(encoding="utf-8"))
+            training = run["training"]
+            # On other data, the blocks are as long, and nothing else of the run's data counts. A run's tokenizer is in its
+            # folder, whatever it was made from.
+            kept = (
+                ("block_size",)
+                if given & {"dataset", "eval_dataset"}
+                else {*run["data"], "split_seed"} - {"tokenizer"}
+            )
+            # (Before the split had a seed of its own, it was the run's.)
+            run_data = {"split_seed": training.get("seed", 42), **run["data"]}
+            defaults = {name: value for name, value in run_data.items() if name in kept}
+            if "eval_split" in given:
+                defaults.pop("eval_dataset", None)
+            if "per_device_eval_batch_size" in training:
+                defaults["batch_size"] = training["per_device_eval_batch_size"]
+            if "metrics" in training:
+                defaults["metrics"] = training["metrics"]
+            if training.get("use_cpu"):
+                defaults["device"] = "cpu"
+            precision = {name: training[name] for name in ("bf16", "fp16") if training.get(name)}
+    parser = Parser(
+        {**data_classes, "evaluation": EvaluationArguments},
+        command,
+        description,
+        usage="%(prog)s CHECKPOINT [--field value ...]",
+        conflict_handler="resolve",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder or Hub id of a model")
+    parser.set_defaults(**defaults)
+    if "--tokenizer" in parser._option_string_actions:
+        parser._option_string_actions[
+            "--tokenizer"
+        ].help = "Another tokenizer than the checkpoint's: its path or Hub id."
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    data, arguments = parsed
+    if "eval_dataset" in given and "dataset" not in given:
+        data.dataset = data.eval_dataset  # of which nothing is needed but the names of the classes
+    asked = {"checkpoint": rest.checkpoint, "task": task, "model_class": model_class, "config": config}
+    return {**asked, "data": data, "arguments": arguments, **({} if arguments.dtype else precision)}
+
+
 def load_model(model_class: type[PreTrainedModel], checkpoint: str, dtype: str | None) -> PreTrainedModel:
     """
     Load a model of which all weights are in its checkpoint.
@@ -90,7 +158,8 @@ def load_model(model_class: type[PreTrainedModel], checkpoint: str, dtype: str |
     return model
 
 
-def evaluate(
+@contextmanager
+def held_out_trainer(
     checkpoint: str,
     task: Task,
     model_class: type[PreTrainedModel],
@@ -98,9 +167,9 @@ def evaluate(
     arguments: EvaluationArguments,
     config: PreTrainedConfig,
     **precision: bool,
-) -> dict[str, Any]:
+) -> Iterator[Trainer]:
     """
-    The held-out figures of a checkpoint, by the names that they have in a run's `all_results.json`.
+    A trainer that evaluates a checkpoint on held-out data, as [`evaluate`] does.
 
     Args:
         precision: in what a run trained and evaluated, `bf16` or `fp16`, as [`~transformers.TrainingArguments`] take it.
@@ -130,17 +199,35 @@ def evaluate(
             trainer = Trainer(model, trainer_arguments, **options)
         except ValueError as error:
             raise UserError(f"{innermost_message(error)} (`--dtype` sets another precision.)") from error
+        yield trainer
+
+
+def evaluate(
+    checkpoint: str,
+    task: Task,
+    model_class: type[PreTrainedModel],
+    data: DataArguments,
+    arguments: EvaluationArguments,
+    config: PreTrainedConfig,
+    **precision: bool,
+) -> dict[str, Any]:
+    """
+    The held-out figures of a checkpoint, by the names that they have in a run's `all_results.json`.
+
+    Args and errors are those of [`held_out_trainer`].
+    """
+    with held_out_trainer(checkpoint, task, model_class, data, arguments, config, **precision) as trainer:
         figures = trainer.evaluate()
     return {
         "checkpoint": checkpoint,
         "model": model_class.__name__,
-        "parameters": model.num_parameters(),
+        "parameters": trainer.model.num_parameters(),
         "task": task.name,
         "data": dataclasses.asdict(data),
-        "examples": len(options["eval_dataset"]),
+        "examples": len(trainer.eval_dataset),
         "batch_size": arguments.batch_size,
-        "device": device,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": trainer.args.device.type,
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
         **precision,
         **{name: value for name, value in figures.items() if name.startswith("eval_")},
     }

@@ -13,6 +13,7 @@ from PIL import Image
 from modeling_dca import DCAForCausalLM
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, image, weights, write_images, write_jsonl
 from training import causal_lm, image_classification
+from training.results import figures
 from training.results.card import METRICS, _verdict, origin, write_card
 from training.run.parsing import parse_run
 from training.text import task
@@ -178,6 +179,30 @@ def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
 
 def test_card_without_a_baseline_has_no_verdict(image_run):
     assert "better" not in card_of(image_run) and "Both models" not in card_of(image_run)
+
+
+@pytest.mark.parametrize("kind", ["text_run", "image_run"])
+def test_card_shows_the_whole_weight(kind, request, monkeypatch):
+    """One map, which the text beside it is about, of the weights that the run recorded."""
+    run = request.getfixturevalue(kind)
+    weights = json.loads((run / "depth_weights.json").read_text())
+    for each in weights:
+        assert each["weight"] == pytest.approx([b + gate for b, gate in zip(each["b"], each["gate"])])
+        assert len(each["size"]) == len(each["outputs"]) and min(each["size"]) > 0
+    assert any(gate > 0 for each in weights for gate in each["gate"])
+    text = " ".join(card_of(run).split())
+    assert "the mean over features and held-out data of the whole weight" in text and "above, the" not in text
+    shown = []
+    monkeypatch.setattr(figures.plt, "close", lambda figure: shown.append(figure))
+    figures.draw_depth_weights(weights, run / "again.png")
+    maps = [axes for axes in shown[0].axes if axes.images]
+    assert [axes.get_title() for axes in maps] == [
+        f"{each}: weight" for each in dict.fromkeys(w["input"] for w in weights)
+    ]
+    last = maps[-1].images[0].get_array()[-1]
+    assert last[0] == pytest.approx(weights[-1]["weight"][0]) and last[-1] == pytest.approx(weights[-1]["weight"][-1])
+    with Image.open(run / "again.png") as again, Image.open(run / "depth_weights.png") as drawn:
+        assert again.tobytes() == drawn.tobytes()
 
 
 def test_card_of_a_standard_model_has_no_depth_weights(room):

@@ -15,7 +15,7 @@ from modeling_dca import (
 )
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, assert_same_weights, call, failure, refusal, weights, write_images
 from training import altered, causal_lm, compare, image_classification
-from training.results.depth_weights import measure_depth_weights
+from training.results.depth_weights import losses_without, measure_depth_weights
 from training.run.trainer import RunTrainer
 from training.studies import running, study
 from training.variants.decay import DecayOfB
@@ -232,6 +232,43 @@ def test_depth_weights_of_chosen_outputs(model_class):
         normed = [outputs[i] / (outputs[i].square().mean(-1, keepdim=True) + 1e-6).sqrt() for i in seen]
         gates = torch.stack([(entry @ residual.gate[index]).relu().mean() for entry in normed])
         torch.testing.assert_close(torch.tensor(each["gate"]), gates.detach(), rtol=1e-4, atol=1e-6)
+        whole = 1 + residual.delta[index].mean(-1) + gates
+        torch.testing.assert_close(torch.tensor(each["weight"]), whole.detach(), rtol=1e-4, atol=1e-6)
+        sizes = torch.stack([outputs[i].square().mean().sqrt() for i in seen])
+        torch.testing.assert_close(torch.tensor(each["size"]), sizes, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", SEEN)
+def test_loss_without_an_output_is_lost_by_those_who_see_it(model_class):
+    model = model_of(model_class, residual_scheme="grn_v2").eval()
+    randomize(model)
+    _, rows = losses_without(model, range(7), lambda: model(BATCH, labels=BATCH).loss.item())
+    names = [*range(1, 7), "output"]
+    for output in range(7):
+        found = {row["block"]: row["loss"] for row in rows if row["without"] == output and row["block"] != "all"}
+        assert list(found) == [name for name, seen in zip(names, SEEN[model_class]) if output in seen]
+        for name, loss in found.items():
+            place = names.index(name)
+            delta = residuals_of(model)[place].delta
+            before = delta.clone()
+            delta[:, SEEN[model_class][place].index(output)] = -1  # b = 0
+            assert loss == pytest.approx(model(BATCH, labels=BATCH).loss.item(), rel=1e-5)
+            delta.copy_(before)
+
+
+@torch.no_grad()
+def test_whole_weight_with_the_bias_inside_of_the_gate():
+    model = model_of(VARIANTS["bias_inside_gate"].model(DCAForCausalLM)).eval()
+    randomize(model)
+    found = measure_depth_weights(model, [{"input_ids": BATCH}])
+    outputs, _ = observe(model, BATCH)
+    for each in found:
+        residual, index = model.model.layers[each["block"] - 1].residual, "qkv".index(each["input"])
+        for i, weight in enumerate(each["weight"]):
+            normed = outputs[i] / (outputs[i].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            whole = (1 + residual.delta[index, i] + (normed @ residual.gate[index])[..., None]).relu()
+            assert weight == pytest.approx(whole.mean().item(), rel=1e-4)
 
 
 # The decay of b

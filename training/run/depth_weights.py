@@ -1,0 +1,165 @@
+"""What checkpoints draw from each earlier output, on the held-out data of their runs: numbers, figures, and a table."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, Trainer
+from transformers.trainer_callback import ProgressCallback
+
+from modeling_dca import DCABaseConfig
+from training.results.depth_weights import (
+    ALL_BLOCKS,
+    BAND,
+    OUTPUT,
+    depth_weights,
+    losses_without,
+    measure_draws,
+)
+from training.results.figures import draw_depth_spreads, draw_depth_weights, draw_without
+from training.run.evaluation import held_out_trainer
+from training.support.errors import UserError
+from training.support.files import output_folder, read_json, write_whole
+from training.support.tables import align
+
+
+ALL_ENTRIES = "all"
+#: What is written: the key of the numbers, and their files.
+WEIGHTS, WEIGHTS_FILES = "weights", ("depth_weights.json", "depth_weights.png", "depth_spreads.png")
+WITHOUT, WITHOUT_FILES = "without", ("without.json", "without.png")
+
+
+def check_alike(configs: Sequence[tuple[str, PreTrainedConfig]]) -> None:
+    """
+    Raises:
+        [`UserError`]: a checkpoint, by its configuration, has no generalized residuals, or others than the first.
+    """
+    kinds = []
+    for checkpoint, config in configs:
+        if not isinstance(config, DCABaseConfig) or config.residual_scheme == "standard":
+            raise UserError(
+                f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
+            )
+        entries = config.num_hidden_layers + 1
+        entries = min(entries, config.max_stack_entries or entries)
+        kinds.append((config.residual_scheme, config.num_hidden_layers, config.hidden_size, entries))
+        if kinds[-1] != kinds[0]:
+            raise UserError(
+                f"{checkpoint!r} has other generalized residuals than {configs[0][0]!r}: name models of one scheme and "
+                "shape."
+            )
+
+
+def outputs_named(entry: str, blocks: int) -> range:
+    """
+    The outputs that `--without` names.
+
+    Raises:
+        [`UserError`]: there is no such output in models of so many blocks.
+    """
+    if entry == ALL_ENTRIES:
+        return range(blocks + 1)
+    if not (entry.isascii() and entry.isdecimal() and int(entry) <= blocks):
+        raise UserError(
+            f"`without` is {entry!r}; name an output, from 0 (the model's input) to {blocks} (of the last block), or "
+            f"{ALL_ENTRIES!r} for each in turn."
+        )
+    return range(int(entry), int(entry) + 1)
+
+
+def held_out_losses(trainer: Trainer, outputs: range) -> tuple[float, list[dict]]:
+    """[`losses_without`] of the model of a trainer."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.compute_metrics = None  # the loss is all that is asked for
+    return losses_without(trainer.model, outputs, lambda: trainer.evaluate()["eval_loss"])
+
+
+def mean_losses(of_models: Sequence[tuple[float, list[dict]]]) -> dict[str, Any]:
+    """What [`losses_without`] found of models that are alike: `loss` and `lost` become means, beside the losses of each."""
+    befores, found = zip(*of_models)
+    rows = []
+    for same in zip(*found):
+        losses = [row["loss"] for row in same]
+        means = {key: sum(row[key] for row in same) / len(same) for key in ("loss", "lost")}
+        rows.append({**same[0], **means, "losses": losses})
+    return {"loss": sum(befores) / len(befores), "losses": befores, WITHOUT: rows}
+
+
+def table_of(rows: list[dict]) -> str:
+    """What is lost without each output: by the block that loses most, by all, and by the model's output."""
+    lines = []
+    for output in dict.fromkeys(row["without"] for row in rows):
+        lost = {row["block"]: row["lost"] for row in rows if row["without"] == output}
+        together = [lost.pop(name, None) for name in (ALL_BLOCKS, OUTPUT)]
+        most = max(lost, key=lost.get, default=None)
+        cells = ["" if each is None else f"{each:+.4f}" for each in together]
+        lines.append([str(output), "" if most is None else f"{lost[most]:+.4f} (block {most})", *cells])
+    return align(["without output", "in one block, at most", "in all blocks", "in the model's output"], lines)
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Makes what goes wrong in writing a sentence for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"`output_dir` is {str(folder)!r}, which cannot be written: {error.strerror}.") from error
+
+
+def write_depth_weights(
+    asked: Sequence[dict[str, Any]], folder: Path, times_size: bool = False, without: str | None = None
+) -> None:
+    """
+    Write what checkpoints together draw from each earlier output, in numbers and as figures, and what they lose without.
+
+    Args:
+        asked: of each checkpoint, what `parse_evaluation` returned.
+        times_size: whether weights are multiplied by the sizes of the entries.
+        without: an output that blocks do without, or `"all"` for each in turn.
+
+    Raises:
+        [`UserError`]: the checkpoints cannot be read or are not alike, there is no such output, or the folder holds other
+            files of these names.
+    """
+    check_alike([(each["checkpoint"], each["config"]) for each in asked])
+    outputs = None if without is None else outputs_named(without, asked[0]["config"].num_hidden_layers)
+    with ExitStack() as stack:
+        trainers = [stack.enter_context(held_out_trainer(**each)) for each in asked]
+        output_folder(folder, WEIGHTS_FILES, lambda: WEIGHTS in read_json(folder / WEIGHTS_FILES[0]))
+        if outputs is not None:
+            output_folder(folder, WITHOUT_FILES, lambda: WITHOUT in read_json(folder / WITHOUT_FILES[0]))
+        sources = [
+            {
+                "checkpoint": each["checkpoint"],
+                "data": dataclasses.asdict(each["data"]),
+                "examples": len(trainer.eval_dataset),
+            }
+            for each, trainer in zip(asked, trainers)
+        ]
+        weights = depth_weights(
+            [measure_draws(trainer.model, trainer.get_eval_dataloader()) for trainer in trainers], times_size
+        )
+        numbers, grid, spreads = (folder / name for name in WEIGHTS_FILES)
+        with written_to(folder):
+            content = {"checkpoints": sources, "percentiles": BAND, "times_size": times_size, WEIGHTS: weights}
+            write_whole(numbers, json.dumps(content, indent=1))
+            draw_depth_weights(weights, grid, times_size)
+            draw_depth_spreads(weights, spreads, times_size)
+        for source in sources:
+            held_out = source["data"]["eval_dataset"] or source["data"]["dataset"]
+            print(f"{source['checkpoint']}: {source['examples']:,} held-out examples of {held_out}")
+        print(f"What blocks draw from each output is in {folder}: {', '.join(WEIGHTS_FILES)}.")
+        if outputs is None:
+            return
+        losses = mean_losses([held_out_losses(trainer, outputs) for trainer in trainers])
+    numbers, grid = (folder / name for name in WITHOUT_FILES)
+    with written_to(folder):
+        write_whole(numbers, json.dumps({"checkpoints": sources, **losses}, indent=1))
+        draw_without(losses[WITHOUT], grid)
+    print(f"\nHeld-out loss {losses['loss']:.4f}, and what is lost (nats):\n\n{table_of(losses[WITHOUT])}\n")
+    if any(first != last for row in losses[WITHOUT] for first, last in [row["outputs"]]):
+        print("(An entry that holds many outputs, merged, is left out as a whole.)")
+    print(f"What is lost without each output is in {folder}: {', '.join(WITHOUT_FILES)}.")
