@@ -39,7 +39,7 @@ RUNS = {
     "image": [IMAGE_RUN, "--eval_strategy=steps", "--eval_steps=3"],
 }
 ON_THE_CPU = """
-from tests.training.test_xla import COMMANDS, RUNS, call
+from tests.training.run.test_xla import COMMANDS, RUNS, call
 for name, arguments in RUNS.items():
     call(COMMANDS[name], *arguments, f"--output_dir={name}")
 """
