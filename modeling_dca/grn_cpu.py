@@ -55,8 +55,9 @@ def forward(
             factors = b + seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
         results = (factors * entries).sum(1)
         if norms:
-            normalized = torch.rms_norm(results, (width,), None, eps) * torch.stack(norms).unsqueeze(1)
-            results = torch.cat((normalized, results))
+            # To the last bit what the norms by themselves make of it.
+            normalized = results * inverse_rms(results, eps).unsqueeze(2)
+            results = torch.cat((normalized.mul_(torch.stack(norms).unsqueeze(1)), results))
         return results.view(len(results), *shape).to(dtype)
 
     results = stack[0].new_empty((len(norms) + len(delta), tokens, width), dtype=compute_dtype)

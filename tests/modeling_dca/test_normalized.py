@@ -180,7 +180,10 @@ def test_modules_that_somebody_looks_at_are_called(what, monkeypatch):
     calls.clear()
     result = model(random_ids(2, 5)).logits
     assert calls == [3, 0, 3, 0]
-    assert_close(result, expected, 1e-5)
+    if what in ("another class", "compiled by itself"):
+        assert_close(result, expected, 1e-5)
+    else:
+        assert torch.equal(result, expected)
 
 
 def test_each_norm_has_its_epsilon():
