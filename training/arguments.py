@@ -43,7 +43,7 @@ INITIAL_CHECKPOINT = "initial_checkpoint"
 
 # Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has,
 # and what a model that starts from random weights does not have.
-NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "residual_config"}
+NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "source_config"}
 
 # From where to where a field may be: what the Trainer meets only when it is too late for a sentence, or never.
 BOUNDS = {

@@ -196,7 +196,7 @@ TEXT_FIELDS = {
     "eos_token_id": [1, 2],
     "tie_word_embeddings": True,
     "embedding_multiplier": 4.5,
-    "residual_config": {"model_type": "llama", "hidden_size": 24, "rope_parameters": {"rope_theta": 500.0}},
+    "source_config": {"model_type": "llama", "hidden_size": 24, "rope_parameters": {"rope_theta": 500.0}},
 }
 VISION_FIELDS = {
     "hidden_size": 24,
