@@ -352,6 +352,9 @@ class DCAConfig(DCABaseConfig):
             The most that the logits of the tokens can be, `softcap * tanh(x / softcap)`, as in Gemma 2.
         lm_head_bias (`bool`, *optional*, defaults to `False`):
             Whether the output embedding has a bias, as in Phi.
+        cache_restart_length (`int`, *optional*):
+            The length after which generation computes all keys and values anew, as their rotations change there, as in
+            Phi-3.
         positions_by_mask (`bool`, *optional*, defaults to `False`):
             Whether positions that are not given count the tokens that the attention mask keeps, as in OPT, and not all.
 
@@ -394,6 +397,7 @@ class DCAConfig(DCABaseConfig):
     logit_multiplier: float | int = 1.0
     logit_softcap: float | int | None = None
     lm_head_bias: bool = False
+    cache_restart_length: int | None = None
     positions_by_mask: bool = False
 
     def __post_init__(self, **kwargs):
@@ -422,7 +426,7 @@ class DCAConfig(DCABaseConfig):
     def validate_architecture(self):
         super().validate_architecture()
         self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
-        for name in ("vocab_size", "max_position_embeddings", "sliding_window"):
+        for name in ("vocab_size", "max_position_embeddings", "sliding_window", "cache_restart_length"):
             self._check_positive(name)
         for name in ("embedding_multiplier", "logit_multiplier", "logit_softcap"):
             self._check_above_zero(name)

@@ -131,6 +131,15 @@ def model_class_of(config: PreTrainedConfig, auto_class: str) -> type[PreTrained
     return [*named, *classes][0]
 
 
+def checkpoint_class_of(config: PreTrainedConfig, auto_class: str) -> type[PreTrainedModel]:
+    """The class that loads a checkpoint: its own, as a head is not made up, but that of `auto_class` if it is not known."""
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    known = [each for each in named if isinstance(each, type) and issubclass(each, PreTrainedModel)]
+    if auto_class == "AutoModelForCausalLM" or not known or not isinstance(config, known[0].config_class):
+        return model_class_of(config, auto_class)
+    return known[0]
+
+
 def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
@@ -259,12 +268,11 @@ def load_source(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
         find_family(config, kind)
         loading = {"dtype": "auto"} | loading
-        source_class = model_class_of(config, auto_class)
+        source_class = checkpoint_class_of(config, auto_class)
         model, report = source_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
         missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-        has_head = bool(classes_of(config, auto_class)) and not any(
-            name.split(".")[0] in SOURCE_HEADS for name in missing
-        )
+        has_head = source_class in classes_of(config, auto_class)
+        has_head = has_head and not any(name.split(".")[0] in SOURCE_HEADS for name in missing)
         if auto_class in LABEL_HEADS:
             missing = [name for name in missing if name.split(".")[0] not in SOURCE_HEADS]
         if auto_class != "AutoModelForCausalLM":
@@ -310,6 +318,11 @@ def as_source_config(config: PreTrainedConfig, auto_class: str) -> PreTrainedCon
     return result
 
 
+def asked_labels(overrides: dict[str, Any]) -> int:
+    """How many labels the user asks for; 0 for as many as there are."""
+    return overrides.get("num_labels") or len(overrides.get("id2label") or ())
+
+
 def convert_config(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, overrides: dict[str, Any]
 ) -> DCABaseConfig:
@@ -323,9 +336,10 @@ def convert_config(
     family = find_family(config, kind_of(model_class))
     config = as_source_config(config, model_class._auto_class)
     fields = family.config_fields(config)
-    given = overrides.get("num_labels") or len(overrides.get("id2label") or ())
-    if given and given != config.num_labels:
+    if asked_labels(overrides) not in (0, config.num_labels):
         fields = {name: value for name, value in fields.items() if name not in LABELS}
+    if (id2label := overrides.get("id2label")) is not None:
+        fields["label2id"] = {label: index for index, label in id2label.items()}
     if (implementation := config._attn_implementation) is not None:
         fields["attn_implementation"] = implementation
     return model_class.config_class(**fields | {"source_config": config.to_diff_dict()} | overrides)
@@ -341,7 +355,7 @@ def check_head(model_class: type[Model], model: PreTrainedModel, has_head: bool,
     auto_class = model_class._auto_class
     if auto_class not in LABEL_HEADS:
         return False
-    asked = overrides.get("num_labels") or len(overrides.get("id2label") or ())
+    asked = asked_labels(overrides)
     if auto_class == "AutoModelForQuestionAnswering" and asked not in (0, 2):
         raise ValueError(f"`num_labels` is {asked}, but an answer has a start and an end: give 2.")
     if not has_head and not asked:

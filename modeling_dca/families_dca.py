@@ -598,7 +598,13 @@ TEXT_FAMILIES: dict[str, Family] = {
     ),
     "phi3": like(
         LLAMA,
-        fields=PARTIAL_ROPE | same("sliding_window"),
+        fields=PARTIAL_ROPE
+        | same("sliding_window")
+        | {
+            "cache_restart_length": lambda config: (
+                config.original_max_position_embeddings if config.rope_parameters["rope_type"] == "longrope" else None
+            )
+        },
         weights=GATE_AND_UP
         | {
             "layers.*.self_attn.qkv_proj": fused(

@@ -846,6 +846,13 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
+        """As in transformers, but for `config.cache_restart_length`."""
+        restart, cache = self.config.cache_restart_length, kwargs.get(CACHE_NAME)
+        if restart is not None and cache is not None and input_ids.shape[1] > restart >= cache.get_seq_length():
+            kwargs |= {CACHE_NAME: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
 
 def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
     """

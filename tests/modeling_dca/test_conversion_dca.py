@@ -1,5 +1,6 @@
 """Conversion of residual checkpoints: what they compute, what is refused and with which words, memory, the way back."""
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -8,19 +9,35 @@ import typing
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 from test_modeling_dca import ALL_SCHEMES, SOME_SCHEMES, assert_close, name_of, put_into_hub_cache, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    BitImageProcessor,
     LlamaModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ViTImageProcessor,
 )
 
 import modeling_dca.conversion_dca as conversion
-from modeling_dca import DCAForCausalLM, DCAForImageClassification, DCAForSequenceClassification
+from modeling_dca import (
+    DCAForCausalLM,
+    DCAForImageClassification,
+    DCAForQuestionAnswering,
+    DCAForSequenceClassification,
+    DCAForTokenClassification,
+    DCAModel,
+    DCAVisionModel,
+)
 
 
 VOCABULARY = 60
@@ -380,6 +397,237 @@ def test_converted_model_trains(name):
     assert all(parameter.grad is not None and parameter.is_contiguous() for parameter in model.parameters())
 
 
+# Heads
+
+#: One model of each family.
+TEXT_TYPES = list({model_type: name for name, (model_type, _) in reversed(TEXT.items())}.values())[::-1]
+HEADS = {
+    "AutoModel": (DCAModel, ("last_hidden_state",)),
+    "AutoModelForSequenceClassification": (DCAForSequenceClassification, ("logits",)),
+    "AutoModelForTokenClassification": (DCAForTokenClassification, ("logits",)),
+    "AutoModelForQuestionAnswering": (DCAForQuestionAnswering, ("start_logits", "end_logits")),
+}
+
+
+def model_with_head(name, auto_class, number=0, **fields):
+    """A model of a family with a head, or `None` where transformers has none."""
+    model_type, own = (TEXT if name in TEXT else VISION)[name]
+    config = AutoConfig.for_model(model_type, **own | fields)
+    classes = conversion.classes_of(config, auto_class)
+    return randomize(classes[number](config)) if classes else None
+
+
+@torch.no_grad()
+def outputs(model, names, **inputs):
+    result = model(**inputs)
+    return torch.cat([result[name].flatten() for name in names])
+
+
+@pytest.mark.parametrize("name", TEXT_TYPES)
+def test_every_head_computes_the_same(name):
+    for auto_class, (model_class, names) in HEADS.items():
+        labels = {"num_labels": 3} if "ForQuestion" not in auto_class else {}
+        source = model_with_head(name, auto_class, **labels)
+        if source is None:
+            continue
+        model = model_class.from_residual(source, last_k=1)
+        assert type(model) is model_class and not model.training
+        inputs = {"input_ids": ids(2, 9)}
+        assert_close(outputs(model, names, **inputs), outputs(source, names, **inputs), TOLERANCE)
+        back = model.to_residual()
+        assert type(back) is type(source) and back.config.num_labels == source.config.num_labels
+        assert_close(outputs(back, names, **inputs), outputs(source, names, **inputs), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2_with_registers"])
+def test_vision_model_without_a_head_computes_the_same(tmp_path, name):
+    source = model_with_head(name, "AutoModel")
+    source.save_pretrained(tmp_path)
+    inputs = {"pixel_values": pixels(source)}
+    # (The pooled output of ViT and DeiT goes through a layer more.)
+    names = ("last_hidden_state", "pooler_output") if "dino" in name else ("last_hidden_state",)
+    for given in (source, tmp_path, image_model(name)):
+        expected = outputs(source if given == tmp_path else getattr(given, "base_model", given), names, **inputs)
+        model = DCAVisionModel.from_residual(given)
+        assert_close(outputs(model, names, **inputs), expected, TOLERANCE)
+
+
+def test_model_without_a_head_takes_one_of_any_head(tmp_path):
+    source = text_model("gpt2")
+    source.save_pretrained(tmp_path)
+    expected = outputs(source.transformer, ("last_hidden_state",), input_ids=ids(2, 9))
+    for given in (source, source.transformer, tmp_path):
+        model = DCAModel.from_residual(given)
+        assert_close(outputs(model, ("last_hidden_state",), input_ids=ids(2, 9)), expected, TOLERANCE)
+
+
+FRESH = {
+    "score": (DCAForSequenceClassification, 3),
+    "score-of-tokens": (DCAForTokenClassification, 3),
+    "qa_outputs": (DCAForQuestionAnswering, 2),
+}
+
+
+@pytest.mark.parametrize("place", ["loaded", "path"])
+@pytest.mark.parametrize("name", FRESH)
+def test_fresh_head_where_it_is_asked_for(tmp_path, caplog, name, place):
+    (model_class, number), source = FRESH[name], text_model("llama")
+    source.save_pretrained(tmp_path)
+    given = source if place == "loaded" else tmp_path
+    with pytest.raises(ValueError, match=f"no head that {model_class.__name__} could take over: pass `num_labels`"):
+        model_class.from_residual(given)
+    caplog.clear()
+    with caplog.at_level("WARNING"), log_is_seen():
+        model = model_class.from_residual(given, num_labels=number)
+    head = getattr(model, name.partition("-")[0])
+    assert head.weight.shape == (number, 32) and 0 < head.weight.std() < 0.1
+    assert f"{name.partition('-')[0]}.weight" in caplog.text and "MISSING" in caplog.text
+    expected = outputs(source.model, ("last_hidden_state",), input_ids=ids(2, 9))
+    assert_close(outputs(model.model, ("last_hidden_state",), input_ids=ids(2, 9)), expected, TOLERANCE)
+    assert model.config.num_labels == number
+    model.save_pretrained(tmp_path / "dca")
+    again = model_class.from_pretrained(tmp_path / "dca")
+    assert torch.equal(again(ids(2, 9))[0], model(ids(2, 9))[0])
+
+
+@contextlib.contextmanager
+def log_is_seen():
+    """pytest sees what goes up to the root of the loggers."""
+    transformers.utils.logging.enable_propagation()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.disable_propagation()
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_fresh_image_classifier(tmp_path, name):
+    base, labeled = model_with_head(name, "AutoModel"), image_model(name)
+    base.save_pretrained(tmp_path / "base")
+    labeled.save_pretrained(tmp_path / "labeled")
+    for source in (base, labeled, tmp_path / "base", tmp_path / "labeled"):
+        model = DCAForImageClassification.from_residual(source, num_labels=7)
+        width = 64 if name == "dinov2" else 32
+        assert model.classifier.weight.shape == (7, width) and model.config.id2label[6] == "LABEL_6"
+        model(pixels(model), labels=torch.tensor([0, 6])).loss.backward()
+        trained = labeled if source in (labeled, tmp_path / "labeled") else base
+        expected = outputs(trained.base_model, ("last_hidden_state",), pixel_values=pixels(model))
+        assert_close(outputs(model.model, ("last_hidden_state",), pixel_values=pixels(model)), expected, TOLERANCE)
+    with pytest.raises(ValueError, match="pass `num_labels`"):
+        DCAForImageClassification.from_residual(base)
+
+
+def test_head_of_as_many_labels_is_kept_under_other_names():
+    source = image_model("vit")
+    model = DCAForImageClassification.from_residual(source, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    assert model.config.id2label[1] == "b" and model.config.label2id == {"a": 0, "b": 1, "c": 2}
+    assert_close(logits(model), logits(source), TOLERANCE)
+
+
+def test_answers_have_two_ends():
+    with pytest.raises(ValueError, match="`num_labels` is 3, but an answer has a start and an end: give 2."):
+        DCAForQuestionAnswering.from_residual(text_model("llama"), num_labels=3)
+
+
+def test_fresh_head_goes_back_to_the_class_with_this_head():
+    model = DCAForSequenceClassification.from_residual(text_model("llama"), num_labels=3)
+    back = model.to_residual()
+    assert type(back).__name__ == "LlamaForSequenceClassification" and back.num_labels == 3
+    assert_close(logits(back, input_ids=ids(2, 9)), logits(model, input_ids=ids(2, 9)), TOLERANCE)
+    model = DCAForTokenClassification.from_residual(text_model("opt"), num_labels=3)
+    with pytest.raises(ValueError, match="transformers has no 'opt' model with its head"):
+        model.to_residual()
+
+
+def test_distilled_classifier_is_one_linear_map_over_both_tokens(tmp_path):
+    source = model_with_head("deit", "AutoModelForImageClassification", number=1)
+    assert type(source).__name__ == "DeiTForImageClassificationWithTeacher"
+    source.save_pretrained(tmp_path)
+    for given in (source, tmp_path):
+        model = DCAForImageClassification.from_residual(given)
+        assert_close(logits(model), logits(source), TOLERANCE)
+        back = model.to_residual()
+        assert type(back) is type(source)
+        assert_close(logits(back), logits(source), TOLERANCE)
+    model = DCAForImageClassification.from_residual(source, num_labels=5)
+    assert model.classifier.weight.shape == (5, 64)
+
+
+# The call that each source is made for
+
+
+def word_tokenizer(side):
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side=side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", TEXT_TYPES)
+def test_default_call_of_language_models(name, side):
+    source = text_model(name)
+    model = convert(source)
+    batch = word_tokenizer(side)(["w5 w9 w20 w7 w11 w4 w50", "w8 w30 w31"], padding=True, return_tensors="pt")
+    real = batch["attention_mask"] == 1
+    assert not real.all()
+    assert_close(logits(model, **batch)[real], logits(source, **batch)[real], TOLERANCE)
+    if side == "left":
+        results = [each.generate(**batch, max_new_tokens=8, do_sample=False) for each in (model, source)]
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_default_call_of_image_classifiers(name):
+    model_type, fields = VISION[name]
+    if fields.get("num_channels", 3) == 1:
+        pytest.skip("image processors make three channels")
+    if model_type.startswith("dinov2"):
+        # Public configurations say 518, and their processors crop to 224.
+        fields = fields | {"image_size": 28}
+        processor = BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 12, "width": 12})
+    else:
+        size = fields["image_size"]
+        processor = ViTImageProcessor(size={"height": size, "width": size})
+    source = build(model_type, fields)
+    image = Image.fromarray(torch.randint(0, 256, (40, 30, 3), dtype=torch.uint8).numpy())
+    inputs = processor(image, return_tensors="pt")
+    assert_close(logits(convert(source), **inputs), logits(source, **inputs), TOLERANCE)
+
+
+def test_padding_id_outside_the_vocabulary():
+    source = build("gpt2", SIZES | {"pad_token_id": VOCABULARY + 1})
+    model = convert(source)
+    assert model.config.pad_token_id == VOCABULARY + 1
+    assert_close(logits(model), logits(source), TOLERANCE)
+    assert greedy(model) == greedy(source)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_batch_that_is_longer_than_the_positions_only_by_its_padding(name):
+    source = build(*(TEXT[name][0], TEXT[name][1] | {"max_position_embeddings": 16}))
+    model = convert(source)
+    input_ids, mask = ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    input_ids[:, :10] = mask[:, :10] = 0
+    results = [
+        each.generate(input_ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for each in (model, source)
+    ]
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match="17 tokens, but the learned positions end at `max_position_embeddings` = 16"):
+        model.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+
+
+def test_attention_function_is_that_of_the_source(tmp_path):
+    source = text_model("llama")
+    source.set_attn_implementation("eager")
+    assert convert(source).config._attn_implementation == "eager"
+    assert convert(source, attn_implementation="sdpa").config._attn_implementation == "sdpa"
+    source.save_pretrained(tmp_path)
+    assert DCAForCausalLM.from_residual(tmp_path).config._attn_implementation == "sdpa"
+    assert DCAForCausalLM.from_residual(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+    assert convert(text_model("gemma2")).config._attn_implementation == "eager"
+
+
 # Checkpoints
 
 
@@ -642,29 +890,29 @@ def test_embeddings_that_should_be_tied_and_are_not_are_refused():
 
 
 def test_every_entry_of_the_tables_is_used():
-    used = {auto_class: {} for auto_class in conversion.FAMILIES}
+    used, entries = set(), []
     for auto_class, cases, make in (
         ("AutoModelForCausalLM", TEXT, text_model),
         ("AutoModelForImageClassification", VISION, image_model),
     ):
+        families = conversion.FAMILIES[auto_class]
         for name, (model_type, _) in cases.items():
             model = make(name)
+            prefix = f"{type(model).base_model_prefix}."
             for weight in model.state_dict():
-                prefix = f"{type(model).base_model_prefix}."
-                found = conversion.find_move(
-                    conversion.FAMILIES[auto_class][model_type].weights, weight.removeprefix(prefix)
-                )
                 if weight.startswith(prefix):
-                    used[auto_class].setdefault(model_type, set()).add(found[0])
-        for model_type, family in conversion.FAMILIES[auto_class].items():
-            unused = set(family.weights) - used[auto_class][model_type]
-            # Names that DINOv2's parts have in other releases of transformers.
-            others = (".attention", ".weights_", ".mlp")
-            if model_type.startswith("dinov2"):
-                unused = {key for key in unused if not any(other in key for other in others)}
-            # What only pre-trained models have, and entries that are replaced by narrower ones before them.
-            unused -= {"embeddings.mask_token", "pooler", "layers"}
-            assert not unused, (model_type, unused)
+                    pattern, _ = conversion.find_move(families[model_type].weights, weight.removeprefix(prefix))
+                    used.add((pattern, families[model_type].weights[pattern]))
+        entries += [
+            (model_type, *entry) for model_type, family in families.items() for entry in family.weights.items()
+        ]
+    # (Families inherit from each other. One of them uses an entry.)
+    unused = [(model_type, pattern) for model_type, pattern, move in entries if (pattern, move) not in used]
+    # What no classifier has, and the names that DINOv2's parts have in other releases of transformers.
+    others = (".attention", ".weights_", ".mlp")
+    for model_type, pattern in unused:
+        old = model_type.startswith("dinov2") and any(other in pattern for other in others)
+        assert old or pattern in ("embeddings.mask_token", "pooler"), (model_type, pattern)
 
 
 # The way back
