@@ -470,6 +470,11 @@ class DCAPreTrainedModel(PreTrainedModel):
         config.validate()
         if config.attention_softcap is not None:
             self._supports_sdpa = False
+            if config._attn_implementation == "sdpa":
+                raise ValueError(
+                    f"`attention_softcap` is {config.attention_softcap}, which the attention 'sdpa' cannot do: choose "
+                    "'eager' or 'flex_attention' as `attn_implementation`."
+                )
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()

@@ -57,6 +57,16 @@ REFUSED = [
     ({"norm_type": "zero_centred_rms_norm"}, ["`norm_type`", "did you mean 'zero_centered_rms_norm'?"]),
     ({"norm_eps": -1}, ["`norm_eps` is -1", "at least 0"]),
     ({"embedding_multiplier": 0}, ["`embedding_multiplier` is 0", "more than 0"]),
+    ({"attention_scaling": 0.0}, ["`attention_scaling` is 0.0", "more than 0"]),
+    ({"attention_softcap": -1.0}, ["`attention_softcap` is -1.0", "more than 0"]),
+    ({"logit_softcap": 0}, ["`logit_softcap` is 0", "more than 0"]),
+    ({"logit_multiplier": 0}, ["`logit_multiplier` is 0", "more than 0"]),
+    ({"norm_placement": "post"}, ["`norm_placement`", "'post'", "pre, sandwich, post_module"]),
+    ({"qk_norm": "all_head"}, ["`qk_norm`", "'all_head'", "did you mean 'all_heads'?"]),
+    (
+        {"rope_parameters": {"full_attention": {"rope_type": "yarnn", "rope_theta": 9.0}}},
+        ["`rope_type`", "'yarnn'", "did you mean 'yarn'?"],
+    ),
     ({"rope_parameters": {"rope_type": "yarnn"}}, ["`rope_type`", "'yarnn'", "did you mean 'yarn'?"]),
     ({"norm_type": "layernorm"}, ["`norm_type`", "'layernorm'", "did you mean 'layer_norm'?"]),
     (
@@ -143,6 +153,13 @@ def test_refused_values_are_named_with_what_is_right(config_class, fields, words
         config_class(**fields)
     message = str(error.value)
     assert [word for word in words if word not in message] == []
+
+
+def test_name_of_the_source_in_earlier_releases():
+    config = DCAConfig.from_dict(
+        DCAConfig().to_dict() | {"residual_config": {"model_type": "llama"}, "source_config": None}
+    )
+    assert config.source_config == {"model_type": "llama"} and "residual_config" not in config.to_dict()
 
 
 @pytest.mark.parametrize("position_embedding", ["learned", "sincos", "none"])
