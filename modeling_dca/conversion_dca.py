@@ -77,6 +77,14 @@ def kind_of(model_class: type[PreTrainedModel]) -> str:
     return "AutoModelForImageClassification" if vision else "AutoModelForCausalLM"
 
 
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether the weights of a model are kept quantized, and not made dense when it is loaded."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    return not (quantization if isinstance(quantization, dict) else vars(quantization)).get("dequantize", False)
+
+
 def refusals(config: PreTrainedConfig, family: Family | None) -> Iterator[str]:
     """The reasons, if any, why a model cannot become DCA."""
     for reason, model_types in REFUSED.items():
@@ -86,7 +94,7 @@ def refusals(config: PreTrainedConfig, family: Family | None) -> Iterator[str]:
         yield "it is an encoder and a decoder with cross-attention, which a DCA block does not have"
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         yield "its feed-forward module is a mixture of experts, which a DCA block does not have"
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantized(config):
         yield "its weights are quantized; give a model in floating point"
     if family is not None:
         yield from family.obstacles(config)
@@ -268,6 +276,9 @@ def load_source(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
         find_family(config, kind)
         loading = {"dtype": "auto"} | loading
+        if "gguf_file" in loading and hasattr(transformers, "GgufConfig"):
+            # (Releases of transformers without it make the weights dense in any case.)
+            loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
         source_class = checkpoint_class_of(config, auto_class)
         model, report = source_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
         missing, unexpected = report["missing_keys"], report["unexpected_keys"]
@@ -315,6 +326,8 @@ def as_source_config(config: PreTrainedConfig, auto_class: str) -> PreTrainedCon
     """A copy of a source's configuration that names the class with the head of the DCA model."""
     result = copy.deepcopy(config)
     result.architectures = [model_class_of(config, auto_class).__name__]
+    if hasattr(result, "quantization_config"):
+        del result.quantization_config  # of weights that are dense by now
     return result
 
 
@@ -441,6 +454,8 @@ def to_residual(model: PreTrainedModel) -> PreTrainedModel:
         move = names.find(name)
         if not move.targets:
             reverted[name] = torch.zeros(parameter.shape)
+            if "mask_token" not in name:
+                logger.warning(f"`{name}` is zero, as DCA has no place for it.")
         elif move.targets[0].endswith(".layer_scale"):
             reverted[name] = torch.ones(parameter.shape)
         else:

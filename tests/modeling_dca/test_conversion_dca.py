@@ -731,6 +731,36 @@ def test_source_on_the_hub(tmp_path, monkeypatch):
         DCAForCausalLM.from_residual("someone/other", cache_dir=tmp_path / "hub", local_files_only=True)
 
 
+def test_quantized_file_whose_weights_are_made_dense():
+    source = text_model("llama")
+    expected = logits(source)
+    source.config.quantization_config = {"quant_method": "gguf", "dequantize": True}
+    model = convert(source)
+    assert_close(logits(model), expected, TOLERANCE)
+    assert "quantization_config" not in model.config.source_config
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GgufConfig"), reason="this transformers makes all GGUF files dense")
+def test_gguf_file_is_made_dense(tmp_path, monkeypatch):
+    text_model("llama").save_pretrained(tmp_path)
+    given = {}
+    loader = transformers.LlamaForCausalLM.from_pretrained.__func__
+
+    def load(cls, source, *args, **kwargs):
+        if (name := kwargs.pop("gguf_file", None)) is not None:
+            given.update(gguf_file=name, quantization_config=kwargs.pop("quantization_config"))
+        return loader(cls, source, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(
+        conversion.AutoConfig,
+        "from_pretrained",
+        lambda source, trust_remote_code, gguf_file: transformers.LlamaConfig.from_pretrained(source),
+    )
+    DCAForCausalLM.from_residual(tmp_path, gguf_file="model.gguf")
+    assert given["gguf_file"] == "model.gguf" and given["quantization_config"].dequantize
+
+
 def test_arguments_about_the_source_reach_the_loading(tmp_path, monkeypatch):
     text_model("llama").save_pretrained(tmp_path / "inner")
     given = []
