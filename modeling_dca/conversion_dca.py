@@ -8,7 +8,8 @@ pre-norm transformer computes what that computes (paper, section 3.1 and table 4
 import copy
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -201,7 +202,7 @@ class Names:
 
 
 def prefixed(move: Move, prefix: str) -> Move:
-    return Move(tuple(prefix + target for target in move.targets), move.convert, move.revert, move.join)
+    return replace(move, targets=tuple(prefix + target for target in move.targets))
 
 
 def convert_weights(
@@ -471,4 +472,4 @@ def to_residual(model: PreTrainedModel) -> PreTrainedModel:
     return fill(residual_class, config, reverted, properties(model))
 
 
-__all__: Iterable[str] = ["FAMILIES", "find_family", "from_residual", "model_class_of", "to_residual"]
+__all__ = ["FAMILIES", "find_family", "from_residual", "model_class_of", "to_residual"]

@@ -27,12 +27,14 @@ class Move:
         revert (`Callable`, *optional*): from the source's configuration and the targets' tensors to that of the source.
         join (`Callable`, *optional*): from what another weight brought to the target, and what this one brings, to what
             the target gets.
+        rounds (`bool`, *optional*, defaults to `False`): whether the weights are rounded on the way, in any type.
     """
 
     targets: tuple[str, ...]
     convert: Callable[[PreTrainedConfig, torch.Tensor], tuple[torch.Tensor, ...]] = lambda config, tensor: (tensor,)
     revert: Callable[..., torch.Tensor] = lambda config, tensor: tensor
     join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    rounds: bool = False
 
 
 def own_storage(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -96,7 +98,10 @@ def interleaved(target: str) -> Move:
 def scaled(target: str, factor: Callable[[PreTrainedConfig], float]) -> Move:
     """Weights whose product the source multiplies by a constant."""
     return Move(
-        (target,), lambda config, tensor: (tensor * factor(config),), lambda config, tensor: tensor / factor(config)
+        (target,),
+        lambda config, tensor: (tensor * factor(config),),
+        lambda config, tensor: tensor / factor(config),
+        rounds=True,
     )
 
 
@@ -160,6 +165,13 @@ class Family:
             for name, source in self.fields.items()
         }
         return values | self.constants
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are multiplied into others on the way, and so are rounded."""
+        targets = [move for move in self.weights.values() if isinstance(move, str)]
+        moves = [move for move in self.weights.values() if isinstance(move, Move)]
+        return any(move.rounds for move in moves) or any(target.endswith(".layer_scale") for target in targets)
 
 
 def find_move(entries: dict[str, str | Move], name: str) -> tuple[str, Move] | None:

@@ -919,6 +919,11 @@ def test_embeddings_that_should_be_tied_and_are_not_are_refused():
         convert(source)
 
 
+def test_families_that_round():
+    rounding = {name for families in conversion.FAMILIES.values() for name, each in families.items() if each.rounds}
+    assert rounding == {"dinov2", "dinov2_with_registers", "granite", "hyperclovax"}
+
+
 def test_every_entry_of_the_tables_is_used():
     used, entries = set(), []
     for auto_class, cases, make in (
