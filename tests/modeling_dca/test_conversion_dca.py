@@ -192,6 +192,9 @@ TEXT = {
     "gpt_neo": ("gpt_neo", SIZES | {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4}),
 }  # fmt: skip
 
+#: One model of each family.
+TEXT_TYPES = list({model_type: name for name, (model_type, _) in reversed(TEXT.items())}.values())[::-1]
+
 IMAGES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 IMAGES |= {"image_size": 12, "patch_size": 4, "id2label": {0: "cat", 1: "dog", 2: "owl"}}
 VISION = {
@@ -330,7 +333,7 @@ def test_images_of_another_size_compute_the_same(name):
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
 def test_every_scheme_computes_the_same(scheme):
-    for source in (text_model("gemma"), image_model("dinov2")):
+    for source in (text_model("gemma2"), text_model("olmo2"), text_model("phi"), image_model("dinov2")):
         model = convert(source, **scheme)
         assert (model.config.residual_scheme, model.config.last_k) == (
             scheme["residual_scheme"],
@@ -339,8 +342,13 @@ def test_every_scheme_computes_the_same(scheme):
         assert_close(logits(model), logits(source), TOLERANCE)
 
 
+# (A cap makes the largest logit small, and with it the difference that is allowed.)
+UNCAPPED = [name for name in TEXT_TYPES if "final_logit_softcapping" not in TEXT[name][1]]
+
+
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "olmo", "gemma", "gpt2", "opt", "opt-bare", "vit", "deit", "dinov2"]
+    "name",
+    [*UNCAPPED, "gemma2-uncapped", "gemma3-scaled", "opt-bare", "vit", "deit", "dinov2", "dinov2_with_registers"],
 )
 def test_type_is_kept(name):
     source = (text_model if name in TEXT else image_model)(name, dtype=torch.bfloat16)
@@ -399,8 +407,6 @@ def test_converted_model_trains(name):
 
 # Heads
 
-#: One model of each family.
-TEXT_TYPES = list({model_type: name for name, (model_type, _) in reversed(TEXT.items())}.values())[::-1]
 HEADS = {
     "AutoModel": (DCAModel, ("last_hidden_state",)),
     "AutoModelForSequenceClassification": (DCAForSequenceClassification, ("logits",)),
