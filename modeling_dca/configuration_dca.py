@@ -36,6 +36,9 @@ RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
 }
 
 
+#: Where the norms of a block stand: before its modules (the paper's), after what they add, or both.
+NORM_PLACEMENTS = ("pre", "sandwich", "post_module")
+
 #: The norm of a gate's input, as `config.json` names it if the scheme has gates. Release 0.1 had none, and named none.
 GATE_NORM = "rms"
 
@@ -87,8 +90,20 @@ class DCABaseConfig(PreTrainedConfig):
         gated_mlp (`bool`, *optional*, defaults to `False`):
             Whether the feed-forward module is gated (`down(act(gate(x)) * up(x))`, as in Llama) or plain
             (`down(act(up(x)))`).
-        qk_norm (`bool`, *optional*, defaults to `False`):
-            Whether the heads of queries and keys are normalized (before the rotary embedding, if there is one).
+        norm_placement (`str`, *optional*, defaults to `"pre"`):
+            Where the norms of a block stand, with `q` the input of the queries: `"pre"`, `a = attn(N1 q)` and
+            `f = a + mlp(N2(q + a))`, as in the paper; `"sandwich"`, `a = P1(attn(N1 q))` and `f = a + P2(mlp(N2(q + a)))`,
+            as in Gemma 2; or `"post_module"`, the latter without `N1` and `N2`, as in OLMo 2.
+        parallel_blocks (`bool`, *optional*, defaults to `False`):
+            Whether the feed-forward module sees `q` and not `q + a`, as in GPT-NeoX.
+        qk_norm (`bool` or `str`, *optional*, defaults to `False`):
+            Whether the heads of queries and keys are normalized (before the rotary embedding, if there is one);
+            `"all_heads"` normalizes all heads together, as in OLMo 2.
+        attention_scaling (`float`, *optional*):
+            What the products of queries and keys are multiplied by; `head_dim**-0.5` if not given.
+        attention_softcap (`float`, *optional*):
+            The most that these products can be, `softcap * tanh(x / softcap)`, as in Gemma 2. The attention of PyTorch,
+            `"sdpa"`, cannot do that; the default is `"eager"` then.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the attention have a bias.
         attention_output_bias (`bool`, *optional*):
@@ -98,7 +113,7 @@ class DCABaseConfig(PreTrainedConfig):
             Dropout of the attention weights.
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the feed-forward module have a bias.
-        residual_config (`dict`, *optional*):
+        source_config (`dict`, *optional*):
             The configuration of the residual model that this one was made from, for the way back.
 
     Raises:
@@ -131,12 +146,16 @@ class DCABaseConfig(PreTrainedConfig):
     norm_type: str = "rms_norm"
     norm_eps: float | int = 1e-6
     gated_mlp: bool = False
-    qk_norm: bool = False
+    norm_placement: str = "pre"
+    parallel_blocks: bool = False
+    qk_norm: bool | str = False
+    attention_scaling: float | int | None = None
+    attention_softcap: float | int | None = None
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
-    residual_config: dict | None = None
+    source_config: dict | None = None
 
     def __post_init__(self, **kwargs):
         gate_norm = kwargs.pop("gate_norm", GATE_NORM)
@@ -145,6 +164,8 @@ class DCABaseConfig(PreTrainedConfig):
                 f"`gate_norm` is {gate_norm!r}, but the gates of this release see entries through {GATE_NORM!r}: load the "
                 "model with the code that it carries, or with the release of modeling-dca that wrote it."
             )
+        # Its name in release 0.1.
+        self.source_config = kwargs.pop("residual_config", self.source_config)
         for name, value in self._following_fields().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -152,7 +173,12 @@ class DCABaseConfig(PreTrainedConfig):
         self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
         if self.gated_mlp:
             self.base_model_tp_plan["layers.*.mlp.gate_proj"] = "colwise"
-        if self.qk_norm:
+        if self.qk_norm == "all_heads":
+            # Each process needs all heads for their norm.
+            for name in ("q_proj", "k_proj", "v_proj"):
+                self.base_model_tp_plan[f"layers.*.self_attn.{name}"] = "colwise_gather_output"
+            self.base_model_tp_plan["layers.*.self_attn.o_proj"] = "rowwise_split_input"
+        elif self.qk_norm:
             # Each process has some of the heads. All heads share one norm.
             self.base_model_tp_plan["layers.*.self_attn.q_norm"] = "replicated_with_grad_allreduce"
             self.base_model_tp_plan["layers.*.self_attn.k_norm"] = "replicated_with_grad_allreduce"
@@ -239,11 +265,16 @@ class DCABaseConfig(PreTrainedConfig):
         """Part of `@strict`-powered validation. The error names the field, its value, and a value that would fit."""
         self._check_known("residual_scheme", RESIDUAL_SCHEMES)
         self._check_known("norm_type", ("rms_norm", "layer_norm", "zero_centered_rms_norm"))
+        self._check_known("norm_placement", NORM_PLACEMENTS)
+        if isinstance(self.qk_norm, str):
+            self._check_known("qk_norm", ("all_heads",))
         self._check_known("hidden_act", ACT2FN)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             self._check_positive(name)
         for name in ("num_hidden_layers", "last_k"):
             self._check_positive(name)
+        for name in ("attention_scaling", "attention_softcap"):
+            self._check_above_zero(name)
         if self.norm_eps < 0:
             raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
         if not 0 <= self.attention_dropout <= 1:
@@ -267,6 +298,11 @@ class DCABaseConfig(PreTrainedConfig):
         if value is not None and value < 1:
             raise ValueError(f"`{field}` is {value}; it must be at least 1.")
 
+    def _check_above_zero(self, field: str):
+        value = getattr(self, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{field}` is {value}; it must be more than 0.")
+
     def _check_divides(self, field: str, divisor: str):
         value, by = getattr(self, field), getattr(self, divisor)
         if by < 1 or value % by:
@@ -288,7 +324,8 @@ class DCAConfig(DCABaseConfig):
             `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
             `"none"`.
         rope_parameters (`dict`, *optional*):
-            The type and the parameters of the rotary positions, as in all of transformers.
+            The type and the parameters of the rotary positions, as in all of transformers; or a dictionary of these for
+            each of the layer types, as in Gemma 3.
         no_rope_layers (`list[int]`, *optional*):
             For each layer 1 if it has the rotary positions and 0 if it has none, as in SmolLM3; all have them if not
             given.
@@ -309,6 +346,17 @@ class DCAConfig(DCABaseConfig):
             Whether the output embedding is the input embedding.
         embedding_multiplier (`float`, *optional*, defaults to 1.0):
             What the embeddings of the tokens are multiplied by.
+        logit_multiplier (`float`, *optional*, defaults to 1.0):
+            What the logits of the tokens are multiplied by, as in Cohere.
+        logit_softcap (`float`, *optional*):
+            The most that the logits of the tokens can be, `softcap * tanh(x / softcap)`, as in Gemma 2.
+        lm_head_bias (`bool`, *optional*, defaults to `False`):
+            Whether the output embedding has a bias, as in Phi.
+        cache_restart_length (`int`, *optional*):
+            The length after which generation computes all keys and values anew, as their rotations change there, as in
+            Phi-3.
+        positions_by_mask (`bool`, *optional*, defaults to `False`):
+            Whether positions that are not given count the tokens that the attention mask keeps, as in OPT, and not all.
 
     All other fields are those of [`DCABaseConfig`].
 
@@ -346,11 +394,23 @@ class DCAConfig(DCABaseConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
     embedding_multiplier: float | int = 1.0
+    logit_multiplier: float | int = 1.0
+    logit_softcap: float | int | None = None
+    lm_head_bias: bool = False
+    cache_restart_length: int | None = None
+    positions_by_mask: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.position_embedding != "rope":
             self.rope_parameters = None
+
+    @property
+    def rope_parameters_by_type(self) -> dict[str | None, dict]:
+        """The parameters of the rotary positions for each layer type that there is, or for `None`: all."""
+        if not set(self.layer_types) & self.rope_parameters.keys():
+            return {None: self.rope_parameters}
+        return {layer_type: self.rope_parameters[layer_type] for layer_type in dict.fromkeys(self.layer_types)}
 
     def _following_fields(self) -> dict:
         layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -366,19 +426,20 @@ class DCAConfig(DCABaseConfig):
     def validate_architecture(self):
         super().validate_architecture()
         self._check_known("position_embedding", ("rope", "learned", "sincos", "none"))
-        for name in ("vocab_size", "max_position_embeddings", "sliding_window"):
+        for name in ("vocab_size", "max_position_embeddings", "sliding_window", "cache_restart_length"):
             self._check_positive(name)
-        if self.embedding_multiplier <= 0:
-            raise ValueError(f"`embedding_multiplier` is {self.embedding_multiplier}; it must be more than 0.")
+        for name in ("embedding_multiplier", "logit_multiplier", "logit_softcap"):
+            self._check_above_zero(name)
         if self.position_embedding == "rope":
             if self.head_dim % 2:
                 raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
-            rope_type = self.rope_parameters.get("rope_type")
-            if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-                raise ValueError(
-                    f"`rope_parameters` has the `rope_type` {rope_type!r}; "
-                    + nearest_name(rope_type, ("default", *ROPE_INIT_FUNCTIONS))
-                )
+            for rope_parameters in self.rope_parameters_by_type.values():
+                rope_type = rope_parameters.get("rope_type")
+                if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+                    raise ValueError(
+                        f"`rope_parameters` has the `rope_type` {rope_type!r}; "
+                        + nearest_name(rope_type, ("default", *ROPE_INIT_FUNCTIONS))
+                    )
         if self.no_rope_layers is not None:
             if self.position_embedding != "rope":
                 raise ValueError(
@@ -430,10 +491,15 @@ class DCAVisionConfig(DCABaseConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Number of channels of the images.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            What the classifier sees: `"mean"` (the average over the patches), `"cls"` (a class token before them) or
-            `"cls_mean"` (both, one after the other).
+            What the classifier sees: `"mean"` (the average over the patches), `"cls"` (a class token before them),
+            `"cls_mean"` (both, one after the other) or `"cls_registers"` (the class token and the registers, likewise).
         num_register_tokens (`int`, *optional*, defaults to 0):
-            Number of learned tokens between the class token and the patches that the classifier does not see.
+            Number of learned tokens between the class token and the patches.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether images of another size than `image_size` are taken without the argument of this name, as in DINOv2.
+        antialias_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Whether learned positions are smoothed when they are resampled for smaller images, as in DINOv2 with
+            registers.
 
     All other fields are those of [`DCABaseConfig`].
 
@@ -470,6 +536,8 @@ class DCAVisionConfig(DCABaseConfig):
     num_channels: int = 3
     pooling: str = "mean"
     num_register_tokens: int = 0
+    interpolate_pos_encoding: bool = False
+    antialias_pos_encoding: bool = False
 
     def __post_init__(self, **kwargs):
         # The validation must see what it refuses.
@@ -505,11 +573,12 @@ class DCAVisionConfig(DCABaseConfig):
     @property
     def pooled_size(self) -> int:
         """Width of what the classifier sees."""
-        return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
+        vectors = {"cls_mean": 2, "cls_registers": 1 + self.num_register_tokens}
+        return self.hidden_size * vectors.get(self.pooling, 1)
 
     def validate_architecture(self):
         super().validate_architecture()
-        self._check_known("pooling", ("mean", "cls", "cls_mean"))
+        self._check_known("pooling", ("mean", "cls", "cls_mean", "cls_registers"))
         self._check_known("position_embedding", ("learned", "sincos", "none"))
         self._check_positive("num_channels")
         if self.num_register_tokens < 0:
@@ -519,7 +588,8 @@ class DCAVisionConfig(DCABaseConfig):
             if len(sizes) != 2 or min(sizes) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give one positive integer, or height and width.")
         for image, patch in zip(self.image_height_width, self.patch_height_width):
-            if image % patch:
+            # (Trained models that leave the last pixels out are taken as they are.)
+            if image < patch or image % patch and self.source_config is None:
                 raise ValueError(
                     f"`image_size` ({self.image_size}) is not a multiple of `patch_size` ({self.patch_size})."
                 )

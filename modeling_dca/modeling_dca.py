@@ -4,6 +4,7 @@ DeepCrossAttention (DCA) language models: Llama's parts, in Llama's places, arou
 Heddes et al., "DeepCrossAttention: Supercharging Transformer Residual Connections", ICML 2025, arXiv 2502.06785.
 """
 
+import copy
 import inspect
 import os
 import warnings
@@ -144,7 +145,10 @@ class DCAScaledEmbedding(nn.Embedding):
 
 def build_embedding(config: DCAConfig) -> nn.Embedding:
     """The token embedding, times `config.embedding_multiplier`."""
-    sizes = (config.vocab_size, config.hidden_size, config.pad_token_id)
+    padding = config.pad_token_id
+    # (Some tokenizers pad with an id that no model is given.)
+    padding = None if padding is None or padding >= config.vocab_size else padding
+    sizes = (config.vocab_size, config.hidden_size, padding)
     if config.embedding_multiplier == 1:
         return nn.Embedding(*sizes)
     return DCAScaledEmbedding(*sizes, config.embedding_multiplier)
@@ -153,8 +157,11 @@ def build_embedding(config: DCAConfig) -> nn.Embedding:
 class DCARotaryEmbedding(nn.Module):
     """Llama's rotary embedding. With a `partial_rotary_factor` it rotates the first features of each head."""
 
-    def __init__(self, config: DCAConfig):
+    def __init__(self, config: DCAConfig, layer_type: str | None = None):
         super().__init__()
+        if layer_type is not None:
+            config = copy.copy(config)
+            config.rope_parameters = config.rope_parameters[layer_type]
         self.config = config
         # `dynamic_rope_update` reads these, for frequencies that depend on the length.
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
@@ -193,6 +200,10 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
+def soft_capped(values: torch.Tensor, softcap: float) -> torch.Tensor:
+    return torch.tanh(values / softcap) * softcap
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -201,11 +212,14 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain PyTorch, with transformers' interface. It also returns the attention weights."""
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        weights = soft_capped(weights, softcap)
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -257,7 +271,9 @@ class DCAAttention(nn.Module):
         self.is_causal = is_causal
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5 if config.attention_scaling is None else config.attention_scaling
+        # (Only the attention functions that can do it are asked to.)
+        self.softcap = {} if config.attention_softcap is None else {"softcap": config.attention_softcap}
         # Vision models have no layer types and no rotary positions.
         slides = getattr(config, "layer_types", None) and config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if slides else None
@@ -271,8 +287,9 @@ class DCAAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=output_bias)
-        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.norms_all_heads = config.qk_norm == "all_heads"
+        widths = (query_width, key_value_width) if self.norms_all_heads else (self.head_dim, self.head_dim)
+        self.q_norm, self.k_norm = (build_norm(config, width) if config.qk_norm else nn.Identity() for width in widths)
 
     @named_arguments
     def forward(
@@ -288,8 +305,13 @@ class DCAAttention(nn.Module):
         input_shape = query_input.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
 
-        query_states = self.q_norm(self.q_proj(query_input).view(hidden_shape)).transpose(1, 2)
-        key_states = self.k_norm(self.k_proj(key_input).view(hidden_shape)).transpose(1, 2)
+        query_states, key_states = self.q_proj(query_input), self.k_proj(key_input)
+        if self.norms_all_heads:
+            query_states = self.q_norm(query_states).view(hidden_shape).transpose(1, 2)
+            key_states = self.k_norm(key_states).view(hidden_shape).transpose(1, 2)
+        else:
+            query_states = self.q_norm(query_states.view(hidden_shape)).transpose(1, 2)
+            key_states = self.k_norm(key_states.view(hidden_shape)).transpose(1, 2)
         value_states = self.v_proj(value_input).view(hidden_shape).transpose(1, 2)
 
         if position_embeddings is not None and self.use_rope:
@@ -313,6 +335,7 @@ class DCAAttention(nn.Module):
             dropout=0.0 if not self.training else self.config.attention_dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **self.softcap,
             **kwargs,
         )
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
@@ -323,7 +346,8 @@ class DCALayer(GradientCheckpointingLayer):
     """
     The DCA block (paper, figure 4). It takes the stack and returns the stack: `stack = layer(*stack, ...)`, tensors
     `(batch, sequence, hidden_size)`. The newest is the last: `f_t`, what the block adds. The block's own input reaches
-    both the attention and the feed-forward module, but is no part of `f_t`.
+    both the attention and the feed-forward module, but is no part of `f_t`. The norms stand before the modules, and the
+    feed-forward module sees what the attention adds; `config.norm_placement` and `config.parallel_blocks` tell otherwise.
 
     With the scheme `"standard"` the stack is one tensor, the residual stream, and the block returns it as Llama's does. A
     hook on a block sees the residual stream there, and with the other schemes a tuple, whose last tensor is `f_t`.
@@ -333,14 +357,22 @@ class DCALayer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.residual = GeneralizedResidual(config, num_blocks=layer_idx)
-        self.input_layernorm = build_norm(config, config.hidden_size)
+        self.input_layernorm = self.build_norm_before(config)
         # The norm above is the queries'. Keys and values have norms of their own where their inputs differ.
         separate_inputs = config.residual_scheme == "dca"
-        self.key_layernorm = build_norm(config, config.hidden_size) if separate_inputs else None
-        self.value_layernorm = build_norm(config, config.hidden_size) if separate_inputs else None
+        self.key_layernorm = self.build_norm_before(config) if separate_inputs else None
+        self.value_layernorm = self.build_norm_before(config) if separate_inputs else None
         self.self_attn = DCAAttention(config, layer_idx, is_causal)
-        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.post_attention_layernorm = self.build_norm_before(config)
         self.mlp = DCAGatedMLP(config) if config.gated_mlp else DCAMLP(config)
+        # The norms of what attention and feed-forward module add. The paper's block has none.
+        after = config.norm_placement != "pre"
+        self.attention_output_norm = build_norm(config, config.hidden_size) if after else None
+        self.mlp_output_norm = build_norm(config, config.hidden_size) if after else None
+
+    @staticmethod
+    def build_norm_before(config: DCABaseConfig) -> nn.Module:
+        return nn.Identity() if config.norm_placement == "post_module" else build_norm(config, config.hidden_size)
 
     @named_arguments
     def forward(
@@ -370,7 +402,13 @@ class DCALayer(GradientCheckpointingLayer):
             **{CACHE_NAME: cache},
             **kwargs,
         )
-        output = attn_output + self.mlp(self.post_attention_layernorm(residual + attn_output))
+        if self.attention_output_norm is not None:
+            attn_output = self.attention_output_norm(attn_output)
+        mlp_input = residual if self.config.parallel_blocks else residual + attn_output
+        mlp_output = self.mlp(self.post_attention_layernorm(mlp_input))
+        if self.mlp_output_norm is not None:
+            mlp_output = self.mlp_output_norm(mlp_output)
+        output = attn_output + mlp_output
         # `residual` returned the stack whose gradients are chained (see `FusedGeneralizedResidual.chained`).
         stack = push(stack, output, self.config.max_stack_entries)
         return stack if len(stack) > 1 else stack[0]
@@ -430,6 +468,13 @@ class DCAPreTrainedModel(PreTrainedModel):
     def __init__(self, config: DCABaseConfig, *args, **kwargs):
         # The caller may have changed a field since the configuration was made.
         config.validate()
+        if config.attention_softcap is not None:
+            self._supports_sdpa = False
+            if config._attn_implementation == "sdpa":
+                raise ValueError(
+                    f"`attention_softcap` is {config.attention_softcap}, which the attention 'sdpa' cannot do: choose "
+                    "'eager' or 'flex_attention' as `attn_implementation`."
+                )
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -525,7 +570,7 @@ class DCAPreTrainedModel(PreTrainedModel):
 
 
 class ResidualConversionMixin:
-    """Conversion of models with a head: from a trained residual model to DCA, and back."""
+    """Conversion of models: from a trained residual model to DCA, and back."""
 
     @classmethod
     def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides: Any) -> Self:
@@ -533,23 +578,25 @@ class ResidualConversionMixin:
         Makes a trained residual model into DCA. It computes the same at first: the generalized residuals start as the
         residual sum (paper, table 4).
 
-        The result has the source's type and, if the source is loaded, its device. It is in evaluation mode, and
-        generates as the source does. It has no dropout but that of attention weights. OPT counts positions by the
-        attention mask: pass `position_ids` for batches that are padded on the left, as `generate` does.
+        The result has the source's type, its attention function and, if the source is loaded, its device. It is in
+        evaluation mode, and generates as the source does. It has no dropout but that of attention weights.
 
         Args:
-            source (`PreTrainedModel`, path or Hub id): a model of a known family (see `conversion_dca`), with the head
-                of this class. A loaded model is copied: training the one does not change the other. A checkpoint is
+            source (`PreTrainedModel`, path or Hub id): a model of a known family (see `families_dca`). A classifier may have
+                another head than this class, or none, if `num_labels` is given. A loaded model is copied: training the one does not change the other. A checkpoint is
                 memory-mapped, and only the weights that change are copied (all projections of GPT-2, those of DINOv2
                 that have a layer scale): give the path where memory is scarce. A file stays mapped until its last
                 weight is taken: a checkpoint in shards needs the least memory.
             config_overrides: fields of the configuration that the source leaves open, e.g. `last_k=2` or
-                `residual_scheme="grn_v2"`. For a path or Hub id also `dtype` (the checkpoint's by default), and what
+                `residual_scheme="grn_v2"`. For a classifier also `num_labels`, `id2label`, `label2id` and `problem_type`: if
+                the source's head has another number of labels, the model gets a new one, which the log names, as with
+                `from_pretrained`. For a path or Hub id also `dtype` (the checkpoint's by default), and what
                 tells `from_pretrained` where it is (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
             `ValueError`: the source's family is not known, DCA cannot represent the source exactly, the source has
-                weights that DCA has not, or lacks some, or an override is not one.
+                weights that DCA has not, or lacks some, has not the head of this class and `num_labels` is not given, or
+                an override is not one.
 
         Example:
 
@@ -578,7 +625,7 @@ class ResidualConversionMixin:
         return to_residual(self)
 
 
-class DCAModel(DCAPreTrainedModel):
+class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
     """The DCA decoder without a head. Each block takes the stack: the embeddings and the outputs of all earlier blocks."""
 
     _auto_class = "AutoModel"
@@ -593,7 +640,8 @@ class DCAModel(DCAPreTrainedModel):
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_embedding == "rope":
-            self.rotary_emb = DCARotaryEmbedding(config=config)
+            rotary = {kind: DCARotaryEmbedding(config, kind) for kind in config.rope_parameters_by_type}
+            self.rotary_emb = rotary[None] if None in rotary else nn.ModuleDict(rotary)
         self.layers = nn.ModuleList([DCALayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.residual = GeneralizedResidual(config, num_blocks=config.num_hidden_layers, outputs=1)
         self.norm = build_norm(config, config.hidden_size)
@@ -634,12 +682,14 @@ class DCAModel(DCAPreTrainedModel):
 
         # (The cache of continuous batching holds many sequences. Their positions are given.)
         past_seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        if self.embed_positions is not None and (position_ids is None or isinstance(cache, Cache)):
-            # (Packed sequences have positions of their own. Together they may be longer.)
-            self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1])
         # The mask searches given positions for packed sequences, and waits for the device: it does not get ours.
         given_position_ids = position_ids
-        if position_ids is None and "flash" not in str(self.config._attn_implementation):
+        if self.config.positions_by_mask and position_ids is None and getattr(attention_mask, "ndim", None) == 2:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        if self.embed_positions is not None and (position_ids is None or isinstance(cache, Cache)):
+            # (Packed sequences have positions of their own. Together they may be longer.)
+            self._check_learned_positions(past_seen_tokens, inputs_embeds.shape[1], position_ids)
+        if given_position_ids is None and "flash" not in str(self.config._attn_implementation):
             for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
                 if kwargs.get(name) is not None:
                     raise ValueError(
@@ -667,7 +717,13 @@ class DCAModel(DCAPreTrainedModel):
                 mask_mapping["sliding_attention"] = create_sliding_window_causal_mask(**mask_kwargs)
 
         hidden_states = self._add_positions(inputs_embeds, position_ids)
-        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = {}
+        if isinstance(self.rotary_emb, nn.ModuleDict):
+            position_embeddings = {
+                kind: rotary(hidden_states, position_ids) for kind, rotary in self.rotary_emb.items()
+            }
+        elif self.rotary_emb is not None:
+            position_embeddings = dict.fromkeys(self.config.layer_types, self.rotary_emb(hidden_states, position_ids))
 
         self._check_recording(kwargs)
         stack = (hidden_states,)
@@ -679,7 +735,7 @@ class DCAModel(DCAPreTrainedModel):
             stack = decoder_layer(
                 *stack,
                 attention_mask=mask_mapping[layer_type],
-                position_embeddings=position_embeddings,
+                position_embeddings=position_embeddings.get(layer_type),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 **{CACHE_NAME: cache},
@@ -694,12 +750,18 @@ class DCAModel(DCAPreTrainedModel):
             hidden_states, _ = self.residual(*stack)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _check_learned_positions(self, past_seen_tokens: int | torch.Tensor, num_tokens: int):
+    def _check_learned_positions(
+        self, past_seen_tokens: int | torch.Tensor, num_tokens: int, position_ids: torch.LongTensor | None
+    ):
         # A static cache counts its tokens on the device: to read the count is to wait for the device.
         past_seen_tokens = past_seen_tokens if isinstance(past_seen_tokens, int) else 0
-        if past_seen_tokens + num_tokens > self.config.max_position_embeddings:
+        length = past_seen_tokens + num_tokens
+        too_long = length > self.config.max_position_embeddings
+        if too_long and position_ids is not None and not torch.compiler.is_compiling():
+            length = int(position_ids.max()) + 1  # padding on the left has none
+        if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"The sequence has {past_seen_tokens + num_tokens} tokens, but the learned positions end at "
+                f"The sequence has {length} tokens, but the learned positions end at "
                 f"`max_position_embeddings` = {self.config.max_position_embeddings}: shorten the sequence."
             )
 
@@ -723,7 +785,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         super().__init__(config)
         self.model = DCAModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
         self.post_init()
 
@@ -770,6 +832,10 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         # Logits of the tokens that are asked for, in the model's own type.
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+        if self.config.logit_multiplier != 1:
+            logits = logits * self.config.logit_multiplier
+        if self.config.logit_softcap is not None:
+            logits = soft_capped(logits, self.config.logit_softcap)
 
         loss = None
         if labels is not None:
@@ -785,6 +851,13 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
+        """As in transformers, but for `config.cache_restart_length`."""
+        restart, cache = self.config.cache_restart_length, kwargs.get(CACHE_NAME)
+        if restart is not None and cache is not None and input_ids.shape[1] > restart >= cache.get_seq_length():
+            kwargs |= {CACHE_NAME: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
 
 def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
     """
@@ -795,7 +868,7 @@ def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
         getattr(modeling_auto, table, {}).setdefault(model_type, class_name)
 
 
-class DCAGenericHead(DCAPreTrainedModel):
+class DCAGenericHead(ResidualConversionMixin, DCAPreTrainedModel):
     """The base of the generic heads. They build their backbone through AutoModel, which learns of DCA's here."""
 
     def __init__(self, config: DCAConfig):

@@ -70,9 +70,14 @@ class DCAVisionEmbeddings(nn.Module):
         prefix_positions = self.position_embeddings[:, : self.config.num_prefix_tokens]
         patch_positions = self.position_embeddings[:, self.config.num_prefix_tokens :]
         patch_positions = patch_positions.unflatten(1, self._grid(*self.config.image_height_width)).permute(0, 3, 1, 2)
+        # In float32: in half precision the resampling shifts the positions.
         patch_positions = nn.functional.interpolate(
-            patch_positions, size=self._grid(height, width), mode="bicubic", align_corners=False
-        )
+            patch_positions.float(),
+            size=self._grid(height, width),
+            mode="bicubic",
+            align_corners=False,
+            antialias=self.config.antialias_pos_encoding,
+        ).to(prefix_positions.dtype)
         return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def _sincos_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -86,6 +91,8 @@ class DCAVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
+        if interpolate_pos_encoding is None:
+            interpolate_pos_encoding = self.config.interpolate_pos_encoding
         if not interpolate_pos_encoding and (height, width) != self.config.image_height_width:
             raise ValueError(
                 f"The images are {height} x {width} pixels, but the model's `image_size` is {self.config.image_size}: "
@@ -120,7 +127,7 @@ class DCAVisionPreTrainedModel(DCAPreTrainedModel):
                     init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
-class DCAVisionModel(DCAVisionPreTrainedModel):
+class DCAVisionModel(ResidualConversionMixin, DCAVisionPreTrainedModel):
     """The DCA vision encoder. Each block takes the stack: the embeddings and the outputs of all earlier blocks."""
 
     _auto_class = "AutoModel"
@@ -149,7 +156,8 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`): the images.
-            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
+            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`
+                (`config.interpolate_pos_encoding` if not given).
 
         Returns:
             `last_hidden_state` `(batch, tokens, hidden_size)` after the final norm, and `pooler_output`
@@ -178,6 +186,8 @@ class DCAVisionModel(DCAVisionPreTrainedModel):
     def _pool(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.config.pooling == "cls":
             return hidden_states[:, 0]
+        if self.config.pooling == "cls_registers":
+            return hidden_states[:, : self.config.num_prefix_tokens].flatten(1)
         mean = hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pooling == "mean" else torch.cat((hidden_states[:, 0], mean), dim=-1)
 
@@ -209,7 +219,8 @@ class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedMode
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`): the images.
             labels (`torch.LongTensor` of shape `(batch,)`, *optional*): classes in `[0, config.num_labels)`, or, with
                 `num_labels == 1`, the values of a regression.
-            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`.
+            interpolate_pos_encoding (`bool`, *optional*): accept images of another size than `config.image_size`
+                (`config.interpolate_pos_encoding` if not given).
 
         Returns:
             `logits` `(batch, num_labels)` and, with `labels`, `loss`.

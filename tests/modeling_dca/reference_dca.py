@@ -79,11 +79,17 @@ def rotate(x, positions, theta, width):
     return rotated
 
 
+def soft_cap(x, cap):
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
 def attention(config, weights, name, inputs, positions, allowed):
     """Softmax attention, head by head; `allowed[batch, i, j]` says whether token `i` sees token `j`."""
     query, key, value = (linear(weights, f"{name}.{part}_proj", x) for part, x in zip("qkv", inputs))
+    if config.qk_norm == "all_heads":
+        query, key = norm(config, weights, f"{name}.q_norm", query), norm(config, weights, f"{name}.k_norm", key)
     query, key, value = (x.reshape(*x.shape[:2], -1, config.head_dim) for x in (query, key, value))
-    if config.qk_norm:
+    if config.qk_norm is True:
         query, key = norm(config, weights, f"{name}.q_norm", query), norm(config, weights, f"{name}.k_norm", key)
     result = np.zeros_like(query)
     for batch in range(len(query)):
@@ -94,7 +100,8 @@ def attention(config, weights, name, inputs, positions, allowed):
                 theta = config.rope_parameters["rope_theta"]
                 width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
                 q, k = (rotate(x, positions[batch], theta, width) for x in (q, k))
-            scores = np.where(allowed[batch], np.exp(q @ k.T / math.sqrt(config.head_dim)), 0.0)
+            scale = 1 / math.sqrt(config.head_dim) if config.attention_scaling is None else config.attention_scaling
+            scores = np.where(allowed[batch], np.exp(soft_cap(q @ k.T * scale, config.attention_softcap)), 0.0)
             result[batch, :, head] = scores / scores.sum(-1, keepdims=True) @ v
     return linear(weights, f"{name}.o_proj", result.reshape(*result.shape[:2], -1))
 
@@ -107,7 +114,11 @@ def feed_forward(config, weights, name, x):
 
 
 def block(config, weights, name, outputs, positions, allowed):
-    """What a block adds to the network, `f_t` (figure 4), given `outputs = [f_0, ..., f_{t-1}]`."""
+    """
+    What a block adds to the network, `f_t` (figure 4), given `outputs = [f_0, ..., f_{t-1}]`; the figure's block has its
+    norms before the modules, `N1` and `N2`, and its feed-forward module sees `q + a`.
+    """
+    before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("sandwich", "post_module")
     inputs = residual_inputs(config, weights, f"{name}.residual", outputs)
     norms = ["input_layernorm"] * 3
     if config.residual_scheme == "dca":
@@ -115,11 +126,16 @@ def block(config, weights, name, outputs, positions, allowed):
     else:
         inputs = inputs * 3
     q = inputs[0]
-    inputs = [norm(config, weights, f"{name}.{norm_name}", x) for norm_name, x in zip(norms, inputs)]
+    if before:
+        inputs = [norm(config, weights, f"{name}.{norm_name}", x) for norm_name, x in zip(norms, inputs)]
     a = attention(config, weights, f"{name}.self_attn", inputs, positions, allowed)
-    return a + feed_forward(
-        config, weights, f"{name}.mlp", norm(config, weights, f"{name}.post_attention_layernorm", q + a)
-    )
+    if after:
+        a = norm(config, weights, f"{name}.attention_output_norm", a)
+    m = q if config.parallel_blocks else q + a
+    if before:
+        m = norm(config, weights, f"{name}.post_attention_layernorm", m)
+    m = feed_forward(config, weights, f"{name}.mlp", m)
+    return a + (norm(config, weights, f"{name}.mlp_output_norm", m) if after else m)
 
 
 def hidden_states(config, weights, f_0, positions, allowed):
@@ -160,7 +176,8 @@ def causal_lm_logits(model, input_ids, positions=None, visible=None):
         f_0 = f_0 + weights["model.embed_positions.weight"][positions]
     elif config.position_embedding == "sincos":
         f_0 = f_0 + sincos(positions, config.hidden_size)
-    return linear(weights, "lm_head", hidden_states(config, weights, f_0, positions, allowed))
+    logits = linear(weights, "lm_head", hidden_states(config, weights, f_0, positions, allowed))
+    return soft_cap(logits * config.logit_multiplier, config.logit_softcap)
 
 
 def image_logits(model, pixel_values):

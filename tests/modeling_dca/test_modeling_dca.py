@@ -185,6 +185,11 @@ ARCHITECTURES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     },
     "tied": {"tie_word_embeddings": True},
+    "sandwich": {"norm_placement": "sandwich", **LLAMA},
+    "post_module": {"norm_placement": "post_module", "qk_norm": "all_heads", "num_key_value_heads": 2},
+    "parallel": {"parallel_blocks": True, "lm_head_bias": True, **LAYER_NORM},
+    "parallel_sandwich": {"parallel_blocks": True, "norm_placement": "sandwich"},
+    "scales": {"attention_scaling": 0.3, "logit_multiplier": 0.2, "logit_softcap": 1.5},
 }  # fmt: skip
 
 
@@ -198,6 +203,29 @@ def test_logits_equal_the_slow_rendering_in_every_architecture(architecture, att
     input_ids = random_ids(2, 9)
     # Transformers computes RMS norms, softmax and positions in float32 in any model.
     assert_close(model(input_ids).logits, causal_lm_logits(model, input_ids), 1e-5)
+
+
+@pytest.mark.parametrize("placement", ["sandwich", "post_module"])
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=name_of)
+def test_norms_after_the_modules_in_every_scheme(scheme, placement):
+    model = tiny_model(norm_placement=placement, parallel_blocks=placement == "sandwich", **scheme)
+    input_ids = random_ids(2, 7)
+    assert_close(model(input_ids).logits, causal_lm_logits(model, input_ids), 1e-5)
+    model.train()(input_ids, labels=input_ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_soft_capped_attention():
+    model = tiny_model(attention_softcap=0.7, logit_softcap=2.0)
+    assert model.config._attn_implementation == "eager"
+    input_ids = random_ids(2, 7)
+    assert_close(model(input_ids).logits, causal_lm_logits(model, input_ids), 1e-5)
+    capped = model(input_ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.softcap = {}
+    assert (model(input_ids).logits - capped).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="`attention_softcap` is 0.7, which the attention 'sdpa' cannot do"):
+        tiny_model(attention_softcap=0.7, attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)

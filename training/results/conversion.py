@@ -212,7 +212,7 @@ def retrofit(arguments: argparse.Namespace) -> None:
             added = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in ADDED)
             total, written, dca_config = model.num_parameters(), model.dtype, model.config
             del model
-            scaled = any("layer_scale" in name for name in find_family(config, auto_class).weights)
+            scaled = find_family(config, auto_class).rounds
             difference = None
             if arguments.verify:
                 inputs = make_inputs(dca_config, processor, text)

@@ -30,7 +30,7 @@ BASE = "base"
 
 # Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has,
 # and what a model that starts from random weights does not have.
-NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "residual_config"}
+NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "source_config"}
 
 
 # How a run is started is no part of what it is.

@@ -817,7 +817,7 @@ def test_configuration_that_tells_where_it_came_from(here, run_copy):
     path = "/data/telling/llama"
     for file in ("config.json", "tokenizer_config.json"):
         fields = json.loads((run_copy / file).read_text())
-        fields |= {"_name_or_path": path, "tokenizer_file": f"{path}/x", "residual_config": {"name_or_path": path}}
+        fields |= {"_name_or_path": path, "tokenizer_file": f"{path}/x", "source_config": {"name_or_path": path}}
         fields |= {"id2label": {"0": "/m/01g317", "1": "a/b/c"}, "base_model_name_or_path": "user/model"}
         (run_copy / file).write_text(json.dumps(fields))
     (run_copy / "logs").mkdir()
@@ -826,7 +826,7 @@ def test_configuration_that_tells_where_it_came_from(here, run_copy):
     files = here.repositories["writer/origin"].commits[-1].files
     for file in ("config.json", "tokenizer_config.json"):
         published = json.loads(files[file])
-        assert published["_name_or_path"] == published["residual_config"]["name_or_path"] == "llama"
+        assert published["_name_or_path"] == published["source_config"]["name_or_path"] == "llama"
         assert published["tokenizer_file"] == "x" and published["base_model_name_or_path"] == "user/model"
         assert published["id2label"] == {"0": "/m/01g317", "1": "a/b/c"}
     assert not [path for path, content in files.items() if b"telling" in content or "host" in path]

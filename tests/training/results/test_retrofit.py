@@ -382,7 +382,7 @@ def test_sources_that_cannot_become_dca(room, capsys):
         "vocab_size": 9,
     }
     BertForMaskedLM(BertConfig(**tiny)).save_pretrained("bert")
-    assert "its norms stand after attention" in failure(capsys, command.main, "bert", "out")
+    assert "its norms stand after the sum" in failure(capsys, command.main, "bert", "out")
     LlamaForSequenceClassification(LlamaConfig(**tiny)).save_pretrained("classifier")
     assert "only a LlamaForCausalLM can become DCA" in failure(capsys, command.main, "classifier", "out")
     call(command.main, "llama", "done")

@@ -66,7 +66,7 @@ def test_residual_checkpoint_goes_on_as_dca_and_as_it_is(llama, first_weights):
         assert all(torch.equal(first_weights[scheme][name], weight) for name, weight in expected.state_dict().items())
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert (model.config.residual_scheme, model.config.last_k) == (scheme, last_k)
-        assert model.config.residual_config["model_type"] == "llama" and model.config.gated_mlp
+        assert model.config.source_config["model_type"] == "llama" and model.config.gated_mlp
         assert not torch.equal(model.lm_head.weight, expected.lm_head.weight)
     # The tokenizer is the checkpoint's.
     assert (llama / "run" / "tokenizer.json").read_text() == (llama / "llama" / "tokenizer.json").read_text()
