@@ -405,6 +405,15 @@ class DCAConfig(DCABaseConfig):
         if self.position_embedding != "rope":
             self.rope_parameters = None
 
+    def convert_rope_params_to_dict(self, **kwargs) -> dict:
+        """As in transformers, of which older releases also put a `rope_theta` beside parameters by layer type."""
+        kwargs = super().convert_rope_params_to_dict(**kwargs)
+        if any(isinstance(value, dict) for value in self.rope_parameters.values()):
+            self.rope_parameters = {
+                name: value for name, value in self.rope_parameters.items() if isinstance(value, dict | None)
+            }
+        return kwargs
+
     @property
     def rope_parameters_by_type(self) -> dict[str | None, dict]:
         """The parameters of the rotary positions for each layer type that there is, or for `None`: all."""

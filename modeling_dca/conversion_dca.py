@@ -354,7 +354,9 @@ def convert_config(
         fields = {name: value for name, value in fields.items() if name not in LABELS}
     if (id2label := overrides.get("id2label")) is not None:
         fields["label2id"] = {label: index for index, label in id2label.items()}
-    if (implementation := config._attn_implementation) is not None:
+    implementation = config._attn_implementation
+    # (Older releases of transformers compute Gemma 2 with an attention that leaves the cap out.)
+    if implementation is not None and not (implementation == "sdpa" and fields.get("attention_softcap")):
         fields["attn_implementation"] = implementation
     return model_class.config_class(**fields | {"source_config": config.to_diff_dict()} | overrides)
 

@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -38,6 +39,7 @@ from modeling_dca import (
     DCAModel,
     DCAVisionModel,
 )
+from modeling_dca.modeling_dca import CACHE_NAME
 
 
 VOCABULARY = 60
@@ -192,6 +194,10 @@ TEXT = {
     "gpt_neo": ("gpt_neo", SIZES | {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4}),
 }  # fmt: skip
 
+# Older releases of transformers do not know all of them, and their Phi-3 forgets the prompt where it starts its cache anew.
+TEXT = {name: case for name, case in TEXT.items() if case[0] in CONFIG_MAPPING}
+if CACHE_NAME == "past_key_values":
+    del TEXT["phi3-longrope"]
 #: One model of each family.
 TEXT_TYPES = list({model_type: name for name, (model_type, _) in reversed(TEXT.items())}.values())[::-1]
 
@@ -236,6 +242,8 @@ def randomize(model, seed=0):
 def build(model_type, fields, dtype=torch.float32, seed=0):
     auto_class = "AutoModelForImageClassification" if "image_size" in fields else "AutoModelForCausalLM"
     config = AutoConfig.for_model(model_type, **fields)
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # others leave the cap out in older releases of transformers
     return randomize(conversion.model_class_of(config, auto_class)(config).to(dtype), seed)
 
 
@@ -441,6 +449,7 @@ def test_every_head_computes_the_same(name):
         inputs = {"input_ids": ids(2, 9)}
         assert_close(outputs(model, names, **inputs), outputs(source, names, **inputs), TOLERANCE)
         back = model.to_residual()
+        back.set_attn_implementation(source.config._attn_implementation)
         assert type(back) is type(source) and back.config.num_labels == source.config.num_labels
         assert_close(outputs(back, names, **inputs), outputs(source, names, **inputs), TOLERANCE)
 
@@ -970,6 +979,7 @@ def test_round_trip(tmp_path, name, scheme):
     source = (text_model if name in TEXT else image_model)(name)
     model = save_and_reload(convert(source, **scheme), tmp_path)
     back = model.to_residual()
+    back.set_attn_implementation(source.config._attn_implementation)
     assert type(back) is type(source)
     assert_close(logits(back), logits(source), TOLERANCE)
     unlike = {"_name_or_path", "dtype", "architectures", "transformers_version"}
