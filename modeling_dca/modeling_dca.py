@@ -851,6 +851,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks into its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
         """As in transformers, but for `config.cache_restart_length`."""
         restart, cache = self.config.cache_restart_length, kwargs.get(CACHE_NAME)
