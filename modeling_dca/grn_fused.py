@@ -24,11 +24,13 @@ from .norm import rms_norm
 
 class FusedGeneralizedResidual:
     """
-    An implementation of [`~grn.generalized_residual`] made of two kernels, and called as that is.
+    An implementation of [`~grn.generalized_residual`] made of two kernels, and called as that is; with a third, of a block's
+    residuals and norms in one ([`normalized`]).
 
-    Both become operators of `torch.library`, which `torch.compile` takes as they are: its graph grows with the number of
-    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass. Where
-    more than eager autograd looks into the computation (see [`autograd_alone`]), the reference takes their place.
+    The two become operators of `torch.library`, which `torch.compile` takes as they are: its graph grows with the number of
+    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass, and
+    with norms their inputs. Where more than eager autograd looks into the computation (see [`~autograd.autograd_alone`]), the
+    reference takes their place.
 
     Args:
         name (`str`): what `config.grn_implementation` calls it.
