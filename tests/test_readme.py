@@ -1,4 +1,4 @@
-"""The README: every block of code in it does what it says."""
+"""The READMEs for users: every block of code in them does what it says."""
 
 import os
 import re
@@ -15,9 +15,13 @@ from tests.training.hub_server import HubServer, User
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "ReadmeSecretReadmeSecretReadmeSecr"
-BLOCKS = re.findall(
-    r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-)
+PAGES = ("README.md", "modeling_dca/README.md", "training/README.md")
+BLOCKS = {
+    page: re.findall(
+        r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    for page in PAGES
+}
 
 # What makes the README's runs small enough for a test.
 SMALL_TEXT = "--dataset text.txt --eval_dataset text.txt --vocab_size 300 --hidden_size 16 --max_steps 2 --save_steps 2 --eval_steps 2"
@@ -46,7 +50,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_python_blocks_run_one_after_the_other(checkout):
-    code = "\n".join(text for language, text in BLOCKS if language == "python")
+    code = "\n".join(text for language, text in BLOCKS["README.md"] if language == "python")
     with HubServer({TOKEN: User("your-name")}) as hub:
         run(checkout, "-c", code, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
         pushed = hub.repositories["your-name/your-model"].commits[-1].files
@@ -54,8 +58,15 @@ def test_python_blocks_run_one_after_the_other(checkout):
     assert (checkout / "runs" / "fine-tuned" / "model.safetensors").exists()
 
 
+def test_python_blocks_of_the_library_run_one_after_the_other(checkout):
+    code = [text for language, text in BLOCKS["modeling_dca/README.md"] if language == "python"]
+    assert code
+    run(checkout, "-c", "\n".join(code))
+
+
 @pytest.mark.parametrize(
-    "line", [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+    "line",
+    [line for page in PAGES for language, text in BLOCKS[page] if language == "bash" for line in text.splitlines()],
 )
 def test_shell_command_runs(line, checkout):
     program, *arguments = shlex.split(line)
@@ -71,4 +82,4 @@ def test_shell_command_runs(line, checkout):
 
 
 def test_no_block_is_left_out():
-    assert {language for language, _ in BLOCKS} == {"bash", "python", "bibtex"}
+    assert {language for page in PAGES for language, _ in BLOCKS[page]} == {"bash", "python", "bibtex"}

@@ -135,7 +135,7 @@ def write_card(folder: Path, run, note: dict) -> None:
         metrics=metrics,
         results=results,
         parameters={name: count_parameters(path) for name, path in models.items()},
-        verdict=_verdict(metrics[0], results) if len(results) > 1 else None,
+        verdict=verdict(metrics[0], results) if len(results) > 1 else None,
         steps=state["global_step"],
         best_step=state.get("best_global_step") if arguments["load_best_model_at_end"] else None,
         hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
@@ -219,7 +219,7 @@ def count_parameters(folder: Path) -> int:
     return count
 
 
-def _verdict(metric: tuple[str, str, bool], results: dict[str, dict]) -> str:
+def verdict(metric: tuple[str, str, bool], results: dict[str, dict]) -> str:
     """Which of two models is better on this run, in words."""
     key, label, less_is_better = metric
     (own, own_results), (other, other_results) = results.items()

@@ -3,7 +3,7 @@
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import is_torch_xla_available
 
 from modeling_dca import DCABaseConfig
-from training.results.card import DEPTH_WEIGHTS_DATA, write_card
+from training.results.card import DEPTH_WEIGHTS_DATA, scheme_name, write_card
 from training.results.depth_weights import measure_depth_weights
 from training.results.record import DIVERGED
+from training.results.summary import summarize_run
 from training.run.checkpoints import checkpoint_to_resume, told_if_not_written
 from training.run.fields import Run, RunArguments
 from training.run.initial import initial_model
@@ -34,7 +35,12 @@ DEPTH_WEIGHT_BATCHES = 16
 
 
 def run_models(
-    run: Run, model_class: type[PreTrainedModel], baseline: DCABaseConfig | None, note: dict, **trainer_options
+    run: Run,
+    model_class: type[PreTrainedModel],
+    baseline: DCABaseConfig | None,
+    note: dict,
+    sample: Callable[[type[PreTrainedModel], Path], str] | None = None,
+    **trainer_options,
 ) -> None:
     """
     Train the model of a run, and before it its baseline on the same batches, and leave the folder of the run complete:
@@ -42,6 +48,7 @@ def run_models(
 
     Args:
         note: what the model card says of task and data, see `write_card`.
+        sample: what a model of this class writes, whose folder it is, to be shown at the end.
         trainer_options: datasets, collator, processor and metrics, as [`~transformers.Trainer`] takes them.
     """
     folder = Path(run.training.output_dir)
@@ -59,10 +66,12 @@ def run_models(
         weights = measure_depth_weights(model, held_out_batches(trainer))
         (folder / DEPTH_WEIGHTS_DATA).write_text(json.dumps(weights, indent=1), encoding="utf-8")
         write_card(folder, run, note)
+        models = {scheme_name(each): each for each in filter(None, (folder, note["baseline"]))}
+        samples = {name: sample(model_class, each) for name, each in models.items()} if sample else {}
     if run.training.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
-        print(f"\nThe run is complete: {folder} (model card: {folder / 'README.md'})")
+        print(f"\n{summarize_run(models, note['task'], note.get('prompt'), samples)}")
 
 
 def model_and_callbacks(

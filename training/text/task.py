@@ -10,7 +10,7 @@ import evaluate
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, EvalPrediction, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, EvalPrediction, PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_dca import DCAForCausalLM
@@ -37,6 +37,10 @@ from training.text.documents import load_text, texts
 from training.text.fields import CausalLMArguments, TextDataArguments
 from training.text.stream import TextStream, check_lanes
 from training.text.tokenizer import keep_tokenizer, load_tokenizer, train_tokenizer
+
+
+#: How many tokens are shown of what a model writes.
+SAMPLE_TOKENS = 80
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -189,12 +193,27 @@ def train_language_model(run: Run) -> None:
         model_class,
         baseline,
         note,
+        functools.partial(sample_text, prompt=note["prompt"], seed=run.training.seed),
         **train_data,
         processing_class=tokenizer,
         compute_loss_func=loss,
         callbacks=callbacks,
         **evaluation,
     )
+
+
+def sample_text(model_class: type[PreTrainedModel], folder: Path, prompt: str, seed: int) -> str:
+    """What a language model writes after a prompt, with the prompt; the same at each call."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    model = model_class.from_pretrained(folder)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            **inputs, max_new_tokens=min(SAMPLE_TOKENS, room), do_sample=True, temperature=0.8, top_p=0.9
+        )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def text_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A run from its start to its folder: what is left, and how it is resumed, stopped, compared and published."""
 
+import ast
 import functools
 import json
 import math
@@ -40,6 +41,7 @@ from training.run.trainer import NonFiniteGuard, RunTrainer
 from training.studies.report import read_member
 from training.studies.study import read_runs
 from training.support.errors import UserError
+from training.text.task import sample_text
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -638,7 +640,22 @@ def test_run_on_token_ids(room):
 
 def test_run_says_where_it_is(room, capsys):
     call(causal_lm.main, TEXT_RUN, "--max_steps=1")
-    assert re.search(r"The run is complete: runs/text \(model card: runs/text/README.md\)", capsys.readouterr().out)
+    assert "The run is complete: runs/text (model card: runs/text/README.md" in capsys.readouterr().out
+
+
+def test_run_ends_with_both_models_figures_and_what_they_write(room, capsys):
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard")
+    said = capsys.readouterr().out.rpartition("| parameters |")[2]
+    for folder in (room / "run", room / "run" / "standard"):
+        assert f"{results(folder)['eval_loss']:.4f}" in said
+        assert sample_text(DCAForCausalLM, folder, "def f(", seed=0) == sample_text(
+            DCAForCausalLM, folder, "def f(", 0
+        )
+    assert "This is one run with one seed." in said
+    samples = re.findall(r"^(\S+) goes on from ('.*'):\n\n(.*)", said, flags=re.MULTILINE)
+    assert [name for name, _, _ in samples] == ["dca", "standard"]
+    for _, prompt, sample in samples:
+        assert sample.startswith(ast.literal_eval(prompt).partition("\n")[0])
 
 
 def test_implementation_that_cannot_run_is_refused_before_the_training(room, monkeypatch, capsys):
