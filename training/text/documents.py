@@ -2,15 +2,16 @@
 
 import hashlib
 import itertools
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from training.data.reading import values_of
-from training.data.splits import TEXT_FORMATS, load_splits
+from training.data.splits import TEXT_FORMATS, code_of, load_splits, made_once
 from training.support.errors import UserError
 from training.text.fields import TextDataArguments
 
@@ -46,6 +47,43 @@ def standard_library(arguments: TextDataArguments) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
+#: Documents overlap in runs of so many words or signs, as is usual for near copies.
+OVERLAP_LENGTH = 13
+
+
+def runs_of_words(document: str | list[int]) -> set[int]:
+    """The hashes of all runs of `OVERLAP_LENGTH` words or signs of a text, or of token ids."""
+    words = document if isinstance(document, list) else re.findall(r"\w+|[^\w\s]", str(document))
+    return {hash(tuple(words[i : i + OVERLAP_LENGTH])) for i in range(len(words) - OVERLAP_LENGTH + 1)}
+
+
+def without_copies(held_out: Dataset, train: Dataset, column: str, share: float) -> Dataset:
+    """
+    The documents of which no more than a `share` of their runs of words are in the training documents, too. (Those that are
+    shorter than one run have none.)
+
+    Raises:
+        [`UserError`]: none is left.
+    """
+
+    def kept():
+        own = [runs_of_words(document) for document in values_of(held_out, column)]
+        left = set().union(*own)
+        seen = set()
+        for document in values_of(train, column):
+            seen |= runs_of_words(document) & left
+        yield {"kept": [index for index, runs in enumerate(own) if len(runs & seen) <= share * len(runs)]}
+
+    decisive = (held_out, train, column, share, code_of(runs_of_words, without_copies))
+    indices = made_once(kept, Features({"kept": List(Value("int64"))}), *decisive)[0]["kept"]
+    if not indices:
+        raise UserError(
+            f"`max_eval_overlap` is {share}, but all documents to evaluate on have more than that share in common with the training "
+            "documents: give a larger one, or other documents."
+        )
+    return held_out.select(indices)
+
+
 def load_text(
     arguments: TextDataArguments, held_out_only: bool = False
 ) -> tuple[Dataset | IterableDataset | None, Dataset]:
@@ -61,6 +99,11 @@ def load_text(
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"`{name}` is {value}; it must be at least 1.")
+    overlap = arguments.max_eval_overlap
+    if overlap is not None and not 0 <= overlap < 1:
+        raise UserError(f"`max_eval_overlap` is {overlap}; it must lie from 0 up to 1, which it must not reach.")
+    if overlap is not None and arguments.streaming:
+        raise UserError("`max_eval_overlap` needs all training documents at hand: leave it out, or `streaming`.")
     train, held_out = load_splits(
         arguments,
         {"stdlib": standard_library},
@@ -69,8 +112,10 @@ def load_text(
         streaming=arguments.streaming,
         # A few documents need not be downloaded with all of the others.
         held_out_streaming=arguments.streaming and arguments.max_eval_documents is not None,
-        held_out_only=held_out_only,
+        held_out_only=held_out_only and overlap is None,
     )
+    if overlap is not None:
+        held_out = without_copies(held_out, train, arguments.text_column, overlap)
     if isinstance(held_out, IterableDataset):
         first = itertools.islice(values_of(held_out, arguments.text_column), arguments.max_eval_documents)
         held_out = Dataset.from_dict({arguments.text_column: list(first)})

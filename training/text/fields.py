@@ -45,6 +45,13 @@ class TextDataArguments(DataArguments):
     max_eval_documents: int | None = dataclasses.field(
         default=None, metadata={"help": "The most documents to evaluate on."}
     )
+    max_eval_overlap: float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "The largest share of a document to evaluate on, in runs of 13 words or signs, that the training documents may "
+            "have, too; what has more is left out."
+        },
+    )
     tokenizer: str | None = dataclasses.field(
         default=None,
         metadata={"help": "The path or Hub id of a tokenizer; if none, one is trained with `vocab_size` tokens."},

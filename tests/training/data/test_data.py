@@ -223,6 +223,42 @@ def test_share_of_the_examples_is_held_out(tmp_path):
     assert load(tmp_path / "text.jsonl", eval_fraction=0.1, max_eval_documents=3)[1]["text"][:] == held_out["text"][:3]
 
 
+@pytest.mark.parametrize("ids", [False, True])
+def test_near_copies_are_not_held_out(tmp_path, ids):
+    numbers = [list(range(start, start + 40)) for start in (0, 100, 200)]
+    # Of 40 words, with 28 runs of 13: all are in the training text, or 8 from word 20 on, or none; and a text with none.
+    held_out = [numbers[0], [*range(300, 320), *numbers[1][:20]], [*range(400, 440)], [1, 2, 3]]
+
+    def as_documents(lists):
+        return lists if ids else [" ".join(map(str, each)) for each in lists]
+
+    write_jsonl(tmp_path / "train.jsonl", as_documents(numbers))
+    write_jsonl(tmp_path / "held_out.jsonl", as_documents(held_out))
+
+    def kept(share):
+        options = {"eval_dataset": str(tmp_path / "held_out.jsonl"), "max_eval_overlap": share}
+        return load(tmp_path / "train.jsonl", **options)[1]["text"][:]
+
+    documents = as_documents(held_out)
+    assert kept(None) == documents
+    assert kept(0.99) == kept(8 / 28) == documents[1:]
+    assert kept(0.28) == kept(0) == documents[2:]
+    write_jsonl(tmp_path / "held_out.jsonl", as_documents(numbers))
+    with pytest.raises(UserError, match="`max_eval_overlap` is 0.5, but all documents to evaluate on have more"):
+        kept(0.5)
+    with pytest.raises(UserError, match="needs all training documents at hand: leave it out, or `streaming`"):
+        load(tmp_path / "train.jsonl", max_eval_overlap=0.5, streaming=True)
+
+
+def test_near_copies_are_left_out_where_only_held_out_text_is_asked_for(tmp_path):
+    text = " ".join(map(str, range(40)))
+    write_jsonl(tmp_path / "train.jsonl", [text])
+    write_jsonl(tmp_path / "held_out.jsonl", [text, "another one"])
+    options = {"dataset": str(tmp_path / "train.jsonl"), "eval_dataset": str(tmp_path / "held_out.jsonl")}
+    train, held_out = load_text(TextDataArguments(**options, max_eval_overlap=0.5), held_out_only=True)
+    assert train is None and held_out["text"][:] == ["another one"]
+
+
 WORDS = ("train", "freight_train", "test-3", "val 2", "dev", "2.eval", "__valid__", "training")
 
 

@@ -68,6 +68,8 @@ WRONG_VALUES = [
     ("text", "data", "block_size", "long", ["--block_size", "int", "'long'"]),
     ("text", "data", "block_size", 1, ["`block_size` is 1", "at least 2"]),
     ("text", "data", "max_eval_documents", 0, ["`max_eval_documents` is 0", "at least 1"]),
+    ("text", "data", "max_eval_overlap", 1, ["`max_eval_overlap` is 1", "from 0 up to 1"]),
+    ("text", "data", "max_eval_overlap", -0.1, ["`max_eval_overlap` is -0.1", "from 0 up to 1"]),
     ("text", "data", "tokenizer_documents", -1, ["`tokenizer_documents` is -1", "at least 1"]),
     ("text", "data", "eval_fraction", 0, ["`eval_fraction` is 0", "between 0 and 1"]),
     ("text", "data", "eval_fraction", 1, ["`eval_fraction` is 1", "between 0 and 1"]),
