@@ -76,6 +76,10 @@ class CausalLMArguments(RunArguments):
     )
     adam_beta2: float = dataclasses.field(default=0.98, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = dataclasses.field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    document_losses: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Leave the loss of each held-out document in `document_losses.json`, too."},
+    )
 
 
 @dataclasses.dataclass

@@ -33,6 +33,7 @@ from training.run.task import Task
 from training.run.training import model_and_callbacks, run_models
 from training.support.errors import UserError
 from training.text.blocks import PackedBlocks
+from training.text.document_losses import DocumentLosses
 from training.text.documents import load_text, texts
 from training.text.fields import CausalLMArguments, TextDataArguments
 from training.text.stream import TextStream, check_lanes
@@ -49,11 +50,11 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-def block_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of each block, `(batch,)`, all that the metrics need of `(batch, length, vocab)`."""
+def token_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each token but the first of a block, `(batch, length - 1)`."""
     if isinstance(logits, tuple):  # some models of transformers return more than logits
         logits = logits[0]
-    return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
 
 
 def next_tokens(logits: torch.Tensor | tuple) -> torch.Tensor:
@@ -77,28 +78,40 @@ def next_token_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing
 
 
 def evaluation_options(
-    held_out: PackedBlocks, blocks: Dataset, named: list[evaluate.EvaluationModule]
+    held_out: PackedBlocks,
+    blocks: Dataset,
+    named: list[evaluate.EvaluationModule],
+    by_document: DocumentLosses | None = None,
 ) -> dict[str, Any]:
     """
     How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from.
 
     Args:
         named: metrics of the tokens that are predicted, see [`load_metrics`].
+        by_document: what is told the loss of each token.
     """
     of_losses, tokens_per_byte = evaluate.combine([Perplexity()]), held_out.tokens_per_byte()
     of_tokens = evaluate.combine(named)
 
     def losses_and_tokens(logits, labels):
-        losses = block_losses(logits, labels)
-        return (losses, next_tokens(logits)) if named else losses
+        losses = token_losses(logits, labels)
+        # The sum of each block is all that most metrics need of `(batch, length, vocab)`.
+        needed = [losses.sum(-1)]
+        if by_document:
+            needed.append(losses)
+        if named:
+            needed.append(next_tokens(logits))
+        return tuple(needed)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        losses, *tokens = prediction.predictions if named else (prediction.predictions,)
+        losses, *others = prediction.predictions
+        if by_document:
+            by_document.update(others.pop(0))
         num_tokens = [held_out.block_size - 1] * len(losses)
         figures = of_losses.compute(predictions=losses, references=num_tokens, tokens_per_byte=tokens_per_byte)
         if named:
             references = prediction.label_ids[:, 1:].reshape(-1)
-            figures |= of_tokens.compute(predictions=tokens[0].reshape(-1), references=references)
+            figures |= of_tokens.compute(predictions=others.pop().reshape(-1), references=references)
         return plain(figures)
 
     return {
@@ -173,7 +186,8 @@ def train_language_model(run: Run) -> None:
     for each in filter(None, (config, baseline)):
         each.bos_token_id, each.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         each.pad_token_id = tokenizer.pad_token_id
-    evaluation = evaluation_options(held_out, held_out_blocks, named)
+    by_document = DocumentLosses(held_out) if run.training.document_losses else None
+    evaluation = evaluation_options(held_out, held_out_blocks, named, by_document)
     smoothing = run.training.label_smoothing_factor
     loss = functools.partial(next_token_loss, label_smoothing=smoothing) if smoothing else None
     if run.training.should_save:
@@ -197,7 +211,7 @@ def train_language_model(run: Run) -> None:
         **train_data,
         processing_class=tokenizer,
         compute_loss_func=loss,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *filter(None, [by_document])],
         **evaluation,
     )
 

@@ -112,6 +112,7 @@ def test_metric_that_is_named_is_measured_beside_the_others(in_room, capsys, kin
         "--metric_for_best_model=mean",
         "--eval_strategy=steps",
         "--eval_steps=2",
+        *(["--document_losses"] if kind == "text" else []),  # which go the same way
     )
     plain, found = results("plain"), results("run")
     own = [key for key in plain if key in ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy")]

@@ -658,6 +658,30 @@ def test_run_ends_with_both_models_figures_and_what_they_write(room, capsys):
         assert sample.startswith(ast.literal_eval(prompt).partition("\n")[0])
 
 
+def test_losses_of_documents(room):
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard", "--document_losses")
+    model = DCAForCausalLM.from_pretrained(room / "run")
+    tokenizer = AutoTokenizer.from_pretrained(room / "run")
+    texts = [json.loads(line)["text"] for line in (room / "held_out.jsonl").read_text().splitlines()]
+    owners = [i for i, text in enumerate(texts) for _ in range(len(tokenizer(text)["input_ids"]) + 1)]
+    ids = [token for text in texts for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
+    size = yaml.safe_load((room / TEXT_RUN).read_text())["data"]["block_size"]
+    losses = {}
+    for start in range(0, len(ids) // size * size, size):
+        block = torch.tensor([ids[start : start + size]])
+        logits = model(block).logits[0, :-1]
+        for i, loss in enumerate(cross_entropy(logits, block[0, 1:], reduction="none").tolist(), start + 1):
+            losses.setdefault(owners[i], []).append(loss)
+    found = json.loads((room / "run" / "document_losses.json").read_text())
+    assert [(each["document"], each["tokens"]) for each in found] == [(i, len(own)) for i, own in losses.items()]
+    for each in found:
+        assert each["loss"] == pytest.approx(sum(losses[each["document"]]) / each["tokens"], abs=1e-5)
+    for folder in (room / "run", room / "run" / "standard"):
+        found = json.loads((folder / "document_losses.json").read_text())
+        mean = sum(each["tokens"] * each["loss"] for each in found) / sum(each["tokens"] for each in found)
+        assert mean == pytest.approx(results(folder)["eval_loss"], abs=1e-6)
+
+
 def test_implementation_that_cannot_run_is_refused_before_the_training(room, monkeypatch, capsys):
     monkeypatch.setattr(grn_triton, "INTERPRETED", False)
     line = refusal(capsys, causal_lm.main, TEXT_RUN, "--grn_implementation=triton")
