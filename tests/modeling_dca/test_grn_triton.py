@@ -101,15 +101,29 @@ def test_equals_the_reference_for_any_number_of_entries(device, scheme, entries,
     assert_equals_reference(inputs, with_entry_grads=entries != 2)
 
 
-@pytest.mark.parametrize(("scheme", "entries"), [("dca", 33), ("dca", 100), ("grn_v3", 128), ("grn_v3", 130)])
-def test_equals_the_reference_for_many_entries(device, scheme, entries):
-    # 130 are more than one launch takes.
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# What the interpreter takes long for, but for what is seen with fewer entries at once.
+@pytest.mark.parametrize(
+    ("scheme", "entries", "at_once"),
+    [
+        *[("dca", 33, 128), ("grn_v3", 8, 8), ("grn_v3", 10, 8)],
+        *[slow("dca", 100, 128), slow("grn_v3", 128, 128), slow("grn_v3", 130, 128)],
+    ],
+)
+def test_equals_the_reference_for_many_entries(device, monkeypatch, scheme, entries, at_once):
+    # Some are more than one launch takes.
+    assert grn_triton.MAX_ENTRIES == 128
+    monkeypatch.setattr(grn_triton, "MAX_ENTRIES", at_once)
     assert_equals_reference(to_device(device, *random_inputs(scheme, entries, (3,), torch.float32)))
 
 
-@pytest.mark.parametrize("entries", [3, 260])
-def test_half_precision_is_rounded_once(device, entries):
-    # Three launches add to the outputs of 260 entries.
+@pytest.mark.parametrize(("entries", "at_once"), [(3, 128), (18, 8), slow(260, 128)])
+def test_half_precision_is_rounded_once(device, monkeypatch, entries, at_once):
+    # Three launches add to the outputs of 260 entries, 128 at once.
+    monkeypatch.setattr(grn_triton, "MAX_ENTRIES", at_once)
     inputs = to_device(device, *random_inputs("grn_v3", entries, (3,), torch.bfloat16))
     assert_equals_reference(inputs)
 
