@@ -32,7 +32,10 @@ HOWS = ["empty", "truncated", "binary", "a list", "no keys", "folder"]
 RESUME = [TEXT_RUN, "--output_dir=run", "--baseline=standard", "--resume_from_checkpoint"]
 CASES = [
     *(("evaluate", evaluate.main, ["run"], file, HOWS) for file in ("run.yaml", "config.json")),
-    *(("depth_weights", depth_weights.main, ["run", "--output_dir=draws"], file, HOWS) for file in ("run.yaml", "config.json")),
+    *(
+        ("depth_weights", depth_weights.main, ["run", "--output_dir=draws"], file, HOWS)
+        for file in ("run.yaml", "config.json")
+    ),
     *(
         ("compare", compare.main, ["run", "--output_dir=compared"], file, HOWS)
         for file in ("run.yaml", "config.json", "trainer_state.json", "all_results.json")
