@@ -396,9 +396,8 @@ def test_configuration_must_be_named(room, capsys, given):
     assert_names(refusal(capsys, causal_lm.main, *given), "CONFIGURATION.yaml")
 
 
-@pytest.mark.parametrize("command", ["causal_lm", "image_classification"])
-def test_commands_end_without_a_traceback(tmp_path, command):
-    line = [sys.executable, "-m", f"training.{command}", "nowhere.yaml"]
+def test_command_ends_without_a_traceback(tmp_path):
+    line = [sys.executable, "-m", "training.causal_lm", "nowhere.yaml"]
     environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert completed.returncode == 2 and completed.stdout == ""
