@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.conftest import caches  # noqa: F401 (which all tests use that see it)
 from tests.training.hub_server import HubServer, User
+from tests.training.tiny import call
+from training import causal_lm, image_classification
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +38,10 @@ def checkout(tmp_path_factory):
     for room in ("configuration", "model_cards", "training", "modeling_dca"):
         (folder / room).symlink_to(ROOT / room)
     shutil.copy(ROOT / "modeling_dca" / "grn.py", folder / "text.txt")
-    run(folder, "-m", "training.causal_lm", "configuration/demo/text.yaml", *SMALL_TEXT.split())
-    run(folder, "-m", "training.image_classification", "configuration/demo/image.yaml", *SMALL_IMAGES.split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(causal_lm.main, "configuration/demo/text.yaml", *SMALL_TEXT.split())
+        call(image_classification.main, "configuration/demo/image.yaml", *SMALL_IMAGES.split())
     return folder
 
 

@@ -87,11 +87,11 @@ def write_card(folder: Path, run, note: dict) -> None:
         models[scheme_name(note["baseline"])] = note["baseline"]
     results = {name: read_json(path / "all_results.json") for name, path in models.items()}
     draw_loss_curves(
-        {name: read_json(path / "trainer_state.json")["log_history"] for name, path in models.items()},
+        {name: read_json(path / "trainer_state.json", "log_history")["log_history"] for name, path in models.items()},
         folder / LOSS_CURVE,
     )
     state = read_json(folder / "trainer_state.json")
-    weights = read_json(folder / DEPTH_WEIGHTS_DATA)
+    weights = read_json(folder / DEPTH_WEIGHTS_DATA, kind=list)
     if weights:
         draw_depth_weights(weights, folder / DEPTH_WEIGHTS)
 

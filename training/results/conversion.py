@@ -6,7 +6,6 @@ A folder named OUTPUT is there only when it is whole: the checkpoint is written,
 
 import argparse
 import gc
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from modeling_dca.conversion_dca import FAMILIES, find_family, model_class_of
 from training.results.card import write_conversion_card
 from training.results.hub import loading_line, read_config
 from training.support.errors import UserError, told
+from training.support.files import DamagedFile, read_json
 
 
 MODEL_CLASSES = {"AutoModelForCausalLM": DCAForCausalLM, "AutoModelForImageClassification": DCAForImageClassification}
@@ -91,8 +91,8 @@ def check_output(output: Path, source: Path, beside: list[Path], overwrite: bool
     if not overwrite:
         raise UserError(f"{output} is not empty: name another folder, or pass --overwrite to replace a checkpoint.")
     try:
-        holds_model = "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        holds_model = "model_type" in read_json(folder / "config.json")
+    except DamagedFile:
         holds_model = False
     if not holds_model:
         raise UserError(

@@ -21,8 +21,9 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, logging, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from training.results.record import DIVERGED, RECORD, RUNS_FOLDER
+from training.results.record import DIVERGED, RECORD, RUNS_FOLDER, read_record
 from training.support.errors import NO_TOKEN, UserError, hub_error
+from training.support.files import read_json, read_whole
 
 
 STATE, RESULTS = "trainer_state.json", "all_results.json"
@@ -79,12 +80,6 @@ def published_files(run: Path) -> list[str]:
     return list(filter_repo_objects(paths, allow_patterns=PUBLISHED, ignore_patterns=NOT_PUBLISHED + other_models))
 
 
-def read_record(run: Path) -> dict[str, dict]:
-    """What was asked for, by section; nothing of a model that was not trained by a command."""
-    record = run / RECORD
-    return yaml.safe_load(record.read_text(encoding="utf-8")) if record.exists() else {}
-
-
 def read_config(run: Path) -> dict:
     """
     The run's `config.json`.
@@ -92,10 +87,7 @@ def read_config(run: Path) -> dict:
     Raises:
         `UserError`: it cannot be read, or the modelling code that it names is not in the run.
     """
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'config.json'} cannot be read: {error}.") from error
+    config = read_json(run / "config.json")
     remedy = "save the model with its own `save_pretrained`, which puts the modelling code beside the weights."
     if not config.get("auto_map"):
         raise UserError(f"{run / 'config.json'} names no modelling code (`auto_map`): {remedy}")
@@ -113,19 +105,24 @@ def read_config(run: Path) -> dict:
 def check_run(run: Path) -> None:
     """
     Raises:
-        `UserError`: the model is one that was altered for a study, or its card tells the figures of another.
+        `UserError`: the model is one that was altered for a study, its card tells the figures of another, or what tells
+            either is damaged.
     """
-    training = read_record(run).get("training", {})
+    record = run / RECORD  # (which no model has that was not trained by a command)
+    training = read_record(record)["training"] if record.exists() else {}
     variant = training.get("variant") or training.get("alteration")
     if variant is not None:
         raise UserError(f"{run} holds a model that was altered for a study ({variant!r}), which is not for use.")
-    metadata = re.match(r"---\n(.*?)\n---\n", (run / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    card = read_whole(run / "README.md", str, kind=str)
+    metadata = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     try:
         (model,) = yaml.safe_load(metadata[1])["model-index"]
         told = {metric["type"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
-        found = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (ValueError, TypeError, KeyError, yaml.YAMLError):
         return  # a card of the user's own: the Hub says whether its metadata can be read
+    if not (run / RESULTS).exists():
+        return
+    found = read_json(run / RESULTS)
     for name, value in told.items():
         if round(found.get(f"eval_{name}", value), 6) != value:
             raise UserError(
@@ -184,7 +181,7 @@ def public_name(value, run: Path | None = None):
 def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
     """The model card, whose code loads the model from the Hub where that of the run loads it from its folder."""
     card = (run / "README.md").read_text(encoding="utf-8")
-    record = read_record(run)
+    record = read_record(run / RECORD) if (run / RECORD).exists() else {}
     folder = Path(record.get("training", {}).get("output_dir", run))
     # The title is the folder's, and in cards of earlier versions its path.
     for name in (model_name(folder), model_name(run), folder.as_posix().strip("/").replace("/", "-")):
@@ -193,7 +190,7 @@ def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
     for folder in set(re.findall(r'from_pretrained\("([^"\n]*)", trust_remote_code=True\)', card)):
         card = card.replace(f'from_pretrained("{folder}"', f"from_pretrained({_source(repo_id, revision)}")
     # Cards of earlier versions tell the paths of the data.
-    values = [value for fields in record.values() for value in (fields or {}).values()]
+    values = [value for fields in record.values() for value in fields.values()]
     paths = {value for value in values if isinstance(value, str) and is_local_path(value, run)}
     for path in sorted(paths, key=len, reverse=True):
         card = card.replace(path, Path(path).name)
@@ -203,8 +200,8 @@ def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
 def published_record(run: Path) -> bytes:
     """What was asked for, to be asked for elsewhere."""
     record = {
-        section: {name: value for name, value in (fields or {}).items() if not NOT_REPEATED.fullmatch(name)}
-        for section, fields in read_record(run).items()
+        section: {name: value for name, value in fields.items() if not NOT_REPEATED.fullmatch(name)}
+        for section, fields in read_record(run / RECORD).items()
     }
     return yaml.safe_dump(public_name(record, run), sort_keys=False).encode()
 
@@ -223,9 +220,8 @@ def published_fields(file: Path, run: Path) -> bytes:
             for name, value in fields.items()
         }
 
-    content = file.read_bytes()
-    fields = json.loads(content)
-    return content if cleaned(fields) == fields else json.dumps(cleaned(fields), indent=2).encode()
+    fields = read_json(file)
+    return file.read_bytes() if cleaned(fields) == fields else json.dumps(cleaned(fields), indent=2).encode()
 
 
 def published_log(file: Path) -> bytes:

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import yaml
-
-from training.support.files import load_yaml
+from training.support.files import DamagedFile, load_yaml, read_whole
 
 
 RUNS_FOLDER = "runs"
@@ -14,19 +12,26 @@ RECORD = "run.yaml"
 DIVERGED = "diverged.json"
 
 
-def read_record(file: Path) -> dict[str, dict] | None:
-    """What was asked for of a run, by section; `None` if the record is damaged."""
-    try:
-        record = load_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    sections = ("model", "data", "training")
-    return (
-        record if isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in sections) else None
-    )
+def read_record(file: Path, remedy: str = "put back what it was") -> dict[str, dict]:
+    """
+    What was asked for of a run, by section.
+
+    Args:
+        remedy: what helps where the record is damaged, as the end of a sentence.
+
+    Raises:
+        [`DamagedFile`]: it is.
+    """
+    record = read_whole(file, load_yaml, "model", "data", "training", remedy=remedy)
+    for section, fields in record.items():
+        if not isinstance(fields, dict):
+            raise DamagedFile(f"{file} is damaged (its section {section!r} is {fields!r}): {remedy}.")
+    return record
 
 
 def find_record(checkpoint: Path) -> Path | None:
     """The record of the run that a folder is of: the run's own, or that of its baseline or of one of its checkpoints."""
+    if not checkpoint.is_dir():  # a model on the Hub, whose name has nothing to do with what is here
+        return None
     places = (checkpoint, *checkpoint.absolute().parents[:2])
     return next((place / RECORD for place in places if (place / RECORD).exists()), None)

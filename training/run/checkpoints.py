@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.run.initial import INITIAL_CHECKPOINT
 from training.support.errors import UserError, innermost_message
-from training.support.files import share, sync
+from training.support.files import read_json, share, sync
 
 
 # The names, sizes and checksums of the files of a checkpoint.
@@ -241,13 +241,16 @@ def check_state(checkpoint: Path) -> None:
     See that a checkpoint holds all of a training, not its model alone.
 
     Raises:
-        [`UserError`]: the optimizer, which would start anew, is not in it.
+        [`UserError`]: the optimizer, which would start anew, is not in it, or it does not say how far the training was.
     """
     if not any(checkpoint.glob("optimizer*")):
         raise UserError(
             f"{checkpoint} cannot be resumed, because it holds a model alone, without its optimizer (`save_only_model`): start "
             f"a new run from its weights, with --{INITIAL_CHECKPOINT}={checkpoint} and another `output_dir`."
         )
+    read_json(
+        checkpoint / "trainer_state.json", "global_step", remedy="name another with --resume_from_checkpoint=PATH"
+    )
 
 
 def check_sharding(checkpoint: Path, sharded: bool) -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from training.data.splits import DataArguments
 from training.results.card import METRICS
 from training.results.metrics import TAKEN
-from training.results.record import find_record
+from training.results.record import find_record, read_record
 from training.run.fields import check_one_gpu
 from training.run.task import Task
 from training.support.errors import UserError, innermost_message, told
@@ -96,7 +95,7 @@ def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, descr
         data_classes = {"data": task.data_class}
         record = find_record(Path(argv[0]))
         if record is not None:
-            run = yaml.safe_load(record.read_text(encoding="utf-8"))
+            run = read_record(record, "put back what it was, or delete it and name the data with --dataset")
             training = run["training"]
             # On other data, the blocks are as long, and nothing else of the run's data counts. A run's tokenizer is in its
             # folder, whatever it was made from.

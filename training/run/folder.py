@@ -56,6 +56,9 @@ def check_output_folder(arguments: RunArguments) -> None:
                 check_state(resumed)
                 check_sharding(resumed, uses_fsdp(arguments))
                 check_gates(resumed)
+            results = model_folder / "all_results.json"
+            if results.exists():  # what is found at the end is added to it
+                read_json(results, remedy="move it and train_results.json away, and they are written anew")
     elif folder.exists() and any(folder.iterdir()):
         if not holds_run:
             raise UserError(f"{named}, which holds files that are not of a run: name another folder.")
@@ -95,9 +98,7 @@ def make_output_folder(run: Run) -> None:
     folder = Path(run.training.output_dir)
     record = folder / RECORD
     if run.training.resume_from_checkpoint is not None:
-        before = read_record(record)
-        if before is None:
-            raise UserError(f"{record} is damaged: name another `output_dir`, or pass --overwrite to start again.")
+        before = read_record(record, "name another `output_dir`, or pass --overwrite to start again")
         if "split_seed" in run.named["data"]:  # which was the run's seed before it had one of its own
             before["data"].setdefault("split_seed", before["training"].get("seed", 42))
         for section in ("model", "data"):

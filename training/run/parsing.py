@@ -7,12 +7,12 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils.auto_docstring import parse_docstring
 
 from modeling_dca import DCABaseConfig
 from modeling_dca.configuration_dca import nearest_name
@@ -41,10 +41,10 @@ def _field_documentation(config_class: type[DCABaseConfig]) -> dict[str, str]:
     """What the docstrings of DCA's configuration classes say of each field."""
     documentation = {}
     for parent in reversed(config_class.__mro__[: config_class.__mro__.index(DCABaseConfig) + 1]):
-        for name, text in re.findall(
-            r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", parent.__doc__ or "", flags=re.MULTILINE
-        ):
-            documentation[name] = " ".join(text.split())
+        for paragraph in (parent.__doc__ or "").split("\n\n"):
+            if paragraph.lstrip().startswith("Args:"):
+                fields, _ = parse_docstring(paragraph)
+                documentation |= {name: " ".join(told["description"].split()) for name, told in fields.items()}
     return documentation
 
 

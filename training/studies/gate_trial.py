@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 from modeling_dca import DCAConfig, DCAForCausalLM
+from training.support.files import read_json
 from training.text.blocks import PackedBlocks
 from training.text.documents import load_text, texts
 from training.text.fields import TextDataArguments
@@ -307,7 +308,7 @@ def write_data(file: Path, vocab_size: int) -> None:
 
 def report(folder: Path) -> str:
     """Held-out loss by width, variant and rate: the mean over the seeds, their spread, and the difference at the best rate."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    results = [read_json(file, "width", "variant", "runs") for file in sorted(folder.glob("*.json"))]
     lines = []
     for width in sorted({result["width"] for result in results}, reverse=True):
         means = {}

@@ -22,6 +22,8 @@ from training.support.tables import align
 
 
 TABLE, RAW = "README.md", "comparison.json"
+#: What a run tells of how long it took.
+OF_A_TRAINING = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 CURVES, OVER_TIME, OVER_PARAMETERS = "loss_curves.png", "loss_over_time.png", "loss_over_parameters.png"
 
 
@@ -31,7 +33,10 @@ def read_member(member: Member) -> dict[str, Any]:
 
     The held-out figures are the run's own, all by the same code: that of the training commands and of `training.evaluate`.
     """
-    state, results = read_json(member.folder / "trainer_state.json"), read_json(member.folder / "all_results.json")
+    again = f"move {member.folder} away, and train it again"
+    metrics = [key for key, _, _ in METRICS[COMMANDS[member.command].name]]
+    state = read_json(member.folder / "trainer_state.json", "global_step", "log_history", remedy=again)
+    results = read_json(member.folder / "all_results.json", *OF_A_TRAINING, *metrics, remedy=again)
     steps, history, arguments = state["global_step"], state["log_history"], member.run.training
     text = COMMANDS[member.command].name == "text-generation"
     curve_key = "eval_perplexity" if text else "eval_loss"
@@ -49,7 +54,7 @@ def read_member(member: Member) -> dict[str, Any]:
     examples = steps * batch * length
     # The runtime of a run that was resumed is that of its last sitting.
     share = results["train_steps_per_second"] * results["train_runtime"] / steps
-    config = read_json(member.folder / "config.json")
+    config = read_json(member.folder / "config.json", "num_hidden_layers", "hidden_size", remedy=again)
     sittings = read_json(member.sittings) if member.sittings.exists() else {}
     training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     seen = arguments.logging_steps <= SPIKE_LOGGING_STEPS
@@ -67,7 +72,7 @@ def read_member(member: Member) -> dict[str, Any]:
         "seconds": examples / speed,
         "wall_time": results["train_runtime"] / (share if share < 0.99 else 1),
         "speed": speed,
-        **{key: results[key] for key, _, _ in METRICS[COMMANDS[member.command].name]},
+        **{key: results[key] for key in metrics},
         "held_out": [[step, entry["eval_loss"], entry[curve_key]] for step, entry in sorted(held_out.items())],
         "training": training,
         "spikes": count_spikes(training) if seen else None,

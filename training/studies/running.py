@@ -83,7 +83,11 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
                         failed[member.name] = f"{member.folder} is being trained by another process: wait for it."
                         continue
                     resume = (member.folder / RECORD).exists()
-                    before = read_json(member.sittings)["sittings"] if resume and member.sittings.exists() else []
+                    before = (
+                        read_json(member.sittings, "sittings")["sittings"]
+                        if resume and member.sittings.exists()
+                        else []
+                    )
                     line = shlex.join(["python", "-m", f"training.{member.command}", *member.arguments])
                     content = {"command": line, "sittings": [*before, sitting]}
                     member.sittings.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -12,7 +12,7 @@ import yaml
 
 from modeling_dca.configuration_dca import nearest_name
 from training.images.task import IMAGE_CLASSIFIERS
-from training.results.card import scheme_name
+from training.results.card import METRICS, scheme_name
 from training.results.record import DIVERGED, RECORD, RUNS_FOLDER, find_record, read_record
 from training.run.fields import Run
 from training.run.parsing import as_arguments, default_output_dir, known_fields, parse_run
@@ -34,6 +34,11 @@ STUDY_KEYS = ("title", "command", "configuration", "fields", "baseline", "seeds"
 NOT_FOR_VARIANTS = ("seed", "output_dir", "baseline", "overwrite", "resume_from_checkpoint", "push_to_hub")
 #: Fields in which the runs of a variant may differ.
 NOT_OF_A_VARIANT = {*NOT_FOR_VARIANTS, "hub_model_id", "run_name", "report_to"}
+#: What table and figures are made of, beside the metrics of the task.
+FIGURES = (
+    *("seed", "scheme", "parameters", "steps", "examples", "seconds", "speed"),
+    *("held_out", "training", "spikes", "diverged"),
+)
 
 
 @dataclasses.dataclass
@@ -75,7 +80,8 @@ class Member:
     def divergence(self) -> dict[str, Any] | None:
         """The step at which the loss or the weights became NaN or infinite, and which, if the run ended so."""
         found = self.folder / DIVERGED
-        return read_json(found) if found.exists() else None
+        again = f"move {self.folder} away, and it is trained anew"
+        return read_json(found, "step", remedy=again) if found.exists() else None
 
 
 @dataclasses.dataclass
@@ -229,6 +235,7 @@ def read_runs(folders: list[Path], baseline: str | None) -> Comparison:
         record = find_record(folder)
         if record is None or not (folder / "config.json").exists():
             raise UserError(f"{folder} is not the folder of a run, nor a YAML file: name one of them.")
+        read_record(record, f"move {folder} away, and train it again")
         config = read_json(folder / "config.json")
         classifier = any("ForImageClassification" in name for name in config.get("architectures") or [])
         # ("altered" knows the fields of all language models.)
@@ -268,9 +275,9 @@ def check_folder(member: Member) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is in the way of a run of that name, and holds none: move it.")
         return
-    before = read_record(record)
-    if before is None:
-        raise UserError(f"{record} is damaged: move {folder}, and it is trained anew.")
+    before = read_record(record, f"move {folder}, and it is trained anew")
+    if member.sittings.exists():
+        read_json(member.sittings, "sittings", remedy="delete it")
     for section, fields in member.run.named.items():
         old = before.get(section) or {}
         for name in {**old, **fields}:
@@ -299,11 +306,10 @@ def read_recorded(file: Path, members: list[Member], written: Path) -> dict[str,
         training = {name: value for name, value in named["training"].items() if name != "output_dir"}
         return {**named, "training": training}
 
+    content = read_json(file, "runs", remedy="name the `comparison.json` of an earlier comparison")
     try:
-        runs = [(fields(run["named"]), run) for run in read_json(file)["runs"]]
-    except OSError as error:
-        raise UserError(f"The comparison {file} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError) as error:
+        runs = [(fields(run["named"]), run) for run in content["runs"]]
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"`recorded` is {str(file)!r}, which is no `comparison.json` of `training.compare`."
         ) from error
@@ -320,4 +326,8 @@ def read_recorded(file: Path, members: list[Member], written: Path) -> dict[str,
         raise UserError(
             f"{file} has runs that this study has not, and would be written over: name another `output_dir`."
         )
+    metrics = [key for key, _, _ in METRICS[COMMANDS[members[0].command].name]]
+    missing = [key for run in recorded.values() for key in (*FIGURES, *metrics) if key not in run]
+    if missing:
+        raise UserError(f"{file} is of another release, as a run of it lacks {missing[0]!r}: leave `--recorded` out.")
     return recorded

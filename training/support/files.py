@@ -46,8 +46,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(file: Path) -> dict | list:
-    return json.loads(file.read_text(encoding="utf-8"))
+class DamagedFile(UserError, ValueError):
+    """A file does not hold what a command left in it, or cannot be read."""
+
+
+def read_whole(
+    file: Path, load: Callable[[str], Any], *keys: str, kind: type = dict, remedy: str = "put back what it was"
+) -> Any:
+    """
+    What a command left in a text file.
+
+    Args:
+        load: makes the text what is returned, or raises a `ValueError` or `yaml.YAMLError`.
+        keys: what it must have.
+        kind: the type that it must be of.
+        remedy: what helps, as the end of a sentence.
+
+    Raises:
+        [`DamagedFile`]: it cannot be read, or is something else.
+    """
+    try:
+        content = load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DamagedFile(f"{file} cannot be read ({error.strerror}): {remedy}.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DamagedFile(f"{file} is damaged ({error}): {remedy}.") from error
+    if not isinstance(content, kind):
+        raise DamagedFile(f"{file} is damaged (it holds {type(content).__name__}, not {kind.__name__}): {remedy}.")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise DamagedFile(f"{file} is damaged (it lacks {', '.join(missing)}): {remedy}.")
+    return content
+
+
+def read_json(file: Path, *keys: str, **options: Any) -> Any:
+    """[`read_whole`] of JSON."""
+    return read_whole(file, json.loads, *keys, **options)
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -71,7 +105,10 @@ def load_yaml(text: str) -> Any:
     Raises:
         `yaml.YAMLError`: the text is no YAML, or has a key twice.
     """
-    return yaml.load(text, Loader=_YamlLoader)
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except (ValueError, RecursionError) as error:  # a date that is none, say
+        raise yaml.YAMLError(str(error)) from error
 
 
 def output_folder(

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from training.data.reading import READ_BATCH, read_shard, shard_name
 from training.support.errors import UserError
+from training.support.files import DamagedFile, read_json
 from training.text.blocks import PackedBlocks
 
 
@@ -339,8 +340,8 @@ class StreamBatches(torch.utils.data.IterableDataset):
         while process < num_processes:
             file = Path(folder, STATE_FILE.format(process))
             try:
-                state = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+                state = read_json(file, "order", "num_processes", "lanes", "num_blocks")
+            except DamagedFile as error:
                 raise UserError(
                     f"The checkpoint {folder} does not say where its stream was: {file.name} is missing or damaged."
                 ) from error

@@ -1,11 +1,14 @@
 """Publishing on a Hub: what goes up, that it loads where this project is not installed, and how a push fails."""
 
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -98,19 +101,6 @@ assert "modeling_dca" not in sys.modules
 save_file(results, output, metadata=classes)
 """
 
-PUSH_TO_HUB = """
-import sys
-from modeling_dca import DCAForCausalLM
-DCAForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("writer/pushed")
-"""
-
-# The client waits 23 s in all between its attempts.
-PUBLISH_WITHOUT_WAITING = """
-import runpy, time
-time.sleep = lambda seconds: None
-runpy.run_module("training.publish", run_name="__main__", alter_sys=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def hub():
@@ -192,8 +182,26 @@ def python(hub, tmp_path, *arguments, token=TOKEN, cwd=ROOT, **environment):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def publish(hub, tmp_path, run, repo_id, *options, **kwargs):
-    return python(hub, tmp_path, "-m", "training.publish", run, repo_id, *options, **kwargs)
+@contextmanager
+def access(hub, token=TOKEN, **constants):
+    """Has this process talk to `hub`, as the processes of `python` do."""
+    constants = {"ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, **constants}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(huggingface_hub.constants, name, value)
+        patch.setenv("HF_TOKEN", token or "")
+        yield
+
+
+def publish(hub, run, repo_id, *options, **access_options):
+    """Runs the command in this process, which is what starting another one would give, but for its start."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with access(hub, **access_options), redirect_stdout(out), redirect_stderr(err):
+        try:
+            call(publish_command.main, run, repo_id, *options)
+        except SystemExit as exit:
+            status = exit.code
+    return subprocess.CompletedProcess((), status, out.getvalue(), err.getvalue())
 
 
 def published(completed):
@@ -238,11 +246,12 @@ def pushed(hub, text_run, vision_run, tmp_path_factory):
     )
 
     before = snapshot(text_run)
-    lines = {"first": published(publish(hub, tmp_path, text_run, "writer/text"))}
+    lines = {"first": published(python(hub, tmp_path, "-m", "training.publish", text_run, "writer/text"))}
     assert snapshot(text_run) == before
-    lines["text"] = published(publish(hub, tmp_path, second_run, "writer/text"))
-    lines["vision"] = published(publish(hub, tmp_path, vision_run, "writer/vision"))
-    published(python(hub, tmp_path, "-c", PUSH_TO_HUB, text_run))
+    lines["text"] = published(publish(hub, second_run, "writer/text"))
+    lines["vision"] = published(publish(hub, vision_run, "writer/vision"))
+    with access(hub):
+        DCAForCausalLM.from_pretrained(text_run).push_to_hub("writer/pushed")
     return {"lines": lines, "second_run": second_run}
 
 
@@ -351,18 +360,18 @@ def test_push_to_hub_makes_the_same_model(loaded, text_run):
     torch.testing.assert_close(results["text, pushed"], logits(DCAForCausalLM, text_run, input_ids=INPUT_IDS))
 
 
-def test_private(hub, vision_run, pushed, tmp_path):
-    published(publish(hub, tmp_path, vision_run, "writer/secret", "--private"))
+def test_private(hub, vision_run, pushed):
+    published(publish(hub, vision_run, "writer/secret", "--private"))
     assert hub.repositories["writer/secret"].private
-    assert_fails(publish(hub, tmp_path, vision_run, "writer/vision", "--private"), "writer/vision", "is public")
+    assert_fails(publish(hub, vision_run, "writer/vision", "--private"), "writer/vision", "is public")
 
 
 def test_weights_of_an_earlier_push_do_not_stay(hub, vision_run, tmp_path):
-    published(publish(hub, tmp_path, vision_run, "writer/cut"))
+    published(publish(hub, vision_run, "writer/cut"))
     run = Path(shutil.copytree(vision_run, tmp_path / "cut"))
     (run / "model.safetensors").unlink()
     DCAForImageClassification.from_pretrained(vision_run).save_pretrained(run, max_shard_size="20KB")
-    published(publish(hub, tmp_path, run, "writer/cut"))
+    published(publish(hub, run, "writer/cut"))
     weights = [file for file in hub.repositories["writer/cut"].commits[-1].files if ".safetensors" in file]
     assert sorted(weights) == sorted(path.name for path in run.glob("*.safetensors*"))
     assert "model.safetensors" not in weights
@@ -383,29 +392,30 @@ def test_weights_of_an_earlier_push_do_not_stay(hub, vision_run, tmp_path):
         pytest.param({"pattern": "POST .*/validate-yaml", "status": 413}, ["status 413"], id="too_large"),
     ],
 )
-def test_push_that_fails_leaves_nothing_and_can_be_run_again(hub, text_run, tmp_path, request, failure, words):
+def test_push_that_fails_leaves_nothing_and_can_be_run_again(hub, text_run, monkeypatch, request, failure, words):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # 23 s in all, between the attempts of the client
     repo_id = f"writer/{request.node.callspec.id}"
     before = snapshot(text_run)
     with hub.failing(**failure) as injected:
-        completed = python(hub, tmp_path, "-c", PUBLISH_WITHOUT_WAITING, text_run, repo_id)
+        completed = publish(hub, text_run, repo_id)
     assert injected.met
     assert_fails(completed, *words)
     assert state(hub, repo_id) == []
     assert snapshot(text_run) == before
-    published(publish(hub, tmp_path, text_run, repo_id))
+    published(publish(hub, text_run, repo_id))
     assert hub.repositories[repo_id].commits[-1].files["model.safetensors"] == (
         (text_run / "model.safetensors").read_bytes()
     )
 
 
 def test_push_that_fails_leaves_the_model_of_the_push_before(hub, vision_run, tmp_path):
-    published(publish(hub, tmp_path, vision_run, "writer/again"))
+    published(publish(hub, vision_run, "writer/again"))
     run = Path(shutil.copytree(vision_run, tmp_path / "again"))
     write_card(run)
     (run / "all_results.json").write_text("{}")
     before = state(hub, "writer/again")
     with hub.failing("POST .*/commit/", status=503):
-        assert_fails(publish(hub, tmp_path, run, "writer/again"), "status 503")
+        assert_fails(publish(hub, run, "writer/again"), "status 503")
     assert state(hub, "writer/again") == before
 
 
@@ -420,9 +430,9 @@ def test_push_that_fails_leaves_the_model_of_the_push_before(hub, vision_run, tm
         pytest.param(TOKEN, "somebody/model", ["write access", "status 403"], id="model_of_another_user"),
     ],
 )
-def test_push_without_the_right_to(hub, text_run, tmp_path, token, repo_id, words):
+def test_push_without_the_right_to(hub, text_run, token, repo_id, words):
     before, repositories = snapshot(text_run), set(hub.repositories)
-    assert_fails(publish(hub, tmp_path, text_run, repo_id, token=token), *words)
+    assert_fails(publish(hub, text_run, repo_id, token=token), *words)
     assert set(hub.repositories) == repositories
     assert state(hub, repo_id) == []
     assert snapshot(text_run) == before
@@ -431,16 +441,16 @@ def test_push_without_the_right_to(hub, text_run, tmp_path, token, repo_id, word
 @pytest.mark.skipif(
     huggingface_hub.__version__.startswith("1."), reason="older clients do not ask this hub for Xet storage"
 )
-def test_storage_that_is_out_of_reach(hub, text_run, tmp_path):
+def test_storage_that_is_out_of_reach(hub, text_run):
     # This hub has no Xet storage, for which the client asks unless told otherwise.
-    completed = publish(hub, tmp_path, text_run, "writer/xet", HF_HUB_DISABLE_XET="0")
+    completed = publish(hub, text_run, "writer/xet", HF_HUB_DISABLE_XET=False)
     assert_fails(completed, "connection", "404")
     assert state(hub, "writer/xet") == []
 
 
-def test_hub_that_is_out_of_reach(text_run, tmp_path, hub):
-    assert_fails(publish(hub, tmp_path, text_run, "writer/x", HF_ENDPOINT="http://127.0.0.1:1"), "connection")
-    assert_fails(publish(hub, tmp_path, text_run, "writer/x", HF_HUB_OFFLINE="1"), "unset it to push")
+def test_hub_that_is_out_of_reach(text_run, hub):
+    assert_fails(publish(hub, text_run, "writer/x", ENDPOINT="http://127.0.0.1:1"), "connection")
+    assert_fails(publish(hub, text_run, "writer/x", HF_HUB_OFFLINE=True), "unset it to push")
 
 
 @pytest.fixture
@@ -477,7 +487,7 @@ def test_checkpoint_without_modelling_code_is_refused(main, run_copy):
     (run_copy / "config.json").write_text(json.dumps(config))
     assert "modelling code" in main(run_copy, "writer/x")
     (run_copy / "config.json").write_text("{")
-    assert "cannot be read" in main(run_copy, "writer/x")
+    assert "config.json is damaged" in main(run_copy, "writer/x")
 
 
 def test_run_that_diverged_is_refused(main, run_copy):
@@ -526,9 +536,9 @@ def test_file_that_holds_the_token_is_not_published(main, run_copy, file):
     assert file in line and TOKEN not in line
 
 
-def test_card_with_broken_metadata_is_refused(hub, run_copy, tmp_path):
+def test_card_with_broken_metadata_is_refused(hub, run_copy):
     (run_copy / "README.md").write_text("---\nlicense: [\n---\n")
-    assert_fails(publish(hub, tmp_path, run_copy, "writer/card"), "README.md")
+    assert_fails(publish(hub, run_copy, "writer/card"), "README.md")
     assert state(hub, "writer/card") == []
 
 
@@ -570,12 +580,10 @@ def test_command_lets_faults_of_the_code_pass():
 
 
 @pytest.fixture
-def here(hub, monkeypatch):
+def here(hub):
     """The hub, to which this process talks, too, and someone who may write."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
+    with access(hub):
+        yield hub
 
 
 def refused(capsys, *arguments):

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
-from modeling_dca import DCABaseConfig, DCAConfig, DCAForCausalLM, DCAForImageClassification
+from modeling_dca import DCABaseConfig, DCAConfig, DCAForCausalLM, DCAForImageClassification, DCAVisionConfig
 from tests.training.tiny import IMAGE_RUN, IMAGES, TEXT, TEXT_RUN, call, refusal
 from training import causal_lm, image_classification
 from training.images.fields import ImageClassificationArguments, ImageDataArguments
@@ -398,9 +398,8 @@ def test_configuration_must_be_named(room, capsys, given):
     assert_names(refusal(capsys, causal_lm.main, *given), "CONFIGURATION.yaml")
 
 
-@pytest.mark.parametrize("command", ["causal_lm", "image_classification"])
-def test_commands_end_without_a_traceback(tmp_path, command):
-    line = [sys.executable, "-m", f"training.{command}", "nowhere.yaml"]
+def test_command_ends_without_a_traceback(tmp_path):
+    line = [sys.executable, "-m", "training.causal_lm", "nowhere.yaml"]
     environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert completed.returncode == 2 and completed.stdout == ""
@@ -444,6 +443,16 @@ def test_help_tells_every_field_and_its_meaning(room, capsys, main, model_class,
             meanings[match[1]] = re.sub(r"--?[\w-]+|\{[^}]*\}|\b[A-Z_]+\b|\(default[^)]*\)", "", paragraph)
     assert sorted(fields - meanings.keys()) == []
     assert [name for name in sorted(fields) if len(re.findall(r"[a-z]{2,}", meanings[name])) < 3] == []
+
+
+def test_meanings_of_the_fields_of_a_model_are_those_of_its_docstring():
+    of_text, of_images = map(arguments._field_documentation, (DCAConfig, DCAVisionConfig))
+    assert DCAConfig.own_fields() <= of_text.keys() and DCAVisionConfig.own_fields() <= of_images.keys()
+    assert of_text["last_k"] == of_images["last_k"] and of_text["last_k"].endswith("`None` keeps all of them.")
+    # A class's own words go over those of its base, and the last field ends before the next paragraph.
+    assert of_images["position_embedding"].startswith('`"sincos"` (fixed sine and cosine of row and column)')
+    assert of_text["positions_by_mask"].endswith("as in OPT, and not all.")
+    assert of_text["source_config"].endswith("for the way back.")
 
 
 def test_command_line_goes_over_the_file(room):

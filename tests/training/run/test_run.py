@@ -587,15 +587,17 @@ def test_training_arguments_can_be_read_without_the_command(room):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(line, cwd=room, env=environment, check=True, capture_output=True, timeout=120)
     read = (
-        "import sys, torch; arguments = torch.load(sys.argv[1], weights_only=False); "
-        "print(type(arguments).__module__, arguments.learning_rate, arguments.global_batch_size, arguments.device); "
+        "import sys, torch\n"
+        "for file in sys.argv[1:]:\n"
+        "    arguments = torch.load(file, weights_only=False)\n"
+        "    print(type(arguments).__module__, arguments.learning_rate, arguments.global_batch_size, arguments.device)\n"
         "assert 'training' not in sys.modules"
     )
-    for file in ("run/training_args.bin", "run/checkpoint-2/training_args.bin"):
-        line = [sys.executable, "-c", read, str(room / file)]
-        environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
-        completed = subprocess.run(line, cwd=room, env=environment, capture_output=True, text=True, timeout=120)
-        assert completed.stdout == "transformers.training_args 0.01 8 cpu\n", completed.stderr
+    files = [str(room / folder / "training_args.bin") for folder in ("run", "run/checkpoint-2")]
+    environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    line = [sys.executable, "-c", read, *files]
+    completed = subprocess.run(line, cwd=room, env=environment, capture_output=True, text=True, timeout=120)
+    assert completed.stdout == 2 * "transformers.training_args 0.01 8 cpu\n", completed.stderr
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])

@@ -486,9 +486,20 @@ def test_runs_on_record_are_not_trained_again(room, started):
         ({"fields": {**STUDY["fields"], "hidden_size": 32}}, [], ["none of the runs of this study"]),
         ({"seeds": [7]}, [], ["none of the runs of this study"]),
         ({"seeds": [0]}, ["--output_dir=published"], ["has runs that this study has not", "`output_dir`"]),
-        ({}, ["--recorded=gone.json"], ["gone.json cannot be read: No such file"]),
-        ({}, ["--recorded=published/README.md"], ["'published/README.md'", "no `comparison.json`"]),
-        ({}, ["--recorded=published/list.json"], ["'published/list.json'", "no `comparison.json`"]),
+        ({}, ["--recorded=gone.json"], ["gone.json cannot be read (No such file"]),
+        (
+            {},
+            ["--recorded=published/README.md"],
+            ["published/README.md is damaged (Expecting value", "name the `comparison.json`"],
+        ),
+        (
+            {},
+            ["--recorded=published/list.json"],
+            ["published/list.json is damaged (it holds list", "name the `comparison.json`"],
+        ),
+        ({}, ["--recorded=published/runs.json"], ["'published/runs.json'", "no `comparison.json`"]),
+        ({}, ["--recorded=published/named.json"], ["'published/named.json'", "no `comparison.json`"]),
+        ({}, [], ["published/comparison.json is of another release", "lacks 'scheme'"]),
     ],
 )
 def test_record_that_does_not_fit_is_refused(room, monkeypatch, capsys, changes, arguments, words):
@@ -501,6 +512,8 @@ def test_record_that_does_not_fit_is_refused(room, monkeypatch, capsys, changes,
     for name, text in {
         "comparison.json": json.dumps({"runs": runs}),
         "list.json": "[]",
+        "runs.json": '{"runs": [7]}',
+        "named.json": '{"runs": [{"named": {"training": []}}]}',
         "README.md": "# A study",
     }.items():
         Path("published", name).write_text(text)
