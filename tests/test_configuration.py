@@ -13,6 +13,7 @@ from modeling_dca import DCAForCausalLM, DCAForImageClassification
 from training.images.fields import ImageClassificationArguments, ImageDataArguments
 from training.run.fields import Run
 from training.run.parsing import parse_run
+from training.run.training import model_and_callbacks
 from training.text.fields import CausalLMArguments, TextDataArguments
 
 
@@ -38,8 +39,17 @@ TABLES = {
         for scheme in ("standard", "8-dca")
     ],
     4: [f"lm1b/6-layers-{name}" for name in ("standard", "retrofit-standard", "retrofit-dca")],
-    5: [f"lm1b/6-layers-{scheme}" for scheme in ("standard", "grn-v1", "dca")],
-    6: [f"c4/13-layers-1111-wide-{scheme}" for scheme in ("standard", "grn-v1", "8-dca")],
+    5: [
+        f"lm1b/6-layers-{scheme}"
+        for scheme in ("standard", "denseformer", "grn-v1", "dca", "laurel-pa", "dynamic-hyper-connections")
+    ],
+    6: [
+        f"c4/13-layers-1111-wide-{scheme}"
+        for scheme in (
+            *("standard", "denseformer", "grn-v1", "8-dca", "laurel-pa"),
+            *("dynamic-hyper-connections-4", "dynamic-hyper-connections-10"),
+        )
+    ],
     7: [f"lm1b/6-layers-{scheme}" for scheme in ("standard", "grn-v1", "grn-v2", "grn-v3", "dca")],
     8: [f"imagenet/vit-s16-{scheme}" for scheme in ("standard", "dca")],
 }
@@ -47,11 +57,23 @@ RUNS = sorted(set(sum(TABLES.values(), [])))
 RETROFITS = [name for name in RUNS if "retrofit" in name]
 LANGUAGE_MODELS = [name for name in RUNS if not name.startswith("imagenet") and name not in RETROFITS]
 
+#: The variants of the standard transformer, by the end of the names of files.
+VARIANTS = {
+    "denseformer": ("denseformer", {}),
+    "laurel-pa": ("laurel_pa", {"rank": 8, "k": 3}),
+    "dynamic-hyper-connections": ("dynamic_hyper_connections", {"n": 2}),
+    "dynamic-hyper-connections-4": ("dynamic_hyper_connections", {"n": 4}),
+    "dynamic-hyper-connections-10": ("dynamic_hyper_connections", {"n": 10}),
+}
+
 # The paper's parameter counts, in millions.
 PAPER = {
     "lm1b/6-layers-standard": 49.65,
     "lm1b/6-layers-grn-v1": 49.65,
+    "lm1b/6-layers-denseformer": 49.65,
     "lm1b/6-layers-dca": 49.73,
+    "lm1b/6-layers-laurel-pa": 49.75,
+    "lm1b/6-layers-dynamic-hyper-connections": 49.68,
     "c4/9-layers-771-wide-standard": 75,
     "c4/9-layers-771-wide-8-dca": 75,
     "c4/18-layers-771-wide-standard": 124,
@@ -88,6 +110,7 @@ def num_parameters(name: str) -> int:
     run, (_, _, model_class, _, _) = parsed(name), COMMANDS[name.partition("/")[0]]
     if model_class is DCAForImageClassification:
         run.config.num_labels = run.data.num_labels
+    model_class, _ = model_and_callbacks(run, model_class)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in model_class(run.config).parameters())
 
@@ -99,8 +122,16 @@ def named(name: str) -> tuple[int, int, str, int | None]:
     else:
         match = re.fullmatch(r"\w+/(\d+)-layers(?:-(\d+)-wide)?(?:-retrofit)?-(.*)", name)
         depth, width, scheme = int(match[1]), int(match[2] or 512), match[3]
+    if scheme in VARIANTS:
+        return depth, width, "standard", None
     k, _, rest = scheme.rpartition("-")
     return (depth, width, rest, int(k)) if k.isdigit() else (depth, width, scheme.replace("-", "_"), None)
+
+
+def variant_of(name: str) -> tuple[str | None, dict]:
+    """The variant and its settings, as the name of a file says them."""
+    ends = [end for end in VARIANTS if re.search(rf"(layers|wide)-{end}$", name)]
+    return VARIANTS[ends[0]] if ends else (None, {})
 
 
 def standard_parameters(name: str) -> int:
@@ -121,6 +152,14 @@ def standard_parameters(name: str) -> int:
 def residual_parameters(name: str) -> int:
     """What a scheme adds to that (paper, section 3.1): `b` and `w` of all blocks and of the output, and norms."""
     depth, width, scheme, k = named(name)
+    variant, fields = variant_of(name)
+    if variant == "denseformer":
+        return sum(i + 1 for i in range(1, depth + 1))
+    if variant == "laurel_pa":
+        return 2 * depth * 2 * 8 * width + sum(min(3, i + 1) for i in range(2 * depth))
+    if variant == "dynamic_hyper_connections":
+        n = fields["n"]
+        return 2 * depth * (2 * n + n * n + (n + 2) * width + 2)
 
     def instance(entries: int) -> int:
         entries = entries if k is None else min(entries, k + 2)
@@ -156,6 +195,8 @@ def test_model_is_what_the_name_says(name):
     assert (config.num_hidden_layers, config.hidden_size, config.residual_scheme, config.last_k) == named(name)
     assert config.intermediate_size == 4 * config.hidden_size and not config.gated_mlp and config.head_dim == 64
     assert parsed(name).training.output_dir == f"runs/{name}"
+    variant, fields = variant_of(name)
+    assert parsed(name).training.variant == variant and (parsed(name).training.variant_fields or {}) == fields
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -173,6 +214,14 @@ def test_biases_are_what_is_missing_to_the_papers_transformer():
     biases = 30_000 + 6 * (2048 + 512) + (2 * 6 + 1) * 512
     assert round((num_parameters("lm1b/6-layers-standard") + biases) / 1e6, 2) == 49.65
     assert round((num_parameters("lm1b/6-layers-grn-v1") + biases) / 1e6, 2) == 49.65
+
+
+def test_other_methods_add_what_they_do_in_table_5():
+    before = num_parameters("lm1b/6-layers-standard")
+    added = {name: num_parameters(f"lm1b/6-layers-{name}") - before for name in VARIANTS if not name[-1].isdigit()}
+    # 49.65M of the transformer are 49,653,040, with the biases above.
+    for name, paper in (("denseformer", 49.65), ("laurel-pa", 49.75), ("dynamic-hyper-connections", 49.68)):
+        assert round((49_653_040 + added[name]) / 1e6, 2) == paper
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -255,7 +304,8 @@ def test_rows_of_a_table_differ_in_nothing_but_what_they_compare(table):
     for name in set(TABLES[table]) - ({"lm1b/6-layers-standard"} if table == 4 else set()):
         recipe = parsed(name).named
         model = {field: value for field, value in recipe["model"].items() if field not in apart}
-        rest.append((model, recipe["data"], {**recipe["training"], "output_dir": None}))
+        training = {**recipe["training"], "output_dir": None, "variant": None, "variant_fields": None}
+        rest.append((model, recipe["data"], training))
     assert len(rest) > 1 and all(each == rest[0] for each in rest)
 
 

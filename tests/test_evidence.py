@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import training_args
 
 from training.run.checks import check_model
 from training.run.training import model_and_callbacks
 from training.studies.study import COMMANDS, Comparison, read_study
+from training.variants.registry import VARIANTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,10 @@ STUDIES = sorted(
 #: Fields in which the variants of a study may differ: they are what it is about.
 APART = {
     **dict.fromkeys(STUDIES, {"residual_scheme", "last_k", "alteration"}),
+    **dict.fromkeys(
+        ("rivals", "paper_scale/rivals"),
+        {"residual_scheme", "last_k", "variant", "variant_fields", "intermediate_size", "learning_rate"},
+    ),
     "learning_rate": {"learning_rate"},
     "paper_scale/learning_rate": {"learning_rate"},
     "k_at_the_best_rate": {"residual_scheme", "last_k", "learning_rate"},
@@ -108,6 +114,30 @@ def test_the_headline_has_runs_of_k_again():
     assert len(again) == 6
     for member in again:
         assert named(member, set()) == of_k[member.variant.removesuffix(" at 0.006"), member.seed]
+
+
+@pytest.mark.parametrize("name", ["rivals", "paper_scale/rivals"])
+def test_rivals_are_all_there_and_tuned_alike(name):
+    comparison = study(name)
+    variants = {member.run.training.variant for member in comparison.members}
+    assert variants >= {each for each, variant in VARIANTS.items() if variant.scheme is not None}
+    trials = {}
+    for trial in comparison.trials:
+        assert trial.member.seed not in {member.seed for member in comparison.members}
+        trials.setdefault(trial.variant, []).append(trial)
+    assert trials.keys() == {member.variant for member in comparison.members}
+    (grid,) = {tuple(trial.values["learning_rate"] for trial in each) for each in trials.values()}
+    assert len(grid) >= 4
+    for each in trials.values():
+        assert tuple(trial.member.run.training.learning_rate for trial in each) == grid
+    # The wider transformer is as large as the largest of them.
+    sizes = {}
+    for member in comparison.members:
+        model_class, _ = model_and_callbacks(member.run, COMMANDS[member.command].model_class)
+        with torch.device("meta"):
+            sizes[member.variant] = model_class(member.run.config).num_parameters()
+    wider = sizes.pop("standard wider")
+    assert max(sizes.values()) < wider < 1.1 * max(sizes.values())
 
 
 def test_index_has_every_study():

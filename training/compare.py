@@ -16,7 +16,13 @@ A study's YAML file names the configuration that its runs share, the fields in w
 
 and, if it likes, a `title`; the `command` that trains them (`causal_lm`, if not given, `image_classification`, or `altered`);
 `groups`, named as the variants are, each with its fields: all variants are then trained in each, and compared with the
-baseline of their own group; and `runs_of`, the file of another study, whose runs are its own where they are the same.
+baseline of their own group; `runs_of`, the file of another study, whose runs are its own where they are the same; and `tune`,
+
+    tune: {seed: 0, fields: {learning_rate: [0.003, 0.006, 0.012]}}
+
+with which each variant is first trained with each of these values alike, on a seed that is none of `seeds`, and then with those
+that had the lowest held-out loss; what all gain at equal tokens, time and parameters is then told, too.
+
 The runs are then in `runs/<path of the file below configuration>/[<group>/]<variant>/seed-<seed>`, with their logs in `logs`
 beside them. Those that are whole are kept, also those that ended because they diverged, and those that were cut off are
 resumed, so that the same command can always be given again. `--recorded` takes runs with the same fields from the

@@ -200,8 +200,10 @@ def _length(arguments: dict) -> str:
 
 
 def scheme_name(folder: Path) -> str:
-    """The name of a model's residual scheme, with its `k`."""
+    """The name of a model's residual scheme, with its `k`; of another scheme, that of the variant."""
     config = read_json(folder / "config.json")
+    if config.get("variant") is not None:
+        return config["variant"]
     scheme, k = config.get("residual_scheme", "dca"), config.get("last_k")
     return scheme if k is None else f"{k}-{scheme}"
 

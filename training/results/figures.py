@@ -308,3 +308,42 @@ def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], f
     axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def draw_loss_over_step_time(groups: dict[str | None, dict[str, list[dict]]], baseline: str, file: Path) -> None:
+    """
+    Draw final held-out losses over the time of a training step, mean and standard deviation over the seeds, a panel for each
+    group: what is better at equal tokens lies low, and what is fast on the left.
+
+    Args:
+        groups: by group and variant, what `training.compare` read of each run: `seconds`, `steps` and `eval_loss`.
+        baseline: the variant whose step takes 1, and where dashed lines cross.
+        file: where to save the picture.
+    """
+    figure, panels = plt.subplots(
+        len(groups), 1, figsize=(8, 0.5 + 5 * len(groups)), squeeze=False, layout="constrained"
+    )
+    for axes, (group, runs) in zip(panels.flat, groups.items()):
+        times = {name: np.mean([run["seconds"] / run["steps"] for run in each]) for name, each in runs.items()}
+        unit = times.get(baseline) or min(times.values())
+        points = {name: (times[name] / unit, [run["eval_loss"] for run in each]) for name, each in runs.items()}
+        middle = (max(x for x, _ in points.values()) + 1) / 2
+        for index, (name, (x, losses)) in enumerate(points.items()):
+            deviation = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
+            marker = MARKERS[index % len(MARKERS)]
+            axes.errorbar(
+                x, np.mean(losses), deviation, marker=marker, capsize=3, **{**_style(index), "linestyle": ""}
+            )
+            # On the other side of the middle names stand left of their points.
+            offset, side = ((6, 3), "left") if x < middle else ((-6, 3), "right")
+            axes.annotate(name, (x, np.mean(losses)), offset, ha=side, textcoords="offset points", fontsize=8)
+        if baseline in points:
+            axes.axhline(np.mean(points[baseline][1]), color=COLORS[0], linestyle="--", linewidth=0.8)
+            axes.axvline(1, color=COLORS[0], linestyle="--", linewidth=0.8)
+        axes.set_title(group)
+        axes.margins(x=0.15, y=0.12)
+        axes.set_xlabel(f"time of a training step ({baseline} = 1): slower to the right")
+        axes.set_ylabel("final held-out loss (nats): better below")
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -17,6 +17,7 @@ from training.run.fields import Run, RunArguments, check_one_gpu
 from training.run.initial import check_scheme
 from training.run.trainer import RunTrainer, uses_fsdp
 from training.support.errors import UserError, innermost_message
+from training.variants.registry import VARIANTS
 
 
 def check_model(model_class: type[PreTrainedModel], config: DCABaseConfig, device: torch.device | None = None) -> None:
@@ -145,8 +146,13 @@ def check_variant(run: Run) -> None:
     """
     if run.training.variant is None:
         return
-    altered = f"`variant` is {run.training.variant!r}"
-    if run.config.residual_scheme == "standard":
+    altered, scheme = f"`variant` is {run.training.variant!r}", VARIANTS[run.training.variant].scheme
+    if scheme is not None and run.config.residual_scheme != "standard":
+        raise UserError(
+            f"{altered}, a residual scheme of its own, but `residual_scheme` is {run.config.residual_scheme!r}: leave that out, or "
+            "choose 'standard'."
+        )
+    if scheme is None and run.config.residual_scheme == "standard":
         raise UserError(
             f"{altered}, but the 'standard' scheme has nothing to alter: choose another `residual_scheme`."
         )

@@ -21,6 +21,7 @@ from training.support.errors import UserError, innermost_message, told
 from training.support.files import write_whole
 from training.support.parser import Parser
 from training.support.tables import align
+from training.variants.registry import VARIANTS
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,6 +70,10 @@ def find_task(tasks: Iterable[Task], config: PreTrainedConfig, checkpoint: str) 
         classes = task.mapping.get(type(config), ())
         for model_class in classes if isinstance(classes, tuple) else (classes,):
             if model_class.__name__ in architectures:
+                return task, model_class
+        for variant in VARIANTS.values():  # of the class that the task trains
+            model_class = variant.model(task.model_class)
+            if model_class.__name__ in architectures and type(config) is model_class.config_class:
                 return task, model_class
     raise UserError(
         f"{checkpoint!r} is a {' or '.join(architectures) or config.model_type}; what is evaluated are causal language models "

@@ -1,5 +1,6 @@
 """The fields of a run's section `training`, and a run as it was asked for."""
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import yaml
 from accelerate.utils import GradientAccumulationPlugin
 from transformers import SchedulerType, TrainingArguments
 from transformers.debug_utils import DebugOption
@@ -15,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from modeling_dca import DCABaseConfig
 from modeling_dca.configuration_dca import nearest_name
 from training.support.errors import UserError
+from training.support.files import load_yaml
 from training.variants.registry import VARIANTS
 
 
@@ -97,6 +100,11 @@ class RunArguments(TrainingArguments):
         default=None,
         metadata={"help": f"What to train beside DCA, for studies; not for models to be used: {', '.join(VARIANTS)}."},
     )
+    # (A word for the parser; the settings by name when it has been read.)
+    variant_fields: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Settings of the `variant`, where it has some: '{n: 2}', say; see `training/variants/`."},
+    )
     metrics: list[str] = dataclasses.field(
         default_factory=list,
         metadata={
@@ -152,6 +160,7 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         if self.variant is not None and self.variant not in VARIANTS:
             raise ValueError(f"`variant` is {self.variant!r}; {nearest_name(self.variant, VARIANTS)}")
+        self._set_variant_fields()
         self._check_values()
         self._set_words()
         self._set_metric()
@@ -234,6 +243,23 @@ class RunArguments(TrainingArguments):
             raise ValueError(
                 "`save_strategy` is 'best', but nothing is evaluated to find it: set `eval_strategy`, too."
             )
+
+    def _set_variant_fields(self):
+        """Give the settings of the variant by name, and see that it has them."""
+        fields = self.variant_fields
+        if isinstance(fields, str):
+            with contextlib.suppress(yaml.YAMLError):  # (what is none is told below)
+                fields = load_yaml(fields)
+        if fields is None:
+            return
+        if self.variant is None:
+            raise ValueError(f"`variant_fields` is {fields!r}, but no `variant` is named: leave it out, or name one.")
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"`variant_fields` is {fields!r}; it must name settings and their values: '{{n: 2}}', say."
+            )
+        VARIANTS[self.variant].settings(fields)
+        self.variant_fields = fields
 
     def _set_words(self):
         """Give fields that are words, or lists of words, what the Trainer takes."""

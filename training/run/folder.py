@@ -107,12 +107,16 @@ def make_output_folder(run: Run) -> None:
                     f"The run in {folder} was started with other `{section}` fields ({record}): resume it with those, or "
                     "name another `output_dir`."
                 )
-        was, now = (_variant(named) for named in (before, run.named))
-        if was != now:
-            raise UserError(
-                f"The run in {folder} was started with {was!r} as `variant`, not {now!r}: resume it so, or name another "
-                "`output_dir`."
-            )
+        fields = ((named["training"].get("variant_fields") or {}) for named in (before, run.named))
+        for name, (was, now) in {
+            "variant": (_variant(before), _variant(run.named)),
+            "variant_fields": fields,
+        }.items():
+            if was != now:
+                raise UserError(
+                    f"The run in {folder} was started with {was!r} as `{name}`, not {now!r}: resume it so, or name another "
+                    "`output_dir`."
+                )
         defaults = {field.name: field.default for field in dataclasses.fields(run.training)}
         for name in OF_THE_OPTIMIZER:
             was, now = (named["training"].get(name, defaults[name]) for named in (before, run.named))

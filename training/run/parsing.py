@@ -22,6 +22,7 @@ from training.run.initial import INITIAL_CHECKPOINT, initial_config
 from training.support.errors import UserError, innermost_message
 from training.support.files import load_yaml
 from training.support.parser import Parser
+from training.variants.registry import VARIANTS
 
 
 CONFIGURATION_ROOM = "configuration"
@@ -202,10 +203,16 @@ def parse_run(argv: list[str], command: str, description: str, model_class, data
         model = {name: value for name, value in vars(rest).items() if name != "configuration"}
         fields, checkpoint = dict(model), model[INITIAL_CHECKPOINT]
         del fields[INITIAL_CHECKPOINT]
+        variant = VARIANTS.get(training.variant)
+        if variant is not None and variant.scheme is not None:
+            fields.setdefault("residual_scheme", "standard")  # the backbone
         if checkpoint is None:
             config = model_class.config_class(**fields)
         else:
             config = initial_config(model_class, checkpoint, fields)
+        if variant is not None and variant.scheme is not None:
+            # With them a checkpoint is built again.
+            config.variant, config.variant_fields = training.variant, variant.settings(training.variant_fields or {})
     except (StrictDataclassError, ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
     if data.is_split_drawn:

@@ -34,6 +34,7 @@ from training.run.termination import Termination
 from training.run.throughput import SpeedProgress, Throughput
 from training.support.errors import UserError, innermost_message
 from training.support.files import read_json, write_whole
+from training.variants.scheme import set_connection_groups
 
 
 if is_torch_xla_available():
@@ -200,6 +201,13 @@ class RunTrainer(Trainer):
                 args.gradient_accumulation_steps = share // batch_size
             args.per_device_train_batch_size = batch_size
         return super()._inner_training_loop(batch_size=batch_size, args=args, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            set_connection_groups(optimizer, self.model)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         sampler, batch = super()._get_train_sampler(train_dataset), self.args.global_batch_size

@@ -1,11 +1,18 @@
 """What came of the runs of a comparison: figures over the seeds, a table and pictures."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from training.results.card import METRICS, count_parameters, scheme_name
-from training.results.figures import draw_compared_curves, draw_loss_over_parameters, draw_loss_over_time
+from training.results.figures import (
+    draw_compared_curves,
+    draw_loss_over_parameters,
+    draw_loss_over_step_time,
+    draw_loss_over_time,
+)
+from training.studies.gains import GAINS, gains
 from training.studies.statistics import (
     CONFIDENCE,
     DIVERGENCE,
@@ -16,7 +23,7 @@ from training.studies.statistics import (
     has_diverged,
     summarize,
 )
-from training.studies.study import COMMANDS, Comparison, Member
+from training.studies.study import COMMANDS, Comparison, Member, Trial, best_values
 from training.support.files import read_json
 from training.support.tables import align
 
@@ -25,6 +32,7 @@ TABLE, RAW = "README.md", "comparison.json"
 #: What a run tells of how long it took.
 OF_A_TRAINING = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 CURVES, OVER_TIME, OVER_PARAMETERS = "loss_curves.png", "loss_over_time.png", "loss_over_parameters.png"
+OVER_STEP_TIME = "loss_over_step_time.png"
 
 
 def read_member(member: Member) -> dict[str, Any]:
@@ -133,6 +141,69 @@ def make_table(summary: dict[str | None, dict[str, dict]], baseline: str, task: 
     return align(header, rows)
 
 
+def make_gains_table(of_groups: dict[str | None, dict[str, dict]], baseline: str) -> str:
+    """What each variant of each group gains on the baseline, in Markdown; what is lost has a plus."""
+    rows = []
+    for group, variants in of_groups.items():
+        for variant, figures in variants.items():
+            row = [label_of(group, variant), f"{figures['parameters']:,.0f}", f"{figures['step_time']:.2f}"]
+            for key in GAINS:
+                apart = figures[key]
+                half = "" if apart is None or apart["half_width"] is None else f" ± {apart['half_width']:.4f}"
+                row.append(
+                    "" if variant == baseline else "unknown" if apart is None else f"{apart['mean']:+.4f}{half}"
+                )
+            rows.append(row)
+    return align(["", "parameters", "time of a step", *GAINS.values()], rows)
+
+
+def gains_note(baseline: str) -> str:
+    return (
+        f"Differences of held-out loss to {baseline} of the same seed (nats; below 0 is better), ± half of the {CONFIDENCE:.0%} "
+        f"confidence interval of their mean; the time of a step is a multiple of {baseline}'s. *At equal tokens* both have taken all "
+        "steps. *At equal time* both have trained as long as the faster of them took, with straight lines between the evaluations; that "
+        "is fair only where the learning rate does not fall to an end that the slower one has not reached. *At equal parameters* "
+        f"{baseline} is as large, with a straight line, over the logarithm of the parameters, between the sizes of it that are "
+        "compared; where none of them is large enough, this is not known."
+    )
+
+
+def make_tuning_table(trials: list[Trial]) -> str:
+    """The held-out losses of the trials, with the values that were chosen, in Markdown."""
+    grid = [json.loads(each) for each in dict.fromkeys(json.dumps(trial.values) for trial in trials)]
+    names = [", ".join(f"`{name}` {value}" for name, value in values.items()) for values in grid]
+    rows = {}
+    for trial in trials:
+        rows.setdefault((trial.group, trial.variant), []).append(trial)
+    cells = []
+    for key, of_variant in rows.items():
+        chosen = grid.index(best_values(of_variant))
+        edge = " (the end of the grid)" if len(grid) > 2 and chosen in (0, len(grid) - 1) else ""
+        losses = ["diverged" if math.isinf(trial.loss) else f"{trial.loss:.4f}" for trial in of_variant]
+        cells.append([label_of(*key), *losses, names[chosen] + edge])
+    return align(["", *names, "chosen"], cells)
+
+
+TUNING_NOTE = (
+    "Each variant was trained with each of these values alike, on a seed of its own that is not among those above, and went on with the "
+    "values that had the lowest held-out loss. Where that is at the end of the grid, what is best may lie beyond."
+)
+
+
+def tuning_record(trials: list[Trial]) -> list[dict[str, Any]]:
+    """The trials in JSON; those that diverged have no loss."""
+    return [
+        {
+            "group": each.group,
+            "variant": each.variant,
+            "seed": each.member.seed,
+            **each.values,
+            "eval_loss": None if math.isinf(each.loss) else each.loss,
+        }
+        for each in trials
+    ]
+
+
 def make_stability_table(runs: list[dict], diverged: list[Member]) -> str:
     """How many runs of each variant of each group had spikes or diverged, in Markdown."""
     rows = {}
@@ -198,6 +269,19 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
     else:
         (folder / OVER_PARAMETERS).unlink(missing_ok=True)
 
+    tuned = {}
+    if comparison.trials:
+        figures[OVER_STEP_TIME] = (
+            f"Final held-out loss over the time of a training step, as a multiple of {comparison.baseline}'s: below the dashed line "
+            "is better at equal tokens, left of it faster. The bars are the standard deviation over the seeds."
+        )
+        draw_loss_over_step_time(groups, comparison.baseline, folder / OVER_STEP_TIME)
+        of_groups = {group: [run for run in runs if run["group"] == group] for group in groups}
+        tuned = {group: gains(of_group, comparison.baseline) for group, of_group in of_groups.items()}
+        tuned = {group: gained for group, gained in tuned.items() if gained}
+    else:
+        (folder / OVER_STEP_TIME).unlink(missing_ok=True)
+
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     counts = ", ".join(
         f"{label_of(group, variant)} {len(summary[group][variant]['seeds'])}"
@@ -223,6 +307,9 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         datas.setdefault(named, []).append(member.group)
     sections = [f"# {comparison.title}", table, *notes]
     sections += [f"![{text}]({file})\n\n{text}" for file, text in figures.items()]
+    if tuned:
+        sections += ["## Gains", make_gains_table(tuned, comparison.baseline), gains_note(comparison.baseline)]
+        sections += ["## How they were tuned", make_tuning_table(comparison.trials), TUNING_NOTE]
     if diverged or all(each["spikes"] is not None for each in runs):
         sections += [
             "## Stability",
@@ -253,6 +340,8 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         "metrics": {key: label for key, label, _ in metrics},
         "confidence": CONFIDENCE,
         **({"variants": summary[None]} if None in summary else {"groups": summary}),
+        **({"gains": tuned.get(None, tuned)} if tuned else {}),
+        **({"tuning": tuning_record(comparison.trials)} if tuned else {}),
         "diverged": {member.name: member.divergence() for member in diverged},
         "failed": failed,
         "runs": runs,

@@ -14,7 +14,16 @@ from typing import IO
 import torch
 
 from training.results.record import RECORD
-from training.studies.report import CURVES, OVER_PARAMETERS, OVER_TIME, RAW, TABLE, read_member, write_comparison
+from training.studies.report import (
+    CURVES,
+    OVER_PARAMETERS,
+    OVER_STEP_TIME,
+    OVER_TIME,
+    RAW,
+    TABLE,
+    read_member,
+    write_comparison,
+)
 from training.studies.study import Member, check_folder, read_recorded, read_runs, read_study
 from training.support.errors import UserError
 from training.support.files import output_folder, read_json
@@ -121,6 +130,22 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
     return failed
 
 
+def tune(trials: list[Member], jobs: int) -> None:
+    """
+    Train the runs by which the variants of a study are tuned, as far as they are not whole.
+
+    Raises:
+        [`UserError`]: one of them failed, or is another than the study asks for now.
+    """
+    for member in trials:
+        check_folder(member)
+    failed = train_missing(trials, jobs)
+    if failed:
+        name, error = next(iter(failed.items()))
+        others = f" ({len(failed) - 1} more failed, see above)" if len(failed) > 1 else ""
+        raise UserError(f"The trial {name} failed{others}, and without it the variants are not tuned alike: {error}")
+
+
 def compare(
     named: list[Path], output_dir: Path | None, jobs: int, baseline: str | None, recorded: Path | None, line: str
 ) -> None:
@@ -145,6 +170,9 @@ def compare(
         if len(named) > 1 or baseline is not None:
             raise UserError("A study is compared alone, with its own `baseline`: leave the rest out.")
         comparison = read_study(named[0])
+        if comparison.trials:
+            tune([trial.member for trial in comparison.trials], jobs)
+            comparison = read_study(named[0])  # with the values that were best
     else:
         if recorded is not None:
             raise UserError("`--recorded` goes with a study: name its YAML file instead of runs.")
@@ -154,7 +182,7 @@ def compare(
     own = [member for member in comparison.members if member.name not in figures]
     for member in own if study else ():
         check_folder(member)
-    output_folder(folder, (TABLE, CURVES, OVER_TIME, OVER_PARAMETERS), (folder / RAW).exists)
+    output_folder(folder, (TABLE, CURVES, OVER_TIME, OVER_PARAMETERS, OVER_STEP_TIME), (folder / RAW).exists)
     failed = {}
     if study:
         failed = train_missing(own, jobs)

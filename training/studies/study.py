@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -29,7 +30,20 @@ COMMANDS = {
     "image_classification": IMAGE_CLASSIFIERS,
 }
 
-STUDY_KEYS = ("title", "command", "configuration", "fields", "baseline", "seeds", "groups", "variants", "runs_of")
+STUDY_KEYS = (
+    "title",
+    "command",
+    "configuration",
+    "fields",
+    "baseline",
+    "seeds",
+    "groups",
+    "variants",
+    "runs_of",
+    "tune",
+)
+#: Where, beside the runs of a study, those are by which its variants are tuned.
+TUNING_FOLDER = "tuning"
 #: Fields that a study gives to each run itself, or that are for one run alone.
 NOT_FOR_VARIANTS = ("seed", "output_dir", "baseline", "overwrite", "resume_from_checkpoint", "push_to_hub")
 #: Fields in which the runs of a variant may differ.
@@ -85,6 +99,23 @@ class Member:
 
 
 @dataclasses.dataclass
+class Trial:
+    """A run by which a variant is tuned, and the fields that it tries."""
+
+    group: str | None
+    variant: str
+    values: dict[str, Any]
+    member: Member
+
+    @property
+    def loss(self) -> float | None:
+        """The held-out loss, infinite where the run diverged, and none where it is not whole."""
+        if self.member.divergence():
+            return math.inf
+        return read_json(self.member.folder / "all_results.json")["eval_loss"] if self.member.is_whole() else None
+
+
+@dataclasses.dataclass
 class Comparison:
     """
     Runs that are compared with each other, those of one variant after those of another or not; where they are in groups,
@@ -95,6 +126,7 @@ class Comparison:
     baseline: str
     members: list[Member]
     folder: Path  # of the table and the figures, if no other is named
+    trials: list[Trial] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         """
@@ -148,6 +180,7 @@ def read_study(file: Path) -> Comparison:
         if key not in STUDY_KEYS:
             raise UserError(f"The study {file} has an unknown key {key!r}; {nearest_name(key, STUDY_KEYS)}")
     variants, groups, seeds = study.get("variants"), study.get("groups", {None: {}}), study.get("seeds")
+    tune = study.get("tune")
     shared, command_name = study.get("fields") or {}, study.get("command", "causal_lm")
     if not isinstance(variants, dict) or not variants:
         raise UserError(f"`variants` of {file} is {variants!r}; it must name the variants, each with its fields.")
@@ -157,6 +190,7 @@ def read_study(file: Path) -> Comparison:
         raise UserError(f"`fields` of {file} is {shared!r}; it must name fields and values.")
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise UserError(f"`seeds` of {file} is {seeds!r}; it must be a list of integers from 0.")
+    check_tune(tune, seeds, file)
     if command_name not in COMMANDS:
         raise UserError(f"`command` of {file} is {command_name!r}; {nearest_name(command_name, COMMANDS)}")
     runs_of = study.get("runs_of", file.name)
@@ -168,26 +202,86 @@ def read_study(file: Path) -> Comparison:
     for name in (*variants, *filter(None, groups)):
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
             raise UserError(f"{name!r} of {file} cannot be the name of a folder: use letters, digits, - and _.")
-    members = []
-    # A seed at a time, so that a study that is cut off has the same seeds of all variants, or nearly so.
-    for seed, (group, of_group), (variant, of_variant) in itertools.product(seeds, groups.items(), variants.items()):
+
+    def member_of(seed: int, group: str | None, variant: str, values: dict, label: str, output: Path) -> Member:
+        of_group, of_variant = groups[group], variants[variant]
         where = f"The variant {variant!r} of {file}" + ("" if group is None else f", group {group!r},")
         for fields in (of_group or {}, of_variant or {}):
             if not isinstance(fields, dict):
                 raise UserError(f"{where} has {fields!r}, which must name fields and values.")
-        fields = {**shared, **(of_group or {}), **(of_variant or {})}
-        output = Path(runs_folder, group or "", variant, f"seed-{seed}")
+        fields = {**shared, **(of_group or {}), **(of_variant or {}), **values}
         arguments = member_arguments(where, fields, {"seed": seed, "output_dir": str(output)}, study, file)
         try:
-            member = parse_member(group, variant, command_name, output, arguments)
+            member = parse_member(group, label, command_name, output, arguments)
             if member.run.training.baseline is not None:
                 # It is the configuration's, for when it is run alone.
-                member = parse_member(group, variant, command_name, output, [*arguments, "--baseline=none"])
+                member = parse_member(group, label, command_name, output, [*arguments, "--baseline=none"])
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        members.append(member)
+        return member
+
+    grid = (
+        [dict(zip(tune["fields"], values)) for values in itertools.product(*tune["fields"].values())] if tune else []
+    )
+    trials = []
+    for group, variant, values in itertools.product(groups, variants, grid):
+        tried = " ".join(f"{name} {value}" for name, value in values.items())
+        output = Path(runs_folder, TUNING_FOLDER, group or "", variant, tried.replace("/", "-"))
+        member = member_of(tune["seed"], group, variant, values, f"{variant} with {tried}", output)
+        trials.append(Trial(group, variant, values, member))
+    members = []
+    # A seed at a time, so that a study that is cut off has the same seeds of all variants, or nearly so.
+    for seed, group, variant in itertools.product(seeds, groups, variants):
+        values = best_values([trial for trial in trials if (trial.group, trial.variant) == (group, variant)])
+        output = Path(runs_folder, group or "", variant, f"seed-{seed}")
+        members.append(member_of(seed, group, variant, values, variant, output))
     baseline = study.get("baseline", next(iter(variants)))
-    return Comparison(str(study.get("title", file.stem)), baseline, members, default_output_dir(file))
+    return Comparison(str(study.get("title", file.stem)), baseline, members, default_output_dir(file), trials)
+
+
+def check_tune(tune: Any, seeds: list[int], file: Path) -> None:
+    """
+    Raises:
+        [`UserError`]: the key `tune` of a study is none.
+    """
+    if tune is None:
+        return
+    if not isinstance(tune, dict) or set(tune) != {"seed", "fields"}:
+        raise UserError(f"`tune` of {file} is {tune!r}; it must have the keys seed and fields.")
+    seed, fields = tune["seed"], tune["fields"]
+    if type(seed) is not int or seed < 0 or seed in seeds:
+        raise UserError(
+            f"`seed` of `tune` of {file} is {seed!r}; it must be an integer from 0 that is none of `seeds`."
+        )
+    if (
+        not isinstance(fields, dict)
+        or not fields
+        or not all(isinstance(each, list) and each for each in fields.values())
+    ):
+        raise UserError(
+            f"`fields` of `tune` of {file} is {fields!r}; it must name fields, each with a list of values."
+        )
+    for name, values in fields.items():
+        if len({str(value) for value in values}) < len(values):
+            raise UserError(
+                f"`fields` of `tune` of {file} has {values!r} for `{name}`; each value must be there once."
+            )
+
+
+def best_values(trials: list[Trial]) -> dict[str, Any]:
+    """
+    With which values a variant was best, by the held-out loss of its trials; as long as some are not trained, the
+    first.
+
+    Raises:
+        [`UserError`]: it diverged with all.
+    """
+    losses = [trial.loss for trial in trials]
+    if None in losses or not losses:
+        return trials[0].values if trials else {}
+    if min(losses) == math.inf:
+        raise UserError(f"The variant {trials[0].variant!r} diverged with all values of `tune`: add lower ones.")
+    return trials[losses.index(min(losses))].values
 
 
 def member_arguments(where: str, fields: dict, own: dict, study: dict, file: Path) -> list[str]:
@@ -291,8 +385,8 @@ def check_folder(member: Member) -> None:
 
 def read_recorded(file: Path, members: list[Member], written: Path) -> dict[str, dict[str, Any]]:
     """
-    The figures of those runs that an earlier comparison has, by the names that they have now. A run is the same where all
-    of its fields are, wherever its folder was and whatever its variant and group were called.
+    The figures of those runs that an earlier comparison has, by the names that they have now. A run is the same where
+    all of its fields are, wherever its folder was and whatever its variant and group were called.
 
     Args:
         file: the `comparison.json` of the earlier comparison.

@@ -1,20 +1,29 @@
 """
 The variants by name: what studies train to learn what a part of DCA is good for. They are not for models to be used.
 
-A variant is a model, which is made of the one that a run would train, and callbacks of its trainer. Another residual scheme is
-one more entry.
+A variant is a model, which is made of the one that a run would train, and callbacks of its trainer. Some are other
+residual schemes, on the backbone of the standard transformer: these have settings, the `variant_fields` of a run.
+Another one is one more entry.
 """
 
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, TrainerCallback
 
+from training.variants.attention_residuals import AttentionResiduals, BlockAttentionResiduals
 from training.variants.decay import DecayOfB
+from training.variants.denseformer import DenseFormer
 from training.variants.entries import choose_entries
 from training.variants.gates import bias_inside_gate, dead_gate, random_gate, raw_gate
+from training.variants.hyper_connections import DynamicHyperConnections, HyperConnections, ManifoldHyperConnections
+from training.variants.laurel import LaurelLR, LaurelPA, LaurelRW
+from training.variants.mudd import MUDD
+from training.variants.resformer import ResFormer
+from training.variants.scheme import Scheme, read_settings, set_scheme
+from training.variants.two_scalar_skip import TwoScalarSkip
 
 
 Model = type[PreTrainedModel]
@@ -25,6 +34,20 @@ class Variant(NamedTuple):
 
     model: Callable[[Model], Model] = lambda model_class: model_class
     callbacks: tuple[TrainerCallback, ...] = ()
+    scheme: type[Scheme] | None = None  # of a residual scheme of its own, on the standard transformer
+
+    def settings(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """
+        All settings of the variant, of those that a run names.
+
+        Raises:
+            `ValueError`: it has no such setting, or it cannot have such a value.
+        """
+        if self.scheme is not None:
+            return vars(read_settings(self.scheme, fields))
+        if fields:
+            raise ValueError(f"`variant_fields` is {fields!r}, but this variant has no fields: leave it out.")
+        return {}
 
 
 @functools.cache
@@ -40,6 +63,11 @@ def altered(name: str, alter: Callable[[PreTrainedModel], None], model_class: Mo
     return type(name, (model_class,), own)
 
 
+def scheme(scheme_class: type[Scheme]) -> Variant:
+    """A residual scheme of its own."""
+    return Variant(partial(altered, scheme_class.__name__, partial(set_scheme, scheme_class)), scheme=scheme_class)
+
+
 #: By the names that runs give them.
 VARIANTS = {
     "dead_gate": Variant(partial(altered, "DeadGate", dead_gate)),
@@ -50,4 +78,16 @@ VARIANTS = {
     "input_and_last_3": Variant(partial(altered, "InputAndLastThree", partial(choose_entries, 1, 3))),
     "decay_b_to_0": Variant(callbacks=(DecayOfB(to_zero=True),)),
     "no_decay_of_b": Variant(callbacks=(DecayOfB(to_zero=False),)),
+    "denseformer": scheme(DenseFormer),
+    "laurel_rw": scheme(LaurelRW),
+    "laurel_lr": scheme(LaurelLR),
+    "laurel_pa": scheme(LaurelPA),
+    "hyper_connections": scheme(HyperConnections),
+    "dynamic_hyper_connections": scheme(DynamicHyperConnections),
+    "mhc": scheme(ManifoldHyperConnections),
+    "attention_residuals": scheme(AttentionResiduals),
+    "block_attention_residuals": scheme(BlockAttentionResiduals),
+    "mudd": scheme(MUDD),
+    "resformer": scheme(ResFormer),
+    "two_scalar_skip": scheme(TwoScalarSkip),
 }

@@ -1,0 +1,288 @@
+"""
+Other residual schemes, on the backbone of a standard transformer: its blocks are run without their residual sums, and
+a scheme states its own.
+
+A scheme hands a state from block to block: tensors, at first the embeddings `(batch, sequence, hidden_size)` alone.
+Attention, feed-forward module, norms, positions and their initial weights are those of the standard transformer of the
+same seed. What a scheme learns is in [`Connection`]s, in plain PyTorch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import maybe_autocast
+
+from modeling_dca import DCABaseConfig, GeneralizedResidual
+from modeling_dca.configuration_dca import nearest_name
+from modeling_dca.grn import output_dtype
+from modeling_dca.modeling_dca import DCALayer
+from training.support.errors import UserError
+
+
+EPS = 1e-6
+
+
+# What schemes compute with
+
+
+def rms(states: torch.Tensor) -> torch.Tensor:
+    """`RMS(x)` over the last dimension, without a weight, in float32 at least."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + EPS)
+
+
+def without_autocast(states: torch.Tensor):
+    """A context in which residual streams are not rounded to the type of autocast, which is for the modules' matrices."""
+    return maybe_autocast(states.device.type, enabled=False)
+
+
+def weighted_sum(weights: Sequence[torch.Tensor], entries: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`sum_j w_j x_j` of as many weights, scalars or `(..., 1)`, as entries `(..., d)`; the sum is taken in float32 at least."""
+    dtype = output_dtype(entries)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    total = weights[0].to(compute_dtype) * entries[0].to(compute_dtype)
+    for weight, entry in zip(weights[1:], entries[1:], strict=True):
+        total = torch.addcmul(total, weight.to(compute_dtype), entry.to(compute_dtype))
+    return total.to(dtype)
+
+
+# What schemes are made of
+
+
+class Connection(nn.Module):
+    """
+    What a scheme learns in one place. The parameters that `static` names are those for which 0 is no neutral value,
+    such as the weight of the residual stream; decay would pull them there.
+    """
+
+    static: ClassVar[tuple[str, ...]] = ()
+
+
+class SchemeLayer(GradientCheckpointingLayer):
+    """
+    The modules of a standard block, with their norms, and without the residual sums. A scheme's own `forward` takes
+    the state and returns it; its keyword arguments are for the attention.
+    """
+
+    def __init__(self, layer: DCALayer):
+        super().__init__()
+        self.residual = layer.residual  # of one entry, which it returns: there hidden states are recorded
+        self.input_layernorm, self.self_attn = layer.input_layernorm, layer.self_attn
+        self.post_attention_layernorm, self.mlp = layer.post_attention_layernorm, layer.mlp
+        self.attention_output_norm, self.mlp_output_norm = layer.attention_output_norm, layer.mlp_output_norm
+
+    def normed(self, attention_input: torch.Tensor) -> torch.Tensor:
+        """The input of the attention, as its projections take it, where all three have one."""
+        attention_input, _ = self.residual(attention_input)
+        return self.input_layernorm(attention_input)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What the attention gives for inputs that are normed."""
+        output, _ = self.self_attn(query, key, value, **kwargs)
+        return output if self.attention_output_norm is None else self.attention_output_norm(output)
+
+    def attention(self, query: torch.Tensor, *others: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What the attention gives for the queries' input, and those of keys and values where they are others."""
+        inputs = [self.normed(query), *map(self.input_layernorm, others)]
+        return self.attend(*(inputs if others else 3 * inputs), **kwargs)
+
+    def feed_forward(self, mlp_input: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward module gives."""
+        output = self.mlp(self.post_attention_layernorm(mlp_input))
+        return output if self.mlp_output_norm is None else self.mlp_output_norm(output)
+
+    def block(self, stream: torch.Tensor, *inputs: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The whole standard block, with its sums, on a stream; `inputs` are the attention's, where they are others."""
+        stream = stream + self.attention(*(inputs or (stream,)), **kwargs)
+        return stream + self.feed_forward(stream)
+
+
+class ModuleLayer(SchemeLayer):
+    """
+    A block of a scheme that treats the attention and the feed-forward module alike, each as a layer `f`.
+
+    Args:
+        connections: of the two modules. Each takes the state and `f`, a function of one tensor with the norms inside,
+            and returns the state: a tuple.
+    """
+
+    def __init__(self, layer: DCALayer, connections: Sequence[Connection]):
+        super().__init__(layer)
+        self.attention_connection, self.mlp_connection = connections
+
+    def forward(self, *state: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ...]:
+        state = self.attention_connection(state, partial(self.attention, **kwargs))
+        return self.mlp_connection(state, self.feed_forward)
+
+
+class Newest(nn.Module):
+    """The model's output where that is the last tensor of the state."""
+
+    def forward(self, *state: torch.Tensor) -> torch.Tensor:
+        return state[-1]
+
+
+class Output(nn.Module):
+    """
+    In the place of the generalized residual that forms the model's output.
+
+    Args:
+        residual: the standard transformer's, which returns its one entry: there the last hidden state is recorded.
+        connection: makes the output `(batch, sequence, hidden_size)` of the last block's state.
+    """
+
+    delta = gate = None
+
+    def __init__(self, residual: GeneralizedResidual, connection: nn.Module):
+        super().__init__()
+        self.residual, self.connection = residual, connection
+
+    def forward(self, *state: torch.Tensor) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
+        return self.residual(self.connection(*state))
+
+
+# What a run can set
+
+
+def setting(default: Any, help: str, least: float | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclasses.dataclass
+class Scheme:
+    """
+    A residual scheme: its settings, the `variant_fields` of a run, and what it builds.
+
+    Raises:
+        `ValueError`: a setting has another type than its default, or is too small.
+    """
+
+    connection_learning_rate: float = setting(1.0, "Learning rate of the connections, as a multiple of the run's.", 0)
+    static_weight_decay: float = setting(0.0, "Weight decay of connections for which 0 is no neutral value.", 0)
+    dynamic_weight_decay: float | None = setting(None, "Weight decay of all other connections; if none, the run's.", 0)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kinds = getattr(self, field.name), field.type
+            named = f"`{field.name}` of `variant_fields` is {value!r}"
+            if isinstance(value, str):  # YAML 1.1 does not take 1e-3 for a number
+                try:
+                    value = float(value)
+                except ValueError:
+                    raise ValueError(f"{named}; it must be {_in_words(kinds)}.") from None
+            if isinstance(value, float) and float in _types(kinds) and value != value:
+                raise ValueError(f"{named}; it must be {_in_words(kinds)}.")
+            if type(value) is int and float in _types(kinds):
+                value = float(value)
+            if type(value) not in _types(kinds):
+                raise ValueError(f"{named}; it must be {_in_words(kinds)}.")
+            least = field.metadata["least"]
+            if value is not None and least is not None and not least <= value < float("inf"):
+                raise ValueError(f"{named}; it must be at least {least}, and finite.")
+            setattr(self, field.name, value)
+
+    def build(self, layers: Sequence[DCALayer], config: DCABaseConfig) -> tuple[list[SchemeLayer], nn.Module]:
+        """
+        The blocks of a model, made of those of a new standard transformer, and what makes the model's output of the
+        last state.
+
+        Raises:
+            `ValueError`: a setting does not go with the model.
+        """
+        raise NotImplementedError
+
+    def learning_rate_of(self, parameter: str) -> float:
+        """The learning rate of a connection's parameter, by its name in it, as a multiple of the run's."""
+        return self.connection_learning_rate
+
+
+def _types(kinds: Any) -> tuple[type, ...]:
+    return getattr(kinds, "__args__", (kinds,))
+
+
+def _in_words(kinds: Any) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+    return " or ".join(words[kind] for kind in _types(kinds))
+
+
+def read_settings(scheme_class: type[Scheme], fields: dict[str, Any]) -> Scheme:
+    """
+    A scheme with the settings that a run names.
+
+    Raises:
+        `ValueError`: the scheme has no such setting, or it cannot have such a value.
+    """
+    known = [field.name for field in dataclasses.fields(scheme_class)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"`variant_fields` has an unknown field {name!r}; {nearest_name(name, known)}")
+    return scheme_class(**fields)
+
+
+def set_scheme(scheme_class: type[Scheme], model: PreTrainedModel) -> None:
+    """
+    Give a new standard transformer another residual scheme, with the settings in `config.variant_fields`.
+
+    Raises:
+        `ValueError`: the model is none, or a setting cannot be.
+    """
+    config, network = model.config, model.base_model
+    if config.residual_scheme != "standard":
+        raise ValueError(
+            f"`residual_scheme` is {config.residual_scheme!r}, but the variant is a scheme of its own: it must be 'standard'."
+        )
+    if config.parallel_blocks:
+        raise ValueError(
+            "`parallel_blocks` is true, but the variant is for blocks of two modules in turn: leave it out."
+        )
+    scheme = read_settings(scheme_class, getattr(config, "variant_fields", None) or {})
+    layers, output = scheme.build(network.layers, config)
+    network.layers, network.residual = nn.ModuleList(layers), Output(network.residual, output)
+    network.scheme = scheme
+    for each in (network, model):  # (what is sharded, or placed on a device, as a whole)
+        each._no_split_modules = sorted({type(layer).__name__ for layer in layers})
+
+
+def set_connection_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """
+    Put the connections of a scheme's model into groups of their own of a new optimizer, with the learning rates and
+    the weight decays that the scheme has for them. Of other models nothing is changed.
+
+    Raises:
+        [`UserError`]: the optimizer has no such groups.
+    """
+    scheme = next(
+        (module.scheme for module in model.modules() if isinstance(getattr(module, "scheme", None), Scheme)), None
+    )
+    if scheme is None:
+        return
+    decay = max((group.get("weight_decay", 0.0) for group in optimizer.param_groups), default=0.0)
+    settings = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False) if isinstance(module, Connection) else ():
+            of_others = decay if scheme.dynamic_weight_decay is None else scheme.dynamic_weight_decay
+            own = scheme.static_weight_decay if name in module.static else of_others
+            settings[id(parameter)] = (scheme.learning_rate_of(name), own)
+    added = {}
+    for index, group in enumerate(optimizer.param_groups):
+        kept = []
+        for parameter in group["params"]:
+            if id(parameter) in settings:
+                added.setdefault((index, *settings.pop(id(parameter))), []).append(parameter)
+            else:
+                kept.append(parameter)
+        group["params"] = kept
+    if settings or any(group.get("lr") is None for group in optimizer.param_groups):
+        raise UserError(
+            f"`optim` is a {type(optimizer).__name__}, which cannot give the connections of the variant a learning rate and a weight "
+            "decay of their own: choose 'adamw_torch'."
+        )
+    for (index, learning_rate, own_decay), parameters in added.items():
+        group = {**optimizer.param_groups[index], "params": parameters}
+        optimizer.add_param_group({**group, "lr": learning_rate * group["lr"], "weight_decay": own_decay})
