@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dca import DCABaseConfig
-from modeling_dca.conversion_dca import OVERRIDES, convert_config
+from modeling_dca.conversion_dca import HEADS, LABEL_HEADS, OVERRIDES, convert_config
 from training.support.errors import UserError, told
 
 
@@ -76,7 +76,14 @@ def initial_model(
     options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with told(checkpoint):
         if is_trained_dca(AutoConfig.from_pretrained(checkpoint)):
-            return model_class.from_pretrained(checkpoint, **options)
+            model, report = model_class.from_pretrained(checkpoint, output_loading_info=True, **options)
+            head = HEADS[model_class._auto_class] if model_class._auto_class in LABEL_HEADS else None
+            if missing := sorted(name for name in report["missing_keys"] if name.split(".")[0] != head):
+                raise UserError(
+                    f"`initial_checkpoint` is {checkpoint!r}, which lacks {len(missing)} weights, {missing[0]} for one: name "
+                    "that of a whole model of its class. (Of a run with `lora_rank`, that is the run's folder.)"
+                )
+            return model
         scheme = {name: getattr(config, name) for name in SCHEME}
         weights = model_class.from_residual(checkpoint, dtype=torch.float32, **scheme).state_dict()
         return model_class.from_pretrained(None, state_dict=weights, **options)
