@@ -29,6 +29,8 @@ def main():
     parser.add_argument("--residual_scheme", help=f"one of {', '.join(RESIDUAL_SCHEMES)} (default: dca)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the source")
     parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
+    parser.add_argument("--subfolder", help="the folder of the model in a repository on the Hub")
+    parser.add_argument("--variant", help="of several files of weights, those with this in their names (fp16, say)")
     parser.add_argument("--max_shard_size", default="50GB", help="size of a file of weights (default: %(default)s)")
     parser.add_argument("--verify", action="store_true", help="compare what both compute, each loaded in float32")
     parser.add_argument("--text", help="what to compare them on (default: random tokens or images)")

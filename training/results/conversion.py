@@ -285,8 +285,8 @@ def retrofit(arguments: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     overrides = {name: given[name] for name in ("last_k", "residual_scheme") if name in given}
     labels = {name: given[name] for name in ("num_labels",) if name in given}
-    loading = {name: given[name] for name in ("revision", "gguf_file") if name in given}
-    dtype = {name: given[name] for name in ("dtype",) if name in given}
+    loading = {name: given[name] for name in ("revision", "subfolder", "gguf_file") if name in given}
+    weights = {name: given[name] for name in ("dtype", "variant") if name in given}
     if text is not None and not arguments.verify:
         raise UserError("`text` is what the models are compared on: pass --verify, too.")
     DCAConfig(**overrides)  # refuses what does not fit before anything is read
@@ -306,7 +306,7 @@ def retrofit(arguments: argparse.Namespace) -> None:
         if text is not None and not isinstance(processor, PreTrainedTokenizerBase):
             raise UserError(f"`text` is given, but {source!r} has no tokenizer: leave it out.")
         try:
-            model, fresh = convert(model_class, source, **overrides, **labels, **loading, **dtype)
+            model, fresh = convert(model_class, source, **overrides, **labels, **loading, **weights)
             save(model, processor, unfinished, arguments.max_shard_size)
             head = HEADS[model_class._auto_class] if fresh else None
             new = [name for name, _ in model.named_parameters() if name.split(".")[-2] in (*ADDED, head)]
@@ -319,7 +319,7 @@ def retrofit(arguments: argparse.Namespace) -> None:
                 inputs = make_inputs(dca_config, model_class, processor, text)
                 results = []
                 for load in (
-                    lambda: load_source(source, model_class, loading | {"dtype": torch.float32})[0],
+                    lambda: load_source(source, model_class, {**loading, **weights, "dtype": torch.float32})[0],
                     lambda: model_class.from_pretrained(unfinished, dtype=torch.float32),
                 ):
                     gc.collect()  # Modules refer to each other in circles, and one model at a time is enough.

@@ -69,7 +69,10 @@ def initial_model(
 ) -> PreTrainedModel:
     """
     A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A
-    classifier of other classes than the checkpoint's has a new head.
+    classifier of other classes than the checkpoint's, or of one without a head, has a new head.
+
+    Raises:
+        [`UserError`]: the checkpoint cannot be read, or lacks weights.
     """
     if checkpoint is None:
         return model_class(config)
@@ -84,8 +87,10 @@ def initial_model(
                     "that of a whole model of its class. (Of a run with `lora_rank`, that is the run's folder.)"
                 )
             return model
-        scheme = {name: getattr(config, name) for name in SCHEME}
-        weights = model_class.from_residual(checkpoint, dtype=torch.float32, **scheme).state_dict()
+        fields = {name: getattr(config, name) for name in SCHEME}
+        if model_class._auto_class in LABEL_HEADS:
+            fields["num_labels"] = config.num_labels  # with which a checkpoint without a head gets one
+        weights = model_class.from_residual(checkpoint, dtype=torch.float32, **fields).state_dict()
         return model_class.from_pretrained(None, state_dict=weights, **options)
 
 

@@ -670,7 +670,9 @@ def test_half_a_gguf_file_is_refused(room, capsys):
 def test_card_beside_a_gguf_file_goes_before_the_file(room):
     write_gguf("tiny.gguf", **TELLING)
     Path("README.md").write_text("---\nbase_model: someone/other\n---\n# Other\n")
-    call(command.main, "tiny.gguf", "out", "--head=token_classification", "--num_labels=4", "--verify")
+    arguments = ("--head=token_classification", "--num_labels=4", "--dtype=bfloat16", "--verify")
+    call(command.main, "tiny.gguf", "out", *arguments)
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
     data = ModelCard.load("out/README.md").data
     assert data.license == "mit" and data.base_model == "someone/other" and data.pipeline_tag == "token-classification"
 
@@ -686,18 +688,17 @@ def smollm2():
 @pytest.mark.skipif(smollm2() is None, reason="needs the model: `make data/smollm2`")
 def test_a_real_language_model(room, capsys):
     pytest.importorskip("gguf", reason="transformers reads GGUF files with the package gguf")
-    text = "Gravity is the force by which a planet"
+    text = "One, two, three, four, five, six, seven,"
     call(command.main, smollm2(), "out", "--verify", f"--text={text}")  # which compares greedy generations, too
     assert float(capsys.readouterr().out.split(" of the largest logit")[0].split()[-1]) < 2e-5
     model, tokenizer = DCAForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
     assert model.num_parameters() > 134_000_000 and model.config.num_hidden_layers == 30
     batch = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     said = tokenizer.decode(model.generate(**batch, max_new_tokens=12, do_sample=False)[0])
-    assert said.startswith(text) and len(said.split()) > len(text.split()) + 5
+    assert said.startswith(f"{text} eight")
     with torch.no_grad():
-        assert model(**batch, labels=batch["input_ids"]).loss < 4  # it knows English
-    back = model.to_residual()
-    assert type(back) is LlamaForCausalLM
+        assert model(**batch, labels=batch["input_ids"]).loss < 2
+    assert type(model.to_residual()) is LlamaForCausalLM
 
 
 def test_damaged_sources(room, capsys):
@@ -727,6 +728,21 @@ def test_damaged_sources(room, capsys):
 )
 def test_what_does_not_fit_is_one_sentence(room, arguments, words, capsys):
     assert words in refusal(capsys, *arguments)
+
+
+def test_weights_that_have_a_variant_in_their_names(room):
+    LlamaForCausalLM.from_pretrained("llama").half().save_pretrained("both", variant="fp16")
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained("both")
+    call(command.main, "both", "out", "--variant=fp16", "--verify")
+    weight = DCAForCausalLM.from_pretrained("out").lm_head.weight
+    assert torch.equal(weight, LlamaForCausalLM.from_pretrained("llama").lm_head.weight.half().float())
+
+
+def test_model_in_a_subfolder(room):
+    Path("deep").mkdir()
+    Path("llama").rename("deep/llama")
+    call(command.main, "deep", "out", "--subfolder=llama", "--verify", "--text=deep cross attention")
+    assert DCAForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out")("deep")["input_ids"]
 
 
 def test_from_the_hub(sources, tmp_path):
