@@ -699,6 +699,7 @@ def test_a_real_language_model(room, capsys):
     with torch.no_grad():
         assert model(**batch, labels=batch["input_ids"]).loss < 2
     assert type(model.to_residual()) is LlamaForCausalLM
+    assert ModelCard.load("out/README.md").data.license == "apache-2.0"
 
 
 def test_damaged_sources(room, capsys):
