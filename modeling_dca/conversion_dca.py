@@ -6,7 +6,9 @@ pre-norm transformer computes what that computes (paper, section 3.1 and table 4
 """
 
 import copy
+import ctypes
 import gc
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,6 +69,7 @@ SOURCE_HEADS = (
     "qa_outputs",
     "cls_classifier",
     "distillation_classifier",
+    "output_projection",
 )
 #: Heads whose outputs are labels: who fine-tunes gives their number, and a head that does not fit starts anew.
 LABEL_HEADS = [name for name in HEADS if name not in ("AutoModel", "AutoModelForCausalLM")]
@@ -205,6 +208,20 @@ def prefixed(move: Move, prefix: str) -> Move:
     return replace(move, targets=tuple(prefix + target for target in move.targets))
 
 
+def release(tensor: torch.Tensor) -> None:
+    """
+    Gives the memory of a weight back that nobody reads again. The file that it is from stays mapped until the last of its
+    weights is gone, and what was read of it would count until then.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED") or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    # Whole pages: at its ends there may be others' data.
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 def convert_weights(
     names: Names,
     source_config: PreTrainedConfig,
@@ -228,9 +245,12 @@ def convert_weights(
         if move is None or tensor.is_meta:
             unused.append(name)
             continue
+        values = move.convert(source_config, tensor)
         # (A move may have targets that only its way back reads.)
-        for place, value in zip(move.targets, move.convert(source_config, tensor)):
+        for place, value in zip(move.targets, values):
             converted[place] = move.join(converted[place], value) if move.join and place in converted else value
+        if all(value.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() for value in values):
+            release(tensor)
     for name in [name for name in converted if name.endswith(".layer_scale")]:
         scale, module = converted.pop(name), name.removesuffix(".layer_scale")
         converted[f"{module}.weight"] = converted[f"{module}.weight"] * scale[:, None]
@@ -267,12 +287,26 @@ def is_of_another_head(name: str) -> bool:
     return name.split(".")[0] in (*SOURCE_HEADS, "pooler") or ".pooler." in name
 
 
+def find_gguf_file(source: str | os.PathLike, loading: dict[str, Any]) -> tuple[str | os.PathLike, dict[str, Any]]:
+    """Where a source is, and how it is loaded: a GGUF file, by its path or its name in a repository, as its `gguf_file`."""
+    name = os.fspath(source)
+    if not name.endswith(".gguf") or os.path.isdir(name):
+        return source, loading
+    if "gguf_file" in loading:
+        raise ValueError(f"`source` is the file {name!r}: leave out `gguf_file`.")
+    folder, file = os.path.split(name)
+    if not os.path.exists(name) and len(parts := name.split("/")) > 2:
+        folder, file = "/".join(parts[:2]), "/".join(parts[2:])
+    return folder or ".", loading | {"gguf_file": file}
+
+
 def load_source(
     source: str | os.PathLike | PreTrainedModel, model_class: type[PreTrainedModel], loading: dict[str, Any]
 ) -> tuple[PreTrainedModel, bool]:
     """The source, from a path or the Hub in the type in which it was saved; and whether it has the head of `model_class`."""
     auto_class, kind = model_class._auto_class, kind_of(model_class)
     if isinstance(source, (str, os.PathLike)):
+        source, loading = find_gguf_file(source, loading)
         hub = {name: value for name, value in loading.items() if name not in ("dtype", "variant")}
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
         find_family(config, kind)
@@ -386,6 +420,14 @@ def from_residual(
     model_class: type[Model], source: str | os.PathLike | PreTrainedModel, **config_overrides: Any
 ) -> Model:
     """[`~modeling_dca.modeling_dca.ResidualConversionMixin.from_residual`] of `model_class`."""
+    model, _ = convert(model_class, source, **config_overrides)
+    return model
+
+
+def convert(
+    model_class: type[Model], source: str | os.PathLike | PreTrainedModel, **config_overrides: Any
+) -> tuple[Model, bool]:
+    """As [`from_residual`]; and whether the model's head starts anew."""
     loading = {name: config_overrides.pop(name) for name in LOADING_ARGUMENTS if name in config_overrides}
     check_overrides(model_class, config_overrides)
     model, has_head = load_source(source, model_class, loading)
@@ -407,7 +449,7 @@ def from_residual(
         weights = {name: weight if weight.is_meta else weight.to("cpu", copy=True) for name, weight in weights.items()}
     del model
     gc.collect()  # Modules refer to each other in circles, which would hold what is popped from `weights`.
-    return fill(model_class, config, convert_weights(names, source_config, weights, target, fresh), like)
+    return fill(model_class, config, convert_weights(names, source_config, weights, target, fresh), like), fresh
 
 
 def check_identity(model: PreTrainedModel) -> None:

@@ -79,20 +79,42 @@ def interleaved(target: str) -> Move:
     A linear map to heads whose features the source rotates in pairs of neighbours. DCA, as Llama, rotates the first half with
     the second.
     """
-
-    def order(config):
-        width = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        rotated = torch.arange(width).view(-1, 2).t().flatten()
-        return torch.cat((rotated, torch.arange(width, head_dim(config))))
-
-    def permuted(config, tensor, places):
-        return tensor.unflatten(0, (-1, head_dim(config)))[:, places].flatten(0, 1)
-
     return Move(
         (target,),
-        lambda config, tensor: (permuted(config, tensor, order(config)),),
-        lambda config, tensor: permuted(config, tensor, order(config).argsort()),
+        lambda config, tensor: (halves_of_heads(config, tensor),),
+        lambda config, tensor: neighbours_of_heads(config, tensor),
     )
+
+
+def rotary_order(config: PreTrainedConfig) -> torch.Tensor:
+    """Where the features of a head come from whose halves are rotated with each other."""
+    width = getattr(config, "rotary_dim", None)
+    if width is None:
+        width = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    rotated = torch.arange(width).view(-1, 2).t().flatten()
+    return torch.cat((rotated, torch.arange(width, head_dim(config))))
+
+
+def halves_of_heads(config: PreTrainedConfig, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unflatten(0, (-1, head_dim(config)))[:, rotary_order(config)].flatten(0, 1)
+
+
+def neighbours_of_heads(config: PreTrainedConfig, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unflatten(0, (-1, head_dim(config)))[:, rotary_order(config).argsort()].flatten(0, 1)
+
+
+def sharded(attention: str, shards: int) -> Move:
+    """Interleaved queries, values, and interleaved keys in one matrix, shard by shard of the machines that trained it."""
+
+    def convert(config, tensor):
+        query, value, key = (part.flatten(0, 1) for part in tensor.unflatten(0, (shards, 3, -1)).unbind(1))
+        return own_storage((halves_of_heads(config, query), halves_of_heads(config, key), value))
+
+    def revert(config, query, key, value):
+        parts = (neighbours_of_heads(config, query), value, neighbours_of_heads(config, key))
+        return torch.stack([part.unflatten(0, (shards, -1)) for part in parts], dim=1).flatten(0, 2)
+
+    return Move(tuple(f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj")), convert, revert)
 
 
 def scaled(target: str, factor: Callable[[PreTrainedConfig], float]) -> Move:
@@ -103,6 +125,11 @@ def scaled(target: str, factor: Callable[[PreTrainedConfig], float]) -> Move:
         lambda config, tensor: tensor / factor(config),
         rounds=True,
     )
+
+
+def plus_one(target: str) -> Move:
+    """Weights to which the source adds 1."""
+    return Move((target,), lambda config, tensor: (tensor + 1,), lambda config, tensor: tensor - 1, rounds=True)
 
 
 def shared(*targets: str, when: Callable[[PreTrainedConfig], bool] = lambda config: True) -> Move:
@@ -259,6 +286,11 @@ def falcon_obstacles(config: PreTrainedConfig) -> Iterator[str]:
 def gpt_bigcode_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.add_cross_attention:
         yield "`add_cross_attention` is set, and a DCA block has no cross-attention"
+
+
+def gptj_obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    if not config.rotary_dim:
+        yield f"`rotary_dim` is {config.rotary_dim}, with which its rotary positions are those of no head"
 
 
 def dca_obstacles(config: PreTrainedConfig) -> Iterator[str]:
@@ -430,6 +462,26 @@ OPT = Family(
     },
     obstacles=opt_obstacles,
     bare_norms=lambda config: not config.layer_norm_elementwise_affine,
+)
+GPTJ = like(
+    GPT2,
+    fields={
+        "rope_parameters": lambda config: {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": config.rotary_dim / head_dim(config),
+        }
+    },
+    constants={"position_embedding": "rope", "attention_bias": False, "parallel_blocks": True, "lm_head_bias": True},
+    weights={
+        "h.*.ln_1": shared("layers.*.input_layernorm", "layers.*.post_attention_layernorm"),
+        **{f"h.*.attn.{name}": interleaved(f"layers.*.self_attn.{name}") for name in ("q_proj", "k_proj")},
+        "h.*.attn.v_proj": "layers.*.self_attn.v_proj",
+        "h.*.attn.out_proj": "layers.*.self_attn.o_proj",
+        "h.*.mlp.fc_in": "layers.*.mlp.up_proj",
+        "h.*.mlp.fc_out": "layers.*.mlp.down_proj",
+    },
+    obstacles=gptj_obstacles,
 )
 GPT_NEOX = like(
     LLAMA,
@@ -711,7 +763,36 @@ TEXT_FAMILIES: dict[str, Family] = {
         },
         obstacles=lambda config: (),
     ),
+    "gptj": GPTJ,
+    "codegen": like(
+        GPTJ,
+        fields={"pad_token_id": lambda config: getattr(config, "pad_token_id", None)},
+        weights={"h.*.attn.qkv_proj": sharded("layers.*.self_attn", shards=4)},
+    ),
+    "nemotron": like(
+        LLAMA,
+        fields=PARTIAL_ROPE | BIASES | same("norm_eps"),
+        constants=LAYER_NORM | {"gated_mlp": False},
+        weights={
+            f"{name}.weight": plus_one(f"{name}.weight")
+            for name in ("layers.*.input_layernorm", "layers.*.post_attention_layernorm", "norm")
+        },
+    ),
     "opt": OPT,
+    "biogpt": Family(
+        fields=DECODER_FIELDS
+        | same("intermediate_size", "hidden_act", "initializer_range")
+        | {
+            "attention_dropout": "attention_probs_dropout_prob",
+            "embedding_multiplier": lambda config: config.hidden_size**0.5 if config.scale_embedding else 1.0,
+        },
+        constants=LAYER_NORM
+        | {"norm_eps": 1e-5, "position_embedding": "learned", "attention_bias": True, "mlp_bias": True},
+        weights={
+            pattern.removeprefix("decoder."): move for pattern, move in OPT.weights.items() if "final" not in pattern
+        }
+        | {"layers.*.final_layer_norm": "layers.*.post_attention_layernorm", "layer_norm": "norm"},
+    ),
     # The standard scheme of this family.
     "dca": Family(
         fields=dca_fields(DCAConfig),
@@ -873,6 +954,7 @@ REFUSED = {
         "segformer",
     ),
     "its attention has relative positions, which DCA does not": ("beit", "data2vec-vision"),
+    "its fixed sine and cosine positions start at 2, and DCA's at 0": ("xglm",),
 }
 
 __all__ = ["FAMILIES", "REFUSED", "TEXT_FAMILIES", "VISION_FAMILIES", "Family", "Move", "find_move"]

@@ -583,10 +583,11 @@ class ResidualConversionMixin:
 
         Args:
             source (`PreTrainedModel`, path or Hub id): a model of a known family (see `families_dca`). A classifier may have
-                another head than this class, or none, if `num_labels` is given. A loaded model is copied: training the one does not change the other. A checkpoint is
-                memory-mapped, and only the weights that change are copied (all projections of GPT-2, those of DINOv2
-                that have a layer scale): give the path where memory is scarce. A file stays mapped until its last
-                weight is taken: a checkpoint in shards needs the least memory.
+                another head than this class, or none, if `num_labels` is given. A loaded model is copied: training the one
+                does not change the other. A checkpoint is
+                memory-mapped, and only the weights that change are copied, one at a time (all projections of GPT-2, those of
+                DINOv2 that have a layer scale): give the path where memory is scarce. A GGUF file may be given by its path, or
+                by its name in a folder or repository as `gguf_file`; its weights are made dense.
             config_overrides: fields of the configuration that the source leaves open, e.g. `last_k=2` or
                 `residual_scheme="grn_v2"`. For a classifier also `num_labels`, `id2label`, `label2id` and `problem_type`: if
                 the source's head has another number of labels, the model gets a new one, which the log names, as with

@@ -61,6 +61,42 @@ CASES = {
     "language model with a mask": (language_model, padded(2, 7), (0, 1), padded(3, 12)),
     "classifier": (classifier, {"pixel_values": images(2, 3, 8, 8)}, (0,), {"pixel_values": images(5, 3, 8, 8)}),
 }
+#: Blocks of other families than the paper's: the norms of Gemma and OLMo, the blocks of GPT-NeoX, caps and multipliers.
+ROTARY = {kind: {"rope_type": "default", "rope_theta": 99.0} for kind in ("full_attention", "sliding_attention")}
+BLOCKS = {
+    "norms around the modules, soft caps": {
+        "norm_placement": "sandwich",
+        "norm_type": "zero_centered_rms_norm",
+        "gated_mlp": True,
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "attention_scaling": 0.4,
+        "embedding_multiplier": 4.0,
+        "attn_implementation": "eager",
+    },
+    "norms after the modules, of all heads": {"norm_placement": "post_module", "qk_norm": "all_heads"},
+    "modules side by side": {
+        "parallel_blocks": True,
+        "norm_type": "layer_norm",
+        "mlp_bias": True,
+        "lm_head_bias": True,
+    },
+    "modules side by side, norms around": {
+        "parallel_blocks": True,
+        "norm_placement": "sandwich",
+        "logit_multiplier": 0.3,
+    },
+    "rotary positions by type of layer": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 3,
+        "rope_parameters": ROTARY,
+        "no_rope_layers": [1, 0],
+    },
+}
+CASES |= {
+    block: (lambda options=options: language_model(**options), *CASES["language model with a mask"][1:])
+    for block, options in BLOCKS.items()
+}
 
 
 def free_sizes(inputs, free):
@@ -109,6 +145,27 @@ def test_onnx_runs_what_is_exported(tmp_path, case):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (logits,) = session.run(None, {name: values.numpy() for name, values in others.items()})
     assert_close(torch.from_numpy(logits), model(**others), 1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_of_other_families_are_compiled_whole(block):
+    torch._dynamo.reset()
+    model = tiny_model(num_hidden_layers=2, **BLOCKS[block])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("delta", "gate")):
+                parameter.normal_(std=0.2)
+    batch = padded(2, 7) | {"labels": random_ids(2, 7)}
+    expected = model(**batch, use_cache=False)
+    expected.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = compiled(**batch, use_cache=False)
+    outputs.loss.backward()
+    assert_close(outputs.logits, expected.logits, 1e-5)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name], 1e-5)
 
 
 def test_a_named_implementation_is_exported_as_its_operators():

@@ -108,6 +108,23 @@ SHAPES = {
     "DCA, normed queries and keys": {"qk_norm": True, "num_attention_heads": 4, "num_key_value_heads": 2},
     "GRN-v3, tied embeddings": {"residual_scheme": "grn_v3", "tie_word_embeddings": True},
     "standard": {"residual_scheme": "standard", "last_k": None},
+    "norms around the modules, soft caps": {
+        "norm_placement": "sandwich",
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "attn_implementation": "eager",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "norms after the modules, of all heads": {"norm_placement": "post_module", "qk_norm": "all_heads"},
+    "modules side by side, biases": {
+        "parallel_blocks": True,
+        "norm_type": "layer_norm",
+        "mlp_bias": True,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "logit_multiplier": 0.3,
+    },
 }
 
 

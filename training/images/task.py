@@ -47,6 +47,7 @@ from training.run.fields import Run
 from training.run.folder import check_output_folder, make_output_folder
 from training.run.task import Task
 from training.run.training import model_and_callbacks, run_models
+from training.run.tuning import check_tuning
 from training.support.errors import UserError, told
 
 
@@ -91,6 +92,7 @@ def train_image_classifier(run: Run) -> None:
     data, config = run.data, run.config
     baseline = config_of_baseline(run)
     check_variant(run)
+    check_tuning(run)
     model_class, callbacks = model_and_callbacks(run, DCAForImageClassification)
     check_model(model_class, config, run.training.device)
     check_optimizer(run.training)

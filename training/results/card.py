@@ -34,6 +34,8 @@ HYPER_PARAMETERS = (
     "bf16",
     "fp16",
 )
+# What it shows of them where they are set.
+TUNING = ("freeze_backbone", "lora_rank")
 #: The figures of a task: the key in `all_results.json`, how a card calls it, and whether less is better.
 METRICS = {
     "text-generation": [
@@ -105,6 +107,7 @@ def write_card(folder: Path, run, note: dict) -> None:
         if "model_license" in run.named["training"]:
             others = {name: value for name, value in metadata.items() if not name.startswith("license")}
             metadata = {**others, "license": arguments["model_license"]}
+    names = (_length(arguments), *HYPER_PARAMETERS, *filter(arguments.get, TUNING))
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=note["task"],
@@ -138,7 +141,7 @@ def write_card(folder: Path, run, note: dict) -> None:
         verdict=verdict(metrics[0], results) if len(results) > 1 else None,
         steps=state["global_step"],
         best_step=state.get("best_global_step") if arguments["load_best_model_at_end"] else None,
-        hyper_parameters={name: arguments[name] for name in (_length(arguments), *HYPER_PARAMETERS)},
+        hyper_parameters={name: arguments[name] for name in names},
         config=run.config,
         alteration=arguments["variant"],
         loss_curve=LOSS_CURVE,
@@ -157,20 +160,42 @@ def write_card(folder: Path, run, note: dict) -> None:
     card.save(folder / "README.md")
 
 
+def origin_of_gguf(file: Path) -> dict:
+    """What a GGUF file tells of the model in it, by the names that the metadata of cards have."""
+    from gguf import GGUFReader  # (which is needed for such files alone)
+
+    fields = GGUFReader(file).fields
+    names = ("general.license", "general.source.repo_url", "general.base_model.0.repo_url")
+    known = {name: bytes(fields[name].parts[fields[name].data[0]]).decode() for name in names if name in fields}
+    urls = (known[name] for name in names[1:] if name in known)
+    hub = "https://huggingface.co/"
+    base_model = next((url.removeprefix(hub).strip("/") for url in urls if url.startswith(hub)), None)
+    told = {"license": known.get(names[0]), "base_model": base_model}
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def write_conversion_card(
-    folder: Path, source: str, revision: str | None, place: Path, note: dict, new_parameters: int
+    folder: Path, source: str, loading: dict, place: Path, note: dict, new_parameters: int
 ) -> None:
     """
     Write `README.md` into the folder of a model that was converted and not trained.
 
     Args:
         source: path or Hub id of what it was made from.
+        loading: its `revision` and `gguf_file`, if it has them.
         place: where the folder will be.
-        note: `task` (a pipeline tag), `architecture` (the name of the source's class), `dtype`, `exact` (whether only the
-            order of sums differs), `difference` (of the logits, as part of the largest, or `None` if nothing was compared),
-            `processor` (whether there is one), and `config`.
+        note: `task` (a pipeline tag), `auto_class` and `processor` (the names of the classes that load model and tokenizer
+            or image processor, the latter `None` without one), `architecture` (that of the source's class), `dtype`, `exact`
+            (whether only the order of sums differs), `difference` (of the logits, as part of the largest, or `None` if
+            nothing was compared), `head` (the name of a head that is new, or `None`), and `config`.
     """
-    metadata = origin(source, revision)
+    metadata, revision, gguf_file = (
+        origin(source, loading.get("revision")),
+        loading.get("revision"),
+        loading.get("gguf_file"),
+    )
+    if gguf_file and (file := Path(source, gguf_file)).exists():
+        metadata = origin_of_gguf(file) | metadata
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=note["task"],

@@ -7,6 +7,7 @@ A folder named OUTPUT is there only when it is whole: the checkpoint is written,
 import argparse
 import gc
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -21,17 +22,58 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from modeling_dca import DCAConfig, DCAForCausalLM, DCAForImageClassification
-from modeling_dca.conversion_dca import FAMILIES, find_family, model_class_of
+from modeling_dca import (
+    DCAConfig,
+    DCAForCausalLM,
+    DCAForImageClassification,
+    DCAForQuestionAnswering,
+    DCAForSequenceClassification,
+    DCAForTokenClassification,
+    DCAModel,
+    DCAVisionModel,
+)
+from modeling_dca.conversion_dca import (
+    FAMILIES,
+    HEADS,
+    LABEL_HEADS,
+    classes_of,
+    convert,
+    find_family,
+    find_gguf_file,
+    load_source,
+    model_class_of,
+)
 from training.results.card import write_conversion_card
 from training.results.hub import loading_line, read_config
 from training.support.errors import UserError, told
 from training.support.files import DamagedFile, read_json
 
 
-MODEL_CLASSES = {"AutoModelForCausalLM": DCAForCausalLM, "AutoModelForImageClassification": DCAForImageClassification}
-TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageClassification": "image-classification"}
-PROCESSORS = {"AutoModelForCausalLM": AutoTokenizer, "AutoModelForImageClassification": AutoImageProcessor}
+TEXT, VISION = "AutoModelForCausalLM", "AutoModelForImageClassification"
+#: By kind of the source and the name that a head has here, the class of the DCA model.
+MODEL_CLASSES = {
+    TEXT: {
+        "causal_lm": DCAForCausalLM,
+        "sequence_classification": DCAForSequenceClassification,
+        "token_classification": DCAForTokenClassification,
+        "question_answering": DCAForQuestionAnswering,
+        "base": DCAModel,
+    },
+    VISION: {"image_classification": DCAForImageClassification, "base": DCAVisionModel},
+}
+#: What a model with a head is for, as the Hub calls it.
+TASKS = {
+    DCAForCausalLM: "text-generation",
+    DCAForSequenceClassification: "text-classification",
+    DCAForTokenClassification: "token-classification",
+    DCAForQuestionAnswering: "question-answering",
+    DCAModel: "feature-extraction",
+    DCAForImageClassification: "image-classification",
+    DCAVisionModel: "image-feature-extraction",
+}
+PROCESSORS = {TEXT: AutoTokenizer, VISION: AutoImageProcessor}
+#: What is compared of two models, as far as they have it.
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 #: What the modules are called that DCA adds to a block.
 ADDED = ("residual", "key_layernorm", "value_layernorm")
 #: What the files of a checkpoint end in; --overwrite deletes nothing else.
@@ -40,38 +82,87 @@ CHECKPOINT_FILES = (".bin", ".jinja", ".json", ".md", ".model", ".py", ".safeten
 TOLERANCE = 2e-5
 
 
-def find_source(source: str, loading: dict) -> tuple[PreTrainedConfig, str]:
+def find_source(source: str, loading: dict) -> PreTrainedConfig:
     """
-    The source's configuration, and the name of the Auto class that loads it.
+    The source's configuration.
 
     Raises:
-        `UserError`, `ValueError`: it is not a whole language model or image classifier of a family that can become DCA.
+        `UserError`, `ValueError`: it is no model of a family that can become DCA.
     """
-    fields, _ = PreTrainedConfig.get_config_dict(source, **loading)
-    model_type, architectures = fields.get("model_type"), fields.get("architectures") or []
-    if model_type not in transformers.CONFIG_MAPPING:
+    files = sorted(path.name for path in Path(source).glob("*.gguf"))
+    if files and "gguf_file" not in loading and not (Path(source) / "config.json").exists():
+        raise UserError(f"{source!r} holds GGUF files: name one of them with --gguf_file ({', '.join(files)}).")
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, **loading)
+    except (LookupError, struct.error) as error:  # of the reader of GGUF files
+        raise UserError(
+            f"{loading['gguf_file']!r} in {source!r} is no whole GGUF file of a model ({type(error).__name__}: {error})."
+        ) from error
+    if (model_type := fields.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise UserError(f"{source!r} holds no model that transformers knows (`model_type` is {model_type!r}).")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading)
-    classifier = any(name.endswith("ForImageClassification") for name in architectures)
-    guess = "AutoModelForImageClassification" if classifier else "AutoModelForCausalLM"
-    auto_class = next((name for name, families in FAMILIES.items() if model_type in families), guess)
-    find_family(config, auto_class)  # which refuses others, and says why
-    expected = model_class_of(config, auto_class).__name__
-    if architectures and expected not in architectures:
+    find_family(config, kind_of_source(config))  # which refuses others, and says why
+    return config
+
+
+def kind_of_source(config: PreTrainedConfig) -> str:
+    """`TEXT` or `VISION`."""
+    known = (kind for kind, families in FAMILIES.items() if config.model_type in families)
+    return next(known, VISION if hasattr(config, "image_size") else TEXT)
+
+
+def own_head(config: PreTrainedConfig) -> str | None:
+    """The head that a source says it has, as far as DCA has it; `None` for another one."""
+    model_classes, architectures = MODEL_CLASSES[kind_of_source(config)], config.architectures or ()
+    if not architectures:  # as in GGUF files
+        return next(iter(model_classes))
+    for head, model_class in model_classes.items():
+        known = {each.__name__ for each in classes_of(config, model_class._auto_class)}
+        # (Code that came with a checkpoint has names that transformers does not know.)
+        suffix = model_class._auto_class.removeprefix("AutoModel")
+        if any(name in known or suffix and name.endswith(suffix) for name in architectures):
+            return head
+    return None
+
+
+def choose_head(config: PreTrainedConfig, source: str, head: str | None, num_labels: int | None) -> type:
+    """
+    The class of the DCA model, with the `head` that is asked for or else that of the source.
+
+    Raises:
+        `UserError`: there is none, or it has no labels, of which a number is given.
+    """
+    model_classes = MODEL_CLASSES[kind_of_source(config)]
+    labeled = [name for name, each in model_classes.items() if each._auto_class in LABEL_HEADS]
+    if num_labels is not None and num_labels < 1:
+        raise UserError(f"`num_labels` is {num_labels}; it must be at least 1.")
+    chosen = head or own_head(config)
+    if head is None and num_labels is not None and chosen not in labeled and len(labeled) == 1:
+        chosen = labeled[0]
+    if chosen is None:
         raise UserError(
-            f"{source!r} is a {architectures[0]}; of {model_type!r} models, only a {expected} can become DCA: what is "
-            "converted are causal language models and image classifiers."
+            f"{source!r} is a {config.architectures[0]}, whose head DCA has not: pass --head, one of "
+            f"{', '.join(model_classes)}."
         )
-    return config, auto_class
+    if chosen not in model_classes:
+        raise UserError(
+            f"`head` is {chosen!r}, but {source!r} is a {config.model_type!r} model: give one of {', '.join(model_classes)}."
+        )
+    if num_labels is not None and chosen not in labeled:
+        raise UserError(
+            f"`num_labels` is {num_labels}, but the head {chosen!r} has no labels: "
+            f"pass --head, one of {', '.join(labeled)}, or leave `num_labels` out."
+        )
+    return model_classes[chosen]
 
 
-def load_processor(source: str, auto_class: str, loading: dict):
+def load_processor(source: str, kind: str, loading: dict):
     """The source's tokenizer or image processor, or `None` where there is none."""
     try:
-        return PROCESSORS[auto_class].from_pretrained(source, trust_remote_code=False, **loading)
+        return PROCESSORS[kind].from_pretrained(source, trust_remote_code=False, **loading)
     except (ImportError, OSError, ValueError):
-        kind = "tokenizer" if auto_class == "AutoModelForCausalLM" else "image processor"
-        print(f"warning: no {kind} is copied, as {source!r} has none that loads.", file=sys.stderr)
+        name = "tokenizer" if kind == TEXT else "image processor"
+        print(f"warning: no {name} is copied, as {source!r} has none that loads.", file=sys.stderr)
         return None
 
 
@@ -128,7 +219,9 @@ def save(model: PreTrainedModel, processor, folder: Path, max_shard_size: str) -
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them to their owner alone
 
 
-def make_inputs(config: PreTrainedConfig, tokenizer, text: str | None) -> tuple[dict[str, torch.Tensor], int]:
+def make_inputs(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel], tokenizer, text: str | None
+) -> tuple[dict[str, torch.Tensor], int]:
     """What both models are given: the text, or random tokens or images; and how many tokens they then generate."""
     generator = torch.Generator().manual_seed(0)
     if hasattr(config, "image_size"):
@@ -138,21 +231,25 @@ def make_inputs(config: PreTrainedConfig, tokenizer, text: str | None) -> tuple[
     new_tokens = min(16, config.max_position_embeddings // 2)
     length = config.max_position_embeddings - new_tokens
     if text is None:
-        input_ids = torch.randint(config.vocab_size, (2, min(64, length)), generator=generator)
+        # (Without a padding token, classifiers of sequences take one at a time.)
+        number = 1 if model_class is DCAForSequenceClassification else 2
+        input_ids = torch.randint(config.vocab_size, (number, min(64, length)), generator=generator)
     else:
         input_ids = torch.tensor([tokenizer(text)["input_ids"][:length]], dtype=torch.long)
         if not input_ids.numel():
             raise UserError("`text` has no tokens: give a longer one.")
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, new_tokens
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    return inputs, new_tokens if model_class is DCAForCausalLM else 0
 
 
 @torch.no_grad()
 def compute(model: PreTrainedModel, dtype: torch.dtype, inputs: dict, new_tokens: int) -> list[torch.Tensor]:
-    """Logits, and greedy generations of a language model, in float32 from weights that are rounded to `dtype`."""
+    """Logits, or what the model has for them, and greedy generations, in float32 from weights rounded to `dtype`."""
     if dtype != torch.float32:  # of which the weights may still be in their file
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
-    logits = model.eval()(**inputs).logits
+    outputs = model.eval()(**inputs)
+    logits = torch.cat([outputs[name].flatten() for name in OUTPUTS if name in outputs])
     if not new_tokens:
         return [logits]
     return [logits, model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)]
@@ -184,11 +281,12 @@ def retrofit(arguments: argparse.Namespace) -> None:
         `UserError`: the source cannot be read or cannot become DCA, or the output may not or cannot be written.
         `SystemExit`: the verification failed.
     """
-    source, output, text = arguments.source, arguments.output, arguments.text
+    output, text = arguments.output, arguments.text
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     overrides = {name: given[name] for name in ("last_k", "residual_scheme") if name in given}
-    loading = {name: given[name] for name in ("revision",) if name in given}
-    dtype = {name: given[name] for name in ("dtype",) if name in given}
+    labels = {name: given[name] for name in ("num_labels",) if name in given}
+    loading = {name: given[name] for name in ("revision", "subfolder", "gguf_file") if name in given}
+    weights = {name: given[name] for name in ("dtype", "variant") if name in given}
     if text is not None and not arguments.verify:
         raise UserError("`text` is what the models are compared on: pass --verify, too.")
     DCAConfig(**overrides)  # refuses what does not fit before anything is read
@@ -197,33 +295,37 @@ def retrofit(arguments: argparse.Namespace) -> None:
     unfinished, replaced = beside = [
         folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced")
     ]
-    with told(source):
+    with told(arguments.source):
+        source, loading = find_gguf_file(arguments.source, loading)
         recover(folder, replaced)
         check_output(output, Path(source), beside, arguments.overwrite)
         discard(beside)
-        config, auto_class = find_source(source, loading)
-        processor = load_processor(source, auto_class, loading)
+        config = find_source(source, loading)
+        kind, model_class = kind_of_source(config), choose_head(config, source, arguments.head, arguments.num_labels)
+        processor = load_processor(source, kind, loading)
         if text is not None and not isinstance(processor, PreTrainedTokenizerBase):
             raise UserError(f"`text` is given, but {source!r} has no tokenizer: leave it out.")
         try:
-            model = MODEL_CLASSES[auto_class].from_residual(source, **overrides, **loading, **dtype)
+            model, fresh = convert(model_class, source, **overrides, **labels, **loading, **weights)
             save(model, processor, unfinished, arguments.max_shard_size)
-            line = loading_line(read_config(unfinished), str(output))
-            added = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[-2] in ADDED)
-            total, written, dca_config = model.num_parameters(), model.dtype, model.config
+            head = HEADS[model_class._auto_class] if fresh else None
+            new = [name for name, _ in model.named_parameters() if name.split(".")[-2] in (*ADDED, head)]
+            added, total = sum(model.get_parameter(name).numel() for name in new), model.num_parameters()
+            written, dca_config = model.dtype, model.config
             del model
-            scaled = find_family(config, auto_class).rounds
+            scaled = find_family(config, kind).rounds
             difference = None
             if arguments.verify:
-                inputs = make_inputs(dca_config, processor, text)
+                inputs = make_inputs(dca_config, model_class, processor, text)
                 results = []
-                for model_class, place, options in (
-                    (getattr(transformers, auto_class), source, loading),
-                    (MODEL_CLASSES[auto_class], unfinished, {}),
+                for load in (
+                    lambda: load_source(source, model_class, {**loading, **weights, "dtype": torch.float32})[0],
+                    lambda: model_class.from_pretrained(unfinished, dtype=torch.float32),
                 ):
                     gc.collect()  # Modules refer to each other in circles, and one model at a time is enough.
-                    model = model_class.from_pretrained(place, dtype=torch.float32, **options)
-                    results.append(compute(model, written, *inputs))
+                    model = load()
+                    whole = not fresh and model_class._auto_class != "AutoModel"
+                    results.append(compute(model if whole else model.base_model, written, *inputs))
                     del model
                 # Weights that only move are exact in half precision, too. Those that a layer scale is multiplied into
                 # are rounded, each by up to half of eps; the logits then differ by less than eps.
@@ -231,15 +333,20 @@ def retrofit(arguments: argparse.Namespace) -> None:
                     *results, tolerance=max(TOLERANCE, torch.finfo(written).eps) if scaled else TOLERANCE
                 )
             note = {
-                "task": TASKS[auto_class],
-                "architecture": model_class_of(config, auto_class).__name__,
+                "task": TASKS[model_class],
+                "auto_class": model_class._auto_class,
+                "processor": processor and PROCESSORS[kind].__name__,
+                "architecture": (config.architectures or [model_class_of(config, model_class._auto_class).__name__])[
+                    0
+                ],
                 "dtype": str(written).removeprefix("torch."),
                 "exact": not scaled and (arguments.dtype in (None, "float32") or written == config.dtype),
                 "difference": difference,
-                "processor": processor is not None,
+                "head": head,
                 "config": dca_config,
             }
-            write_conversion_card(unfinished, source, arguments.revision, output, note, added)
+            write_conversion_card(unfinished, source, loading, output, note, added)
+            line = loading_line(read_config(unfinished), str(output))
             if folder.exists():
                 folder.rename(replaced)
             unfinished.rename(folder)
@@ -249,4 +356,6 @@ def retrofit(arguments: argparse.Namespace) -> None:
 
     print(f"The checkpoint is in {output}: {added:,} of its {total:,} parameters are new.")
     print(line)
-    print("model.freeze_backbone()  # to train what is new alone; without it, all is trained")
+    if dca_config.residual_scheme != "standard":
+        also = f"; model.{head}.requires_grad_(True)" if head else ""
+        print(f"model.freeze_backbone(){also}  # to train what is new alone; without it, all is trained")

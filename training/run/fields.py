@@ -30,6 +30,7 @@ BOUNDS = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "global_batch_size": (1, math.inf),
+    "lora_rank": (1, math.inf),
     "eval_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, math.inf),
     "dataloader_prefetch_factor": (1, math.inf),
@@ -104,6 +105,19 @@ class RunArguments(TrainingArguments):
     variant_fields: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Settings of the `variant`, where it has some: '{n: 2}', say; see `training/variants/`."},
+    )
+    freeze_backbone: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Of the `initial_checkpoint`, train what DCA adds alone (`delta` and `gate`), and the head of a classifier."
+        },
+    )
+    lora_rank: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Of the `initial_checkpoint`, train nothing but adapters of this rank (LoRA, needs peft) beside all linear "
+            "maps of the blocks, and the head of a classifier. The run ends with them added to the weights."
+        },
     )
     metrics: list[str] = dataclasses.field(
         default_factory=list,

@@ -19,6 +19,7 @@ from training.support.files import read_json, write_whole
 OF_THE_OPTIMIZER = (
     *("learning_rate", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("freeze_backbone", "lora_rank"),
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dca import DCABaseConfig
-from modeling_dca.conversion_dca import OVERRIDES, convert_config
+from modeling_dca.conversion_dca import HEADS, LABEL_HEADS, OVERRIDES, convert_config
 from training.support.errors import UserError, told
 
 
@@ -69,16 +69,28 @@ def initial_model(
 ) -> PreTrainedModel:
     """
     A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A
-    classifier of other classes than the checkpoint's has a new head.
+    classifier of other classes than the checkpoint's, or of one without a head, has a new head.
+
+    Raises:
+        [`UserError`]: the checkpoint cannot be read, or lacks weights.
     """
     if checkpoint is None:
         return model_class(config)
     options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with told(checkpoint):
         if is_trained_dca(AutoConfig.from_pretrained(checkpoint)):
-            return model_class.from_pretrained(checkpoint, **options)
-        scheme = {name: getattr(config, name) for name in SCHEME}
-        weights = model_class.from_residual(checkpoint, dtype=torch.float32, **scheme).state_dict()
+            model, report = model_class.from_pretrained(checkpoint, output_loading_info=True, **options)
+            head = HEADS[model_class._auto_class] if model_class._auto_class in LABEL_HEADS else None
+            if missing := sorted(name for name in report["missing_keys"] if name.split(".")[0] != head):
+                raise UserError(
+                    f"`initial_checkpoint` is {checkpoint!r}, which lacks {len(missing)} weights, {missing[0]} for one: name "
+                    "that of a whole model of its class. (Of a run with `lora_rank`, that is the run's folder.)"
+                )
+            return model
+        fields = {name: getattr(config, name) for name in SCHEME}
+        if model_class._auto_class in LABEL_HEADS:
+            fields["num_labels"] = config.num_labels  # with which a checkpoint without a head gets one
+        weights = model_class.from_residual(checkpoint, dtype=torch.float32, **fields).state_dict()
         return model_class.from_pretrained(None, state_dict=weights, **options)
 
 

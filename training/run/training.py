@@ -22,6 +22,7 @@ from training.run.checkpoints import checkpoint_to_resume, told_if_not_written
 from training.run.fields import Run, RunArguments
 from training.run.initial import initial_model
 from training.run.trainer import RunTrainer
+from training.run.tuning import tune
 from training.support.errors import UserError, innermost_message
 from training.support.files import read_json
 from training.variants.registry import VARIANTS
@@ -123,6 +124,7 @@ def train(
     folder = Path(arguments.output_dir)
     set_seed(arguments.seed)
     model = initial_model(model_class, config, initial_checkpoint)
+    adapters = tune(model, arguments)
     try:
         trainer = RunTrainer(model=model, args=arguments, **trainer_options)
     except (ValueError, ImportError, RuntimeError) as error:
@@ -138,6 +140,8 @@ def train(
         elif not (folder / "train_results.json").exists():
             # It ended between its last checkpoint and its figures. (Those that there are stay as they are.)
             trainer.save_metrics("train", figures_of_the_past(trainer))
+        if adapters is not None:
+            adapters.merge_and_unload()
         trainer.save_model()
         trainer.save_state()
         metrics = trainer.evaluate()

@@ -31,6 +31,7 @@ from training.run.fields import Run
 from training.run.folder import check_output_folder, make_output_folder
 from training.run.task import Task
 from training.run.training import model_and_callbacks, run_models
+from training.run.tuning import check_tuning
 from training.support.errors import UserError
 from training.text.blocks import PackedBlocks
 from training.text.document_losses import DocumentLosses
@@ -153,6 +154,7 @@ def train_language_model(run: Run) -> None:
         check_lanes(data.stream_lanes, run.training.world_size)
     baseline = config_of_baseline(run)
     check_variant(run)
+    check_tuning(run)
     model_class, callbacks = model_and_callbacks(run, DCAForCausalLM)
     check_model(model_class, config, run.training.device)
     check_optimizer(run.training)

