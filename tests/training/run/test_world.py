@@ -4,6 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
 import zlib
 
 import pytest
@@ -13,6 +17,7 @@ from torch.multiprocessing import get_context
 from tests.training.run.launching import (
     KINDS,
     RESUME,
+    ROOT,
     RUN,
     assert_as_alone,
     failure,
@@ -36,6 +41,8 @@ needs_division = pytest.mark.skipif(
 # Tokens are counted, too, so that a batch that several compute together is not counted for each.
 COUNTED = ("--include_num_input_tokens_seen=all",)
 TENSOR = "--tp_size=2"
+# The batches of four processes, of which the global one is a multiple.
+HALF = ("--per_device_train_batch_size=2",)
 
 
 def launcher(monkeypatch, **sizes):
@@ -50,8 +57,8 @@ def launcher(monkeypatch, **sizes):
 
 @pytest.mark.parametrize("kind", ["map-style", pytest.param("stream", marks=pytest.mark.slow)])
 def test_replicas_that_are_shared_out_train_as_one_process_does(room, alone, kind):
-    launch("hsdp", 4, *RUN, *KINDS[kind], "--max_steps=4")
-    launch("hsdp", 4, *RUN, *KINDS[kind], RESUME)
+    launch("hsdp", 4, *RUN, *KINDS[kind], *HALF, "--max_steps=4")
+    launch("hsdp", 4, *RUN, *KINDS[kind], *HALF, RESUME)
     assert_as_alone(room / "run", alone[kind])
     assert all(damage(checkpoint) is None for checkpoint in checkpoints(room / "run"))
 
@@ -59,8 +66,8 @@ def test_replicas_that_are_shared_out_train_as_one_process_does(room, alone, kin
 @pytest.mark.slow
 def test_checkpoint_of_shards_goes_on_with_replicas_and_without(room, alone):
     launch("fsdp2", 2, *RUN, "--max_steps=3")
-    launch("hsdp", 4, *RUN, "--max_steps=6", RESUME)
-    launch("fsdp2", 4, *RUN, RESUME)
+    launch("hsdp", 4, *RUN, *HALF, "--max_steps=6", RESUME)
+    launch("fsdp2", 4, *RUN, *HALF, RESUME)
     assert_as_alone(room / "run", alone["map-style"])
 
 
@@ -149,7 +156,7 @@ def test_image_classifier_is_divided(room):
         ({}, ["--dp_replicate_size=2"], ["`dp_replicate_size` is 2", "hsdp.yaml"]),
         ({"dp_shard": 1}, [TENSOR], ["`tp_size` is 2", "launcher", "ddp.yaml"]),
         ({}, ["--tp_size=0"], ["`tp_size` is 0", "at least 1"]),
-        ({}, [TENSOR, "--variant=no_gates"], ["`tp_size` is 2", "`variant`"]),
+        ({}, [TENSOR, "--variant=random_gate"], ["`tp_size` is 2", "`variant`"]),
         ({}, ["--save_on_each_node"], ["`save_on_each_node` is True", "all machines share"]),
     ],
 )
@@ -199,14 +206,18 @@ def test_shards_in_16_bits_have_losses_and_gradients_in_32(room):
     types = room / "types.txt"
 
     def arrange(rank):
-        reduce_scatter = torch.distributed.reduce_scatter_tensor
+        # (Its name depends on the release of torch.)
+        for name in {"reduce_scatter_single", "reduce_scatter_tensor"}.intersection(dir(torch.distributed)):
+            setattr(torch.distributed, name, recorded(getattr(torch.distributed, name)))
 
-        def recorded(output, values, *args, **kwargs):
+    def recorded(reduce_scatter):
+        def call(*args, **kwargs):
+            values = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             with types.open("a") as file:
-                file.write(f"{values.dtype}\n")
-            return reduce_scatter(output, values, *args, **kwargs)
+                file.writelines(f"{value.dtype}\n" for value in values)
+            return reduce_scatter(*args, **kwargs)
 
-        torch.distributed.reduce_scatter_tensor = recorded
+        return call
 
     options = (*RUN, "--max_steps=2", "--bf16")
     call(causal_lm.main, *options, "--output_dir=one")
@@ -361,3 +372,122 @@ def test_one_line_touches_nothing_else(room, capsys):
     assert "which holds no run to resume: name another folder" in refusal(capsys, causal_lm.main, *AUTO)
     line = refusal(capsys, causal_lm.main, *AUTO, "--overwrite")
     assert "Both `overwrite` and `resume_from_checkpoint` are set" in line
+
+
+# On several machines
+
+
+def line_of(*module_and_arguments):
+    return [sys.executable, "-m", *module_and_arguments]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def wait_for(path, *processes):
+    """Wait for a file of a run that is under way."""
+    end = time.monotonic() + 240
+    while not path.exists():
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), path
+        time.sleep(0.01)
+
+
+LONG = (*AUTO, "--use_cpu", "--global_batch_size=8", "--max_steps=40", "--save_steps=4", "--logging_steps=4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_torchrun_on_two_machines_goes_on_after_the_loss_of_a_process(room, way):
+    options = ["--fsdp=true", '--fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"}'] if way == "FSDP2" else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = line_of("torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-id=run")
+    line += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    machines = [
+        subprocess.Popen(
+            [*line, "-m", "training.causal_lm", *LONG, *options],
+            cwd=room,
+            env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        wait_for(room / "run" / "checkpoint-4" / "manifest.json", *machines)
+        workers = subprocess.run(["pgrep", "-P", str(machines[1].pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        errors = [machine.communicate(timeout=240)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            if machine.poll() is None:
+                os.killpg(machine.pid, signal.SIGKILL)
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    call(causal_lm.main, *LONG, "--output_dir=one")
+    assert history(room / "run", "loss") == pytest.approx(history(room / "one", "loss"), abs=1e-4)
+
+
+# What stands for Slurm: as many processes as tasks, to which `srun` passes SIGTERM on, and of whose states it returns the
+# highest. (Bash waits anew for each of them when a signal has come between.)
+SRUN = """#!/bin/bash
+tasks=()
+trap 'kill -TERM "${tasks[@]}"' TERM
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    tasks+=($!)
+done
+highest=0
+for task in "${tasks[@]}"; do
+    wait "$task"; status=$?
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; status=$?; done
+    ((status > highest)) && highest=$status
+done
+exit $highest
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued.txt; fi
+"""
+
+
+@pytest.mark.slow
+def test_slurm_file_goes_on_when_it_is_requeued(room):
+    file = ROOT / "configuration" / "accelerate" / "slurm.sbatch"
+    assert subprocess.run(["bash", "-n", file]).returncode == 0
+    commands = room / "bin"
+    commands.mkdir()
+    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (commands / name).write_text(content)
+        (commands / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2(x1)", "SLURM_JOB_NODELIST": "here"}
+    slurm |= {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    arguments = [argument for argument in LONG if "resume" not in argument]
+
+    def submit(*more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        line = ["bash", str(file), "causal_lm", *arguments, *more]
+        return subprocess.Popen(
+            line, cwd=room, env=environment(**slurm, MASTER_PORT=port), stderr=subprocess.PIPE, text=True
+        )
+
+    job = submit()
+    wait_for(room / "run" / "checkpoint-4" / "manifest.json", job)
+    job.terminate()
+    errors = job.communicate(timeout=240)[1]
+    assert job.returncode == 143 and "terminated; run/checkpoint-" in errors, errors
+    assert (room / "requeued.txt").read_text() == "requeue 7\n"
+    assert not (room / "run" / "model.safetensors").exists()
+    job = submit()
+    errors = job.communicate(timeout=240)[1]
+    assert job.returncode == 0, errors
+    # What fails is not requeued.
+    job = submit("--hidden_size=32")
+    errors = job.communicate(timeout=240)[1]
+    assert job.returncode == 2 and "other `model` fields" in errors, errors
+    assert (room / "requeued.txt").read_text() == "requeue 7\n"
+    launch("ddp", 2, *arguments, "--output_dir=uninterrupted")
+    assert_same_weights(room / "run", room / "uninterrupted")
