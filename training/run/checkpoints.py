@@ -22,7 +22,7 @@ from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.run.initial import INITIAL_CHECKPOINT
-from training.run.parallel import unseen
+from training.run.parallel import load_optimizer_distributed, unseen
 from training.support.errors import UserError, innermost_message
 from training.support.files import read_json, share, sync
 
@@ -320,7 +320,12 @@ def check_sharding(checkpoint: Path, fsdp: bool, tp_size: int) -> None:
             f"{checkpoint} was written {'without' if fsdp else 'with'} FSDP: resume it "
             f"{'without' if fsdp else 'with'} it, too, on however many devices."
         )
-    if tp_size > 1 and not (checkpoint / OPTIMIZER_FOLDER).exists():
+    divided = (checkpoint / OPTIMIZER_FOLDER).exists()
+    if divided and load_optimizer_distributed is None:
+        raise UserError(
+            f"{checkpoint} was written with `tp_size`, and needs a later release of transformers (5.24 was tried)."
+        )
+    if tp_size > 1 and not divided:
         raise UserError(
             f"{checkpoint} was written without `tp_size`: resume it without, too, or start a new run from its weights, with "
             f"--{INITIAL_CHECKPOINT}={checkpoint} and another `output_dir`."

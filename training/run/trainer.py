@@ -366,7 +366,11 @@ class RunTrainer(Trainer):
         if checkpoint is None or not Path(checkpoint, OPTIMIZER_FOLDER).exists():
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER_FOLDER}")
-        self.lr_scheduler.load_state_dict(torch.load(f"{checkpoint}/{SCHEDULER_NAME}", weights_only=True))
+        schedule = torch.load(f"{checkpoint}/{SCHEDULER_NAME}", weights_only=True)
+        # It has a rate for each group of weights, which are all alike; how many groups there are depends on the processes.
+        groups = len(self.optimizer.param_groups)
+        schedule.update({name: value[:1] * groups for name, value in schedule.items() if isinstance(value, list)})
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.args.tp_size == 1:

@@ -13,9 +13,13 @@ import zlib
 import pytest
 import torch
 from torch.multiprocessing import get_context
+from transformers import set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_dca import DCAConfig, DCAForCausalLM
 from tests.training.run.launching import (
     KINDS,
+    LAUNCH_FILES,
     RESUME,
     ROOT,
     RUN,
@@ -92,8 +96,7 @@ def test_divided_model_goes_on_with_other_numbers_of_processes(room, alone, kind
     launch("ddp", 4, *run, TENSOR, "--max_steps=4", RESUME)  # and shared out among two
     launch("ddp", 4, *run, TENSOR, "--dp_replicate_size=2", "--max_steps=6", RESUME)
     launch("ddp", 2, *run, TENSOR, "--max_steps=7", RESUME)
-    call(causal_lm.main, *run, "--max_steps=8", RESUME)
-    launch("ddp", 2, *run, RESUME)
+    call(causal_lm.main, *run, RESUME)  # and whole
     assert_as_alone(room / "run", alone[kind])
 
 
@@ -190,6 +193,93 @@ def test_what_several_processes_cannot_keep_is_refused(room, capfd, name, option
     printed = failure(capfd, name, *RUN, *arguments, options=options)
     assert all(word in printed for word in words), printed
     assert not (room / "run").exists()
+
+
+# Context parallelism
+
+
+class Gathered(torch.autograd.Function):
+    """Keys, or values, of all processes, each of which has a part of every sequence, `(batch, heads, length, size)`."""
+
+    @staticmethod
+    def forward(ctx, values):
+        parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.distributed.all_reduce(gradient := gradient.contiguous())
+        return gradient.chunk(torch.distributed.get_world_size(), dim=2)[torch.distributed.get_rank()]
+
+
+def gathering_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    keys, values = Gathered.apply(key), Gathered.apply(value)
+    positions = torch.distributed.get_rank() * query.shape[2] + torch.arange(query.shape[2])
+    seen = torch.arange(keys.shape[2]) <= positions[:, None]
+    output = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def gradients(folder, rank=0, num_processes=1):
+    """Loss and gradients of a model with a part of each sequence, summed over all."""
+    set_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 16}
+    model = DCAForCausalLM(DCAConfig(vocab_size=50, **sizes))
+    tokens = torch.randint(50, (3, 16))
+    targets = torch.nn.functional.pad(tokens, (0, 1), value=-100)[:, 1:]
+    part = slice(rank * 16 // num_processes, (rank + 1) * 16 // num_processes)
+    if num_processes > 1:
+        ALL_ATTENTION_FUNCTIONS.register("gathering", gathering_attention)
+        model.set_attn_implementation("gathering")
+    loss = model(
+        input_ids=tokens[:, part],
+        position_ids=torch.arange(16)[part].expand(3, -1),
+        labels=tokens[:, part],
+        shift_labels=targets[:, part],
+        num_items_in_batch=torch.tensor(3 * 15),
+    ).loss
+    loss.backward()
+    found = {"loss": loss.detach(), **{name: weight.grad for name, weight in model.named_parameters()}}
+    if num_processes > 1:
+        for value in found.values():
+            torch.distributed.all_reduce(value)
+    return found
+
+
+def gradients_of_parts(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(gradients(folder, rank, 2), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_with_parts_of_the_sequences_have_the_gradients_of_one(tmp_path):
+    """What DCA adds to a transformer looks at one token at a time: with the keys and values of all parts, a part is exact."""
+    torch.multiprocessing.start_processes(gradients_of_parts, (tmp_path,), nprocs=2, start_method="fork")
+    expected, parts = gradients(tmp_path), torch.load(tmp_path / "1.pt")
+    assert expected.keys() == parts.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="sequences are divided among GPUs alone, of which two are needed"
+)
+def test_gpus_with_parts_of_the_sequences_train_as_one_does(room):
+    run = [argument for argument in RUN if argument != "--use_cpu"]
+    sizes = {"dp_replicate": 1, "dp_shard": 1, "cp": 2}
+    launcher = [f"--config_file={LAUNCH_FILES / 'hsdp.yaml'}", "--num_processes=2", "--main_process_port=0"]
+    launcher += [f"--parallelism_config_{name}_size={size}" for name, size in sizes.items()]
+    for options in ([*launcher, "-m", "training.causal_lm", *run], None):
+        line = line_of("accelerate.commands.launch", *options) if options else line_of("training.causal_lm", *run)
+        line += [] if options else ["--output_dir=one"]
+        devices = {} if options else {"CUDA_VISIBLE_DEVICES": "0"}
+        done = subprocess.run(line, cwd=room, env=environment(**devices), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert history(room / "run", "loss") == pytest.approx(history(room / "one", "loss"), abs=1e-3)
+    assert results(room / "run")["eval_loss"] == pytest.approx(results(room / "one")["eval_loss"], abs=1e-3)
 
 
 @needs_division
