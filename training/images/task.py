@@ -45,6 +45,7 @@ from training.run.checks import (
 )
 from training.run.fields import Run
 from training.run.folder import check_output_folder, make_output_folder
+from training.run.parallel import check_divided
 from training.run.task import Task
 from training.run.training import model_and_callbacks, run_models
 from training.run.tuning import check_tuning
@@ -95,6 +96,7 @@ def train_image_classifier(run: Run) -> None:
     check_tuning(run)
     model_class, callbacks = model_and_callbacks(run, DCAForImageClassification)
     check_model(model_class, config, run.training.device)
+    check_divided(config, run.training.tp_size)
     check_optimizer(run.training)
     check_trainer(run.training)
     check_output_folder(run.training)
@@ -119,8 +121,7 @@ def train_image_classifier(run: Run) -> None:
     train_examples = ImageExamples(train_files, *options, augmentation=data, seed=run.training.seed)
     held_out_files = ImageFiles(held_out_images, config.num_channels, data.eval_dataset or data.dataset)
     held_out_examples = ImageExamples(held_out_files, *options)
-    if run.training.should_save:
-        make_output_folder(run)
+    make_output_folder(run)
 
     # (The model's own loss would take probabilities of classes for several labels of one image.)
     smoothing = run.training.label_smoothing_factor

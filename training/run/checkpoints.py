@@ -10,21 +10,25 @@ import errno
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import trainer_utils
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from training.run.initial import INITIAL_CHECKPOINT
+from training.run.parallel import load_optimizer_distributed, unseen
 from training.support.errors import UserError, innermost_message
 from training.support.files import read_json, share, sync
 
 
+# Where in a checkpoint the optimizer of a model is that is divided among the processes.
+OPTIMIZER_FOLDER = "optimizer_shards"
 # The names, sizes and checksums of the files of a checkpoint.
 MANIFEST = "manifest.json"
 # Where, in the folder of a run, that is written or deleted which is not whole. Nothing there is ever read.
@@ -62,12 +66,32 @@ def goes_on(checkpoint: Path) -> str:
 # Writing
 
 
-def finish_checkpoint(unfinished: Path, folder: Path) -> None:
+def files_below(folder: Path) -> list[str]:
+    """The names of the files of a folder and those in it, as seen from there."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def finish_checkpoint(unfinished: Path, folder: Path, written: list[list[str]]) -> None:
     """
     Give a checkpoint that has been written to `unfinished` its place in `folder`, with a manifest, and only when it is on
     the disk. One of the same name, from an earlier attempt at these steps, is replaced.
+
+    Args:
+        written: for each process, the names of the files that it sees there; some may leave that to others.
+
+    Raises:
+        [`UserError`]: this process does not see them all.
     """
-    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+    missing = unseen({unfinished / name for names in written for name in names})
+    if missing:
+        last = next(reversed(checkpoints(folder)), None)
+        discard_unfinished(folder)
+        raise UserError(
+            f"{unfinished.name} is not whole: {missing[0].relative_to(unfinished)}, which another process wrote, is not seen by "
+            f"the first, so that {folder} is not one folder for all. Name an `output_dir` on a file system that all machines "
+            "share. " + (f"The last whole checkpoint is {last}." if last else "No checkpoint had been written.")
+        )
+    files = [unfinished / name for name in files_below(unfinished)]
     with ThreadPoolExecutor() as pool:
         checksums = pool.map(checksum, files)
     content = {
@@ -75,7 +99,8 @@ def finish_checkpoint(unfinished: Path, folder: Path) -> None:
         for file, each in zip(files, checksums)
     }
     (unfinished / MANIFEST).write_text(
-        json.dumps({"crc32": _checksum_of(content), "files": content}, indent=1), encoding="utf-8"
+        json.dumps({"crc32": _checksum_of(content), "processes": len(written), "files": content}, indent=1),
+        encoding="utf-8",
     )
     share(files, unfinished)
     for path in (*unfinished.rglob("*"), unfinished):
@@ -210,7 +235,43 @@ def damage(checkpoint: Path) -> str | None:
         return None if same else f"{file} has changed since it was written"
 
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(damage_of, content["files"])), None)
+        damaged = next(filter(None, pool.map(damage_of, content["files"])), None)
+    if damaged is None and (lacking := _lacking(checkpoint, content["files"], content.get("processes", 1))):
+        return f"{checkpoint / lacking} is missing, and the manifest lacks it, too"
+    return damaged
+
+
+def _lacking(checkpoint: Path, names: Collection[str], num_processes: int) -> str | None:
+    """A file that the others say belongs to a checkpoint, and that is not among its names."""
+    parts = []
+    if num_processes > 1 and any(name.startswith("rng_state_") for name in names):
+        parts += [f"rng_state_{process}.pth" for process in range(num_processes)]
+    for name in names:
+        if name.endswith("/.metadata") and (checkpoint / name).exists():  # of a part that the processes wrote together
+            folder = Path(name).parent
+            stored = FileSystemReader(checkpoint / folder).read_metadata().storage_data.values()
+            parts += {str(folder / each.relative_path) for each in stored}
+        elif name.endswith(".index.json") and (checkpoint / name).exists():
+            parts += read_json(checkpoint / name)["weight_map"].values()
+    return next((part for part in sorted(parts) if part not in names), None)
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not as it was written: what is `wrong`, and which other one is `whole`, if any."""
+
+    def __init__(self, checkpoint: Path, wrong: str, whole: Path | None):
+        super().__init__(
+            f"{checkpoint} cannot be resumed, because {wrong}. "
+            + (
+                f"{whole} is whole: go on from there with --resume_from_checkpoint={whole}."
+                if whole
+                else "No other checkpoint is whole: start again with --overwrite."
+            )
+        )
+        self.wrong, self.whole = wrong, whole
+
+    def __reduce__(self):
+        return UserError, (str(self),)  # as which another process has it
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -218,7 +279,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     See that a checkpoint is as it was written.
 
     Raises:
-        [`UserError`]: it is not. What is wrong is said, and which other checkpoint is whole.
+        [`DamagedCheckpoint`]: it is not. What is wrong is said, and which other checkpoint is whole.
     """
     wrong = damage(checkpoint)
     if wrong is None:
@@ -226,14 +287,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     # The nearest before it, or else one that is further on.
     others = sorted(checkpoints(checkpoint.parent), key=lambda each: (_step(each) < _step(checkpoint), _step(each)))
     whole = next((each for each in reversed(others) if damage(each) is None), None)
-    raise UserError(
-        f"{checkpoint} cannot be resumed, because {wrong}. "
-        + (
-            f"{whole} is whole: go on from there with --resume_from_checkpoint={whole}."
-            if whole
-            else "No other checkpoint is whole: start again with --overwrite."
-        )
-    )
+    raise DamagedCheckpoint(checkpoint, wrong, whole)
 
 
 def check_state(checkpoint: Path) -> None:
@@ -253,18 +307,29 @@ def check_state(checkpoint: Path) -> None:
     )
 
 
-def check_sharding(checkpoint: Path, sharded: bool) -> None:
+def check_sharding(checkpoint: Path, fsdp: bool, tp_size: int) -> None:
     """
     See that a run can go on from a checkpoint in the way in which it was started.
 
     Args:
-        sharded: whether the processes share out one model, as FSDP does.
+        fsdp: whether the processes share out one model, as FSDP does.
+        tp_size: among how many processes the model is divided.
 
     Raises:
-        [`UserError`]: the checkpoint is of the other way.
+        [`UserError`]: the checkpoint is of another way.
     """
-    if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != sharded:
+    if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != fsdp:
         raise UserError(
-            f"{checkpoint} was written {'without' if sharded else 'with'} FSDP: resume it "
-            f"{'without' if sharded else 'with'} it, too, on however many devices."
+            f"{checkpoint} was written {'without' if fsdp else 'with'} FSDP: resume it "
+            f"{'without' if fsdp else 'with'} it, too, on however many devices."
+        )
+    divided = (checkpoint / OPTIMIZER_FOLDER).exists()
+    if divided and load_optimizer_distributed is None:
+        raise UserError(
+            f"{checkpoint} was written with `tp_size`, and needs a later release of transformers (5.24 was tried)."
+        )
+    if tp_size > 1 and not divided:
+        raise UserError(
+            f"{checkpoint} was written without `tp_size`: resume it without, too, or start a new run from its weights, with "
+            f"--{INITIAL_CHECKPOINT}={checkpoint} and another `output_dir`."
         )

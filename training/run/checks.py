@@ -15,7 +15,8 @@ from modeling_dca.grn import find_implementation
 from training.results.hub import check_target
 from training.run.fields import Run, RunArguments, check_one_gpu
 from training.run.initial import check_scheme
-from training.run.trainer import RunTrainer, uses_fsdp
+from training.run.parallel import uses_fsdp
+from training.run.trainer import RunTrainer
 from training.support.errors import UserError, innermost_message
 from training.variants.registry import VARIANTS
 
@@ -185,7 +186,7 @@ def check_batches(arguments: RunArguments, num_examples: int) -> None:
     Raises:
         [`UserError`]: `dataloader_drop_last` would leave nothing of the examples to train on.
     """
-    batch = arguments.per_device_train_batch_size * arguments.world_size
+    batch = arguments.per_device_train_batch_size * arguments.data_parallel_size
     if arguments.dataloader_drop_last and arguments.global_batch_size is None and num_examples < batch:
         raise UserError(
             f"`dataloader_drop_last` is set, but there are {num_examples:,} examples to train on, and a batch has {batch:,}: "

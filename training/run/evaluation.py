@@ -16,6 +16,7 @@ from training.results.card import METRICS
 from training.results.metrics import TAKEN
 from training.results.record import find_record, read_record
 from training.run.fields import check_one_gpu
+from training.run.parallel import processes_per_batch
 from training.run.task import Task
 from training.support.errors import UserError, innermost_message, told
 from training.support.files import write_whole
@@ -195,6 +196,10 @@ def held_out_trainer(
                 **precision,
             )
             check_one_gpu(trainer_arguments)
+            if processes_per_batch(1) > 1:
+                raise UserError(
+                    "The launcher divides a model or its sequences, as no evaluation here does: launch with ddp.yaml."
+                )
             device = trainer_arguments.device.type
             if arguments.device not in (None, device):
                 raise UserError(

@@ -16,13 +16,14 @@ from transformers.training_args import OptimizerNames
 
 from modeling_dca import DCABaseConfig
 from modeling_dca.configuration_dca import nearest_name
+from training.run.parallel import check_launcher, check_tensor_parallelism, processes_per_batch, uses_fsdp
 from training.support.errors import UserError
 from training.support.files import load_yaml
 from training.variants.registry import VARIANTS
 
 
-# What `resume_from_checkpoint` is when it is given without a path.
-LAST = "last"
+# What `resume_from_checkpoint` is when it is given without a path, and where a run is started and gone on with by one line.
+LAST, AUTO = "last", "auto"
 
 # From where to where a field may be: what the Trainer meets only when it is too late for a sentence, or never.
 BOUNDS = {
@@ -31,6 +32,9 @@ BOUNDS = {
     "gradient_accumulation_steps": (1, math.inf),
     "global_batch_size": (1, math.inf),
     "lora_rank": (1, math.inf),
+    "tp_size": (1, math.inf),
+    "fsdp_size": (1, math.inf),
+    "dp_replicate_size": (1, math.inf),
     "eval_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, math.inf),
     "dataloader_prefetch_factor": (1, math.inf),
@@ -63,6 +67,7 @@ FIXED = {
     "liger_kernel_config": (None, "Liger has no kernels for these models"),
     "deepspeed": (None, "a run is shared out among devices by the files of configuration/accelerate"),
     "parallelism_config": (None, "a run is shared out among devices by the files of configuration/accelerate"),
+    "save_on_each_node": (False, "the folder of a run is one that all machines share"),
     "enable_jit_checkpoint": (False, "SIGTERM has a checkpoint written in any case"),
     "use_cache": (False, "there is nothing to keep in a cache where nothing is generated"),
     "do_predict": (False, "a run has nothing to predict"),
@@ -133,6 +138,23 @@ class RunArguments(TrainingArguments):
             "whatever the number of devices. An epoch is filled up to whole steps, with examples drawn again."
         },
     )
+    tp_size: int = dataclasses.field(
+        default=1,
+        metadata={
+            "help": "Over how many devices each weight of attention and MLP is divided (tensor parallelism); they train on the "
+            "same examples. Launch with ddp.yaml or torchrun."
+        },
+    )
+    fsdp_size: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "With `tp_size`: over how many devices the weights are shared out besides; if none, over all that remain."
+        },
+    )
+    dp_replicate_size: int = dataclasses.field(
+        default=1,
+        metadata={"help": "With `tp_size`: how many copies of the model there are. The number of machines, say."},
+    )
     overwrite: bool = dataclasses.field(
         default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}
     )
@@ -182,6 +204,8 @@ class RunArguments(TrainingArguments):
         if chosen_optimizer is None:
             self.optim = self.default_optim
         super().__post_init__()
+        check_tensor_parallelism(self)
+        check_launcher(self.world_size, self.device, uses_fsdp(self))
         accumulation = self.accelerator_config.gradient_accumulation_kwargs or {}
         GradientAccumulationPlugin(**accumulation)  # which knows its fields
         if "num_steps" in accumulation:
@@ -206,6 +230,21 @@ class RunArguments(TrainingArguments):
             raise ValueError(f"`hub_strategy` is {str(self.hub_strategy.value)!r}; only 'end' is supported.")
         if self.global_batch_size is not None:
             self._set_gradient_accumulation_steps()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many processes, or groups of them, have examples of their own."""
+        return self.world_size // processes_per_batch(self.tp_size)
+
+    @property
+    def data_parallel_index(self) -> int:
+        """Which of them this process is, or belongs to."""
+        return self.process_index // processes_per_batch(self.tp_size)
+
+    @property
+    def is_first_of_batch(self) -> bool:
+        """Whether this process is the first of those that compute the same examples."""
+        return self.process_index % processes_per_batch(self.tp_size) == 0
 
     def _check_values(self):
         """
@@ -319,13 +358,15 @@ class RunArguments(TrainingArguments):
             self.eval_accumulation_steps = 1
 
     def _set_gradient_accumulation_steps(self):
-        at_once = self.per_device_train_batch_size * self.world_size
+        at_once = self.per_device_train_batch_size * self.data_parallel_size
         steps, rest = divmod(self.global_batch_size, at_once)
+        together = self.world_size // self.data_parallel_size
         if rest:
             raise ValueError(
                 f"`global_batch_size` is {self.global_batch_size}, but must be a multiple of {at_once}: "
                 f"`per_device_train_batch_size` is {self.per_device_train_batch_size}, and the number of devices "
-                f"{self.world_size}."
+                f"{self.world_size}"
+                + (f", each {together} of which compute a batch together." if together > 1 else ".")
             )
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(

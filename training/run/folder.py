@@ -1,6 +1,8 @@
 """The folder of a run: what may be in it before the run, and the record of what was asked for."""
 
 import dataclasses
+import platform
+import secrets
 import shutil
 from pathlib import Path
 
@@ -8,11 +10,20 @@ import yaml
 
 from modeling_dca.configuration_dca import RESIDUAL_SCHEMES
 from training.results.record import RECORD, read_record
-from training.run.checkpoints import MANIFEST, check_checkpoint, check_sharding, check_state, checkpoint_to_resume
-from training.run.fields import LAST, Run, RunArguments
-from training.run.trainer import uses_fsdp
+from training.run.checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    DamagedCheckpoint,
+    check_checkpoint,
+    check_sharding,
+    check_state,
+    checkpoint_to_resume,
+    discard_unfinished,
+)
+from training.run.fields import AUTO, LAST, Run, RunArguments
+from training.run.parallel import from_all, from_first, in_group, unseen, uses_fsdp
 from training.support.errors import UserError
-from training.support.files import read_json, write_whole
+from training.support.files import read_json, unfinished_name, write_whole
 
 
 # Fields that a run which is resumed has from its checkpoint, or, with others, cannot take from there.
@@ -23,25 +34,42 @@ OF_THE_OPTIMIZER = (
 )
 
 
+# What a run that was killed at its very start may have left in its folder.
+LEFTOVERS = {UNFINISHED, unfinished_name(RECORD)}
+
+
 def check_output_folder(arguments: RunArguments) -> None:
     """
-    See that a run may use its folder, before anything is done for it.
+    See that a run may use its folder, before anything is done for it, and find out what `resume_from_checkpoint` = `auto`
+    comes to. The first process looks, for all.
 
     Raises:
         [`UserError`]: the folder holds another run and neither `overwrite` nor `resume_from_checkpoint` is set, it
         holds something else than a run, there is nothing to resume, or the checkpoint is damaged or of another way to
         share out the model.
     """
+    arguments.resume_from_checkpoint = from_first(lambda: _checked_checkpoint(arguments))
+
+
+def _checked_checkpoint(arguments: RunArguments) -> str | None:
+    """What `resume_from_checkpoint` is, or comes to: a checkpoint, `LAST`, or `None` where there is nothing to go on with."""
     folder, checkpoint = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    auto = checkpoint == AUTO
     named = f"`output_dir` is {str(folder)!r}"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{named}, which is a file: name a folder.")
     holds_run = (folder / RECORD).exists()
+    holds_anything = folder.exists() and any(path.name not in LEFTOVERS for path in folder.iterdir())
+    if checkpoint is not None and arguments.overwrite:
+        raise UserError("Both `overwrite` and `resume_from_checkpoint` are set: leave one of them out.")
+    if checkpoint == AUTO:
+        checkpoint = LAST if holds_anything else None
     if checkpoint is not None:
-        if arguments.overwrite:
-            raise UserError("Both `overwrite` and `resume_from_checkpoint` are set: leave one of them out.")
         if not holds_run:
-            raise UserError(f"{named}, which holds no run to resume: leave `resume_from_checkpoint` out.")
+            raise UserError(
+                f"{named}, which holds no run to resume: "
+                + ("name another folder." if auto else "leave `resume_from_checkpoint` out.")
+            )
         if checkpoint != LAST and not (
             any((Path(checkpoint) / file).exists() for file in ("trainer_state.json", MANIFEST))
             and folder.resolve() in Path(checkpoint).resolve().parents
@@ -52,15 +80,20 @@ def check_output_folder(arguments: RunArguments) -> None:
         for model_folder in filter(None, (folder, arguments.baseline and folder / arguments.baseline)):
             resumed = checkpoint_to_resume(model_folder, checkpoint)
             if resumed is not None:
-                if arguments.should_save:  # one process reads all of it
+                try:
                     check_checkpoint(resumed)
+                except DamagedCheckpoint as error:
+                    if not auto or error.whole is None or checkpoint != LAST:
+                        raise
+                    print(f"note: {resumed} is passed over, because {error.wrong}: {error.whole} is whole.")
+                    checkpoint, resumed = str(error.whole), error.whole
                 check_state(resumed)
-                check_sharding(resumed, uses_fsdp(arguments))
+                check_sharding(resumed, uses_fsdp(arguments), arguments.tp_size)
                 check_gates(resumed)
             results = model_folder / "all_results.json"
             if results.exists():  # what is found at the end is added to it
                 read_json(results, remedy="move it and train_results.json away, and they are written anew")
-    elif folder.exists() and any(folder.iterdir()):
+    elif holds_anything:
         if not holds_run:
             raise UserError(f"{named}, which holds files that are not of a run: name another folder.")
         if not arguments.overwrite:
@@ -72,6 +105,7 @@ def check_output_folder(arguments: RunArguments) -> None:
         other = next((record.parent for record in folder.rglob(RECORD) if record.parent != folder), None)
         if other is not None:
             raise UserError(f"{named}, which also holds the run {str(other)!r}: move that, or name another folder.")
+    return checkpoint
 
 
 def check_gates(checkpoint: Path) -> None:
@@ -95,7 +129,42 @@ def _variant(named: dict[str, dict]) -> str | None:
 
 
 def make_output_folder(run: Run) -> None:
-    """Make the folder of a run, which `check_output_folder` has seen, with a record of what was asked for."""
+    """
+    Make the folder of a run, which `check_output_folder` has seen, with a record of what was asked for, and see that all
+    processes have the same one.
+
+    Raises:
+        [`UserError`]: the run in it was started otherwise, it cannot be written, or some process does not see it.
+    """
+    from_first(lambda: _make(run) if run.training.should_save else None)
+    if in_group():
+        _check_shared(Path(run.training.output_dir))
+
+
+def _check_shared(folder: Path) -> None:
+    """
+    Raises:
+        [`UserError`]: a process does not see what the first wrote to the folder of the run.
+    """
+    sign = folder / UNFINISHED / from_first(lambda: f"seen-{secrets.token_hex(8)}")
+
+    def write():
+        sign.parent.mkdir(exist_ok=True)
+        sign.touch()
+
+    from_first(write)
+    machines = from_all((platform.node(), not unseen([sign])))
+    from_first(lambda: discard_unfinished(folder))
+    others = [f"{process} (on {machine})" for process, (machine, seen) in enumerate(machines) if not seen]
+    if others:
+        raise UserError(
+            f"`output_dir` is {str(folder)!r}, which is not one folder for all processes: what process 0 (on {machines[0][0]}) "
+            f"writes there is not seen by process {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Name a folder on "
+            "a file system that all machines share."
+        )
+
+
+def _make(run: Run) -> None:
     folder = Path(run.training.output_dir)
     record = folder / RECORD
     if run.training.resume_from_checkpoint is not None:

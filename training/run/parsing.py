@@ -95,6 +95,10 @@ def _build_parser(command: str, description: str, config_class, data_class, trai
     # `--resume_from_checkpoint` alone means the last checkpoint.
     resume = parser._option_string_actions["--resume_from_checkpoint"]
     resume.nargs, resume.const = "?", LAST
+    resume.help = (
+        "Go on with the run that `output_dir` holds: from its last checkpoint, or from the one whose path is given. With 'auto' "
+        "a run is started if there is none, and else gone on with from its last checkpoint that is whole."
+    )
     return parser
 
 

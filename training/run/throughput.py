@@ -109,8 +109,8 @@ class Throughput(TrainerCallback, ExportableState):
         if args.bf16 or args.fp16:
             self.peak = peak_flops(args.device)
 
-    def count(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], world_size: int) -> None:
-        """A batch that each of `world_size` processes trains on."""
+    def count(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], data_parallel_size: int) -> None:
+        """A batch, of which `data_parallel_size` processes, or groups of them, have one each."""
         if self.unit == "tokens":
             number, (_, length), tokens = inputs["input_ids"].numel(), inputs["input_ids"].shape, 1
         else:
@@ -118,7 +118,7 @@ class Throughput(TrainerCallback, ExportableState):
             patch_height, patch_width = model.config.patch_height_width
             tokens = length = (height // patch_height) * (width // patch_width)
         if self.clock is not None:
-            self.examples += number * world_size
+            self.examples += number * data_parallel_size
         if self.peak and not self.flops:
             self.flops = training_flops(model, length) * tokens
 

@@ -1,6 +1,7 @@
 """The trainer of a run: what the Trainer of transformers does not do by itself, or does otherwise."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import textwrap
@@ -11,25 +12,30 @@ from typing import Any, Protocol
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import recursively_apply
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import is_torch_xla_available
 
 from training.results.hub import publish
 from training.results.record import DIVERGED
 from training.run.checkpoints import (
+    OPTIMIZER_FOLDER,
     UNFINISHED,
     discard_unfinished,
+    files_below,
     finish_checkpoint,
     move_finished,
     rotate_checkpoints,
     told_if_not_written,
 )
-from training.run.fields import RunArguments
+from training.run.parallel import from_all, load_optimizer_distributed, save_optimizer_distributed, uses_fsdp
 from training.run.termination import Termination
 from training.run.throughput import SpeedProgress, Throughput
 from training.support.errors import UserError, innermost_message
@@ -43,11 +49,6 @@ if is_torch_xla_available():
 
 # Of how many batches the losses are kept that nobody has looked at.
 LOSSES_KEPT = 1000
-
-
-def uses_fsdp(arguments: RunArguments) -> bool:
-    """Whether the processes share out one model, as the launcher or the run says."""
-    return arguments.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 class XlaStep(TrainerCallback):
@@ -79,7 +80,9 @@ class NonFiniteGuard(TrainerCallback):
         step = self._first([step for step, _, loss in losses if not math.isfinite(loss)])
         if step is None and saves:
             what, learning_rates = "weights", {state.global_step: self.trainer._get_learning_rate()}
-            step = self._first([] if get_total_norm(model.parameters()).isfinite() else [state.global_step])
+            # (Of weights that are shared out, the part of this process.)
+            own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+            step = self._first([] if get_total_norm(own).isfinite() else [state.global_step])
         if step is not None:
             last = get_last_checkpoint(args.output_dir)
             if args.should_save:
@@ -139,10 +142,17 @@ class RunTrainer(Trainer):
 
     def __init__(self, *args, stream: Stream | None = None, **kwargs):
         state = PartialState()
-        if state.distributed_type is DistributedType.MULTI_CPU and uses_fsdp(kwargs["args"]):
+        arguments = kwargs["args"]
+        if state.distributed_type is DistributedType.MULTI_CPU and (uses_fsdp(arguments) or arguments.tp_size > 1):
             # The processes of CPUs are all that accelerate does not pass on to FSDP: it would train with DDP, and not say so.
             state.distributed_type = DistributedType.MULTI_GPU
+        # The trainer refuses to save the optimizer of a model that is divided, which it has no way to load.
+        save_only_model, arguments.save_only_model = (
+            arguments.save_only_model,
+            arguments.save_only_model or arguments.tp_size > 1,
+        )
         super().__init__(*args, train_dataset=kwargs.pop("train_dataset", None) or stream, **kwargs)
+        self.args.save_only_model = save_only_model
         self.losses = []
         self.initial_weights = None
         self.stream, self.stream_batches = stream, None
@@ -160,6 +170,17 @@ class RunTrainer(Trainer):
         self.termination = Termination(self)
         self.add_callback(self.termination)  # before the guard, which looks at what is to be saved
         self.add_callback(NonFiniteGuard(self))
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = plugin and plugin.mixed_precision_policy
+        if policy is not None:
+            # Left to itself, Accelerate reduces gradients, and rounds losses, in the 16 bits of the products.
+            whole = {"reduce_dtype": torch.float32}
+            if plugin.fsdp_version == 2:
+                whole["output_dtype"] = None  # as the model gives them: losses in 32 bits, and what blocks add in 16
+            plugin.mixed_precision_policy = dataclasses.replace(policy, **whole)
 
     def train(self, *args, **kwargs):
         if self.args.should_save:
@@ -196,7 +217,7 @@ class RunTrainer(Trainer):
                 self.throughput.__init__()
                 set_seed(args.seed)
             if args.global_batch_size is not None:
-                share = args.global_batch_size // args.world_size
+                share = args.global_batch_size // args.data_parallel_size
                 batch_size = max(size for size in range(1, batch_size + 1) if share % size == 0)
                 args.gradient_accumulation_steps = share // batch_size
             args.per_device_train_batch_size = batch_size
@@ -225,8 +246,8 @@ class RunTrainer(Trainer):
         self.stream_batches = self.stream.batches(
             self._train_batch_size,
             self.data_collator,
-            num_processes=self.args.world_size,
-            process_index=self.args.process_index,
+            num_processes=self.args.data_parallel_size,
+            process_index=self.args.data_parallel_index,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
@@ -281,7 +302,7 @@ class RunTrainer(Trainer):
         super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.throughput.count(self.model, inputs, self.args.world_size)
+        self.throughput.count(self.model, inputs, self.args.data_parallel_size)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append((self.state.global_step + 1, self._get_learning_rate(), loss.detach()))
         if self.stream_batches is not None:
@@ -298,6 +319,16 @@ class RunTrainer(Trainer):
             return super().compute_loss(model, *args, **kwargs)
         finally:
             self.label_smoother, self.compute_loss_func = smoother, loss_func
+
+    def floating_point_ops(self, inputs):
+        # The trainer adds up those of all processes.
+        return super().floating_point_ops(inputs) * self.args.data_parallel_size // self.args.world_size
+
+    def _track_num_input_tokens(self, inputs):
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        seen = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + seen * self.args.data_parallel_size // self.args.world_size
 
     def take_losses(self) -> list[tuple[int, float, float]]:
         """Step, learning rate and loss of every batch since the last call."""
@@ -320,16 +351,52 @@ class RunTrainer(Trainer):
             if self.state.best_model_checkpoint == str(unfinished):
                 self.state.best_model_checkpoint = str(self.folder / name)
             self.accelerator.wait_for_everyone()
+            # (The processes of a machine see the same.)
+            written = from_all(files_below(unfinished) if self.args.local_process_index == 0 else [])
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the name of the best one
-                finish_checkpoint(unfinished, self.folder)
+                finish_checkpoint(unfinished, self.folder, written)
                 limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(self.folder, self.state.global_step, limit, best)
             self.accelerator.wait_for_everyone()
 
+    # The optimizer of a model that is divided is one of `torch.distributed.checkpoint`, which any number of processes loads;
+    # the weights are saved whole.
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.args.tp_size == 1:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer_distributed(self.model, self.optimizer.optimizer, f"{output_dir}/{OPTIMIZER_FOLDER}")
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), f"{output_dir}/{SCHEDULER_NAME}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not Path(checkpoint, OPTIMIZER_FOLDER).exists():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER_FOLDER}")
+        schedule = torch.load(f"{checkpoint}/{SCHEDULER_NAME}", weights_only=True)
+        # It has a rate for each group of weights, which are all alike; how many groups there are depends on the processes.
+        groups = len(self.optimizer.param_groups)
+        schedule.update({name: value[:1] * groups for name, value in schedule.items() if isinstance(value, list)})
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.args.tp_size == 1:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        weights = {}
+        if self.is_world_process_zero():
+            weights = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype).state_dict()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, weights, options=options)
+
+    def _load_best_model(self):
+        if self.args.tp_size == 1:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        if self.stream_batches is not None:
+        if self.stream_batches is not None and self.args.is_first_of_batch:
             self.stream_batches.save(output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -374,13 +441,30 @@ class RunTrainer(Trainer):
         finally:
             plugin.set_state_dict_type(before)
 
+    def evaluation_loop(self, *args, **kwargs):
+        if self.args.data_parallel_size < self.args.world_size:
+            self.gather_function = self._gather_once
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_once(self, values):
+        """As the accelerator gathers for metrics, but what several processes have computed together is taken from one."""
+        size, world_size = self.args.data_parallel_size, self.args.world_size
+        state = self.accelerator.gradient_state
+        end = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+
+        def once(gathered: torch.Tensor) -> torch.Tensor:
+            # The processes of a batch are neighbours.
+            return gathered.unflatten(0, (size, world_size // size, -1))[:, 0].flatten(0, 1)[:end]
+
+        return recursively_apply(once, self.accelerator.gather(values))
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         state, size = self.accelerator.gradient_state, self.args.eval_batch_size
         if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
             # The last batches of the processes are filled up, with examples that were evaluated before. The loss, which the
             # trainer then takes as often as there are others, is to be that of those alone.
-            own = min(max(state.remainder - self.args.process_index * size, 1), size)
+            own = min(max(state.remainder - self.args.data_parallel_index * size, 1), size)
             inputs = self._prepare_inputs({name: values[:own] for name, values in inputs.items()})
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, inputs).detach()

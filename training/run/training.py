@@ -21,6 +21,7 @@ from training.results.summary import summarize_run
 from training.run.checkpoints import checkpoint_to_resume, told_if_not_written
 from training.run.fields import Run, RunArguments
 from training.run.initial import initial_model
+from training.run.parallel import divide
 from training.run.trainer import RunTrainer
 from training.run.tuning import tune
 from training.support.errors import UserError, innermost_message
@@ -123,7 +124,7 @@ def train(
     """Train one model, from where it was left if `resume_from_checkpoint` is set, and save and evaluate it."""
     folder = Path(arguments.output_dir)
     set_seed(arguments.seed)
-    model = initial_model(model_class, config, initial_checkpoint)
+    model = divide(initial_model(model_class, config, initial_checkpoint), arguments)
     adapters = tune(model, arguments)
     try:
         trainer = RunTrainer(model=model, args=arguments, **trainer_options)

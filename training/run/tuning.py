@@ -5,7 +5,7 @@ import importlib.util
 from transformers import PreTrainedModel
 
 from training.run.fields import Run, RunArguments
-from training.run.trainer import uses_fsdp
+from training.run.parallel import uses_fsdp
 from training.support.errors import UserError
 
 
@@ -42,8 +42,11 @@ def check_tuning(run: Run) -> None:
             f"`freeze_backbone` is set, but `{field}` is 'standard', which has nothing else to train: choose another one, or "
             "leave `freeze_backbone` out."
         )
-    if uses_fsdp(training):
-        raise UserError(f"`{name}` is not for FSDP: start the run with configuration/accelerate/ddp.yaml.")
+    if uses_fsdp(training) or training.tp_size > 1:
+        raise UserError(
+            f"`{name}` is not for models that are shared out (FSDP, `tp_size`): start the run with "
+            "configuration/accelerate/ddp.yaml."
+        )
     if name == "lora_rank" and importlib.util.find_spec("peft") is None:
         raise UserError("`lora_rank` needs the package peft, which is not installed: `pip install peft`.")
 

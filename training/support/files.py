@@ -23,9 +23,14 @@ def share(files: list[Path], folder: Path) -> None:
         file.chmod(mode)
 
 
+def unfinished_name(name: str) -> str:
+    """What a file is called until all of it is written."""
+    return f".{name}.unfinished"
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text file, of which there is at any moment what was before, or all that is new."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished = file.with_name(unfinished_name(file.name))
     try:
         unfinished.write_text(text, encoding="utf-8")
         sync(unfinished)

@@ -29,6 +29,7 @@ from training.run.checks import (
 )
 from training.run.fields import Run
 from training.run.folder import check_output_folder, make_output_folder
+from training.run.parallel import check_divided
 from training.run.task import Task
 from training.run.training import model_and_callbacks, run_models
 from training.run.tuning import check_tuning
@@ -151,12 +152,13 @@ def train_language_model(run: Run) -> None:
             "stream is trained on: leave it out, or `streaming`."
         )
     if data.streaming:
-        check_lanes(data.stream_lanes, run.training.world_size)
+        check_lanes(data.stream_lanes, run.training.data_parallel_size)
     baseline = config_of_baseline(run)
     check_variant(run)
     check_tuning(run)
     model_class, callbacks = model_and_callbacks(run, DCAForCausalLM)
     check_model(model_class, config, run.training.device)
+    check_divided(config, run.training.tp_size, data.block_size)
     check_optimizer(run.training)
     check_trainer(run.training)
     check_output_folder(run.training)
@@ -192,10 +194,9 @@ def train_language_model(run: Run) -> None:
     evaluation = evaluation_options(held_out, held_out_blocks, named, by_document)
     smoothing = run.training.label_smoothing_factor
     loss = functools.partial(next_token_loss, label_smoothing=smoothing) if smoothing else None
-    if run.training.should_save:
-        make_output_folder(run)
-        if trained_tokenizer is None:
-            keep_tokenizer(tokenizer, Path(folder))
+    make_output_folder(run)
+    if run.training.should_save and trained_tokenizer is None:
+        keep_tokenizer(tokenizer, Path(folder))
 
     note = {
         "task": "text-generation",

@@ -31,6 +31,7 @@ from training.run.checkpoints import (
     checkpoints,
     checksum,
     damage,
+    files_below,
     finish_checkpoint,
     rotate_checkpoints,
     told_if_not_written,
@@ -691,7 +692,7 @@ def test_checkpoint_with_folders_is_on_the_disk_before_it_has_its_name(tmp_path,
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
     monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
-    finish_checkpoint(unfinished, tmp_path)
+    finish_checkpoint(unfinished, tmp_path, [files_below(unfinished)])
     written = events[: events.index("rename")]
     names = {"checkpoint-1", "shards", "__0_0.distcp", "trainer_state.json", MANIFEST}
     assert {Path(path).name for path in written} == names
