@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -41,6 +42,7 @@ from .grn import GeneralizedResidual, push
 from .grn_cpu import generalized_residual_cpu  # noqa: F401 (it registers itself)
 from .grn_triton import generalized_residual_triton  # noqa: F401 (it registers itself)
 from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm, normalized_residual
+from .sums import without_sums
 
 
 if TYPE_CHECKING:
@@ -489,6 +491,11 @@ class DCAPreTrainedModel(PreTrainedModel):
                 init.zeros_(parameter)
         elif isinstance(module, DCAZeroCenteredRMSNorm):
             init.zeros_(module.weight)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, without_sums(gradient_checkpointing_func), **kwargs)
 
     def _check_recording(self, kwargs: dict) -> None:
         """Raises `ValueError` if the caller asks for hidden states or attentions that would have no gradients."""
