@@ -20,6 +20,7 @@ from .autograd import (
 )
 from .grn import check_inputs, find_implementation, generalized_residual, output_dtype
 from .norm import rms_norm
+from .sharding import is_sharded, on_shards
 from .sums import MergedSum, find_sum
 
 
@@ -95,6 +96,8 @@ class FusedGeneralizedResidual:
         """
         check_inputs(stack, delta, gate)
         self.check_device(stack[0].device)
+        if is_sharded(stack):
+            return on_shards(self.chained, stack, delta, gate)
         compiling = torch.compiler.is_compiling() and not transforms_are_active()
         if not (compiling or autograd_alone(*stack, delta, gate)):
             return generalized_residual(stack, delta, gate), tuple(stack)
@@ -113,6 +116,14 @@ class FusedGeneralizedResidual:
         As `chained`, but the outputs are normalised at once, for which they need not be read again: returns the first one
         as it is, then all of them as [`~norm.rms_norm`] makes them with their weights `norms`; and the stack.
         """
+        if is_sharded(stack):
+            return on_shards(
+                lambda stack, delta, gate, *norms: self.normalized(stack, delta, gate, norms, eps),
+                stack,
+                delta,
+                gate,
+                *norms,
+            )
         dtype = output_dtype(stack)
         if (
             (gate is None and not delta.requires_grad)
