@@ -275,7 +275,7 @@ def test_a_runs_file_is_planned(room, capsys):
         (["--devices=0"], "`devices` is 0; it must be at least 1"),
         (["--devices=3", "--tensor=3"], "`tensor` is 3, which does not divide `num_attention_heads`, 8"),
         (["--layers=2", "--pipeline=4", "--devices=4"], "`pipeline` is 4, but the model has 2 blocks"),
-        (["--device=H1000"], "`device` is 'H1000'; did you mean"),
+        (["--device=H1000"], "`device` is 'H1000'; Known: NVIDIA A100"),
         (["--device=A100"], "`device` is 'A100'; it may be NVIDIA A100-SXM4-40GB or NVIDIA A100-SXM4-80GB or"),
         (["--utilization=0"], "`utilization` is 0.0; it must lie above 0 and not above 1"),
         (["--hidden=100", "--heads=3"], "The model: .*hidden_size"),
