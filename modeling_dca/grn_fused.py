@@ -30,8 +30,8 @@ class FusedGeneralizedResidual:
     residuals and norms in one ([`normalized`]).
 
     The two become operators of `torch.library`, which `torch.compile` takes as they are: its graph grows with the number of
-    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass, and
-    with norms their inputs. Where more than eager autograd looks into the computation (see [`~autograd.autograd_alone`]), the
+    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass (of an entry that k-DCA
+    has merged, what it is the sum of), and with norms their inputs. Shards of `DTensor`s are computed by themselves. Where more than eager autograd looks into the computation (see [`~autograd.autograd_alone`]), the
     reference takes their place.
 
     Args:

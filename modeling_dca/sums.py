@@ -18,6 +18,9 @@ from .autograd import autograd_alone, is_in_torch_dispatch_mode
 # each is made again twice at most, and not once for every later block.
 EVERY = 8
 
+# Where tensors have memory that a note can be put on. (XLA's have none.)
+DEVICES = ("cpu", "cuda")
+
 # Private to torch. Without it, the merged entry is kept.
 hooks_on_what_is_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -64,11 +67,14 @@ def _noted_sum(entry: Tensor) -> MergedSum | None:
     return note if note is not None and note.of == _state(entry) else None
 
 
+def _in_eager_autograd(*tensors: Tensor) -> bool:
+    on_device = all(tensor.device.type in DEVICES for tensor in tensors)
+    return on_device and torch.is_grad_enabled() and autograd_alone(*tensors) and not is_in_torch_dispatch_mode()
+
+
 def note_sum(total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
     """Notes that `total` is `first.to(dtype) + second`, if autograd is all that looks into it."""
-    if torch.is_grad_enabled() and second.requires_grad and autograd_alone(total, first, second):
-        if is_in_torch_dispatch_mode() or first.device != total.device:
-            return
+    if _in_eager_autograd(total, first, second) and second.requires_grad and first.device == total.device:
         before = find_sum(first) or MergedSum((first,), dtype, {}, ())
         note = MergedSum((*before.entries, second), dtype, before.made, _state(total))
         total.untyped_storage()._merged_sum = note
@@ -79,9 +85,7 @@ def find_sum(entry: Tensor) -> MergedSum | None:
     What `entry` is the sum of, if that should be kept in its place: not within activation checkpointing, which keeps
     nothing for long, and not where each thing that is kept is copied (`save_on_cpu`): summands would be, for every block.
     """
-    if not torch.is_grad_enabled() or not autograd_alone(entry) or is_in_torch_dispatch_mode():
-        return None
-    if hooks_on_what_is_saved is None:
+    if hooks_on_what_is_saved is None or not _in_eager_autograd(entry):
         return None
     hooks = hooks_on_what_is_saved(True)
     if hooks is not None and str(getattr(hooks[0], "__module__", "")).startswith("torch."):
@@ -106,7 +110,7 @@ def checkpoint_stack(function: Callable, *stack: Tensor, **options) -> tuple[Ten
             return function(start, merged, *rest[count:])
 
         results = checkpoint(run, stack[0], *(entry.detach() for entry in total.entries), *stack[2:], **options)
-    if isinstance(results, tuple) and len(results) == len(stack) > 2 and autograd_alone(*results):
+    if isinstance(results, tuple) and len(results) == len(stack) > 2 and _in_eager_autograd(*results):
         # Within the block the entry was the sum of two. (Unless a hook has changed it, or them.)
         note = _noted_sum(results[1])
         if note is not None and [entry.data_ptr() for entry in note.entries] == [

@@ -145,6 +145,27 @@ def test_two_processes_that_share_the_sequence_train_as_one(tmp_path):
                 assert not torch.equal(parameters[key], start[key]), (name, key)
 
 
+def compile_sharded(rank, folder):
+    mesh = init_device_mesh("cpu", (2,))
+    stack, delta, gate, _ = example()
+    stack = [distribute_tensor(entry, mesh, [Shard(1)]).requires_grad_() for entry in stack]
+    parameters = [distribute_tensor(each, mesh, [Replicate()]).requires_grad_() for each in (delta, gate)]
+
+    def loss(*tensors):
+        outputs, later = IMPLEMENTATION.chained(tensors[:ENTRIES], *tensors[ENTRIES:])
+        return sum(result.square().sum() for result in (*outputs, *later))
+
+    leaves = (*stack, *parameters)
+    eager = torch.autograd.grad(loss(*leaves).full_tensor(), leaves)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves)
+    for grad, expected in zip(torch.autograd.grad(compiled.full_tensor(), leaves), eager, strict=True):
+        torch.testing.assert_close(grad.full_tensor(), expected.full_tensor(), rtol=1e-4, atol=1e-4)
+
+
+def test_sharded_stacks_are_compiled(tmp_path):
+    two_processes(compile_sharded, tmp_path)
+
+
 def refuse(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
     stack, delta, gate, _ = example()

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaModel, set_seed
 
 from modeling_dca import DCAConfig, DCAForCausalLM, DCAModel, GeneralizedResidual, push, sums
+from tests.modeling_dca.test_parallel import two_processes
 
 
 WIDTH, BATCH, LENGTH = 16, 2, 8
@@ -33,12 +36,16 @@ def build(kind=DCAForCausalLM, layers=12, **options):
     return model
 
 
+def local(tensor):
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def kept_storages(model):
     """The bytes of each storage that is kept for the backward pass, but for the parameters."""
-    own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+    own, kept = {local(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}, {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -57,6 +64,24 @@ def test_with_checkpointing_all_keep_as_many_tensors(layers):
     for model in models:
         model.gradient_checkpointing_enable(CHECKPOINTING)
         assert kept_storages(model).count(ENTRY_BYTES) == layers + 2
+
+
+def keep_in_shards(rank, folder):
+    found = []
+    for last_k in (None, 1, 2):
+        model = build(DCAModel, 8, last_k=last_k)
+        model.gradient_checkpointing_enable(CHECKPOINTING)
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        found.append(kept_storages(model).count(ENTRY_BYTES))
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def test_so_they_do_where_weights_are_shared_out(tmp_path):
+    """FSDP hands blocks other tensors than those that the blocks before have returned."""
+    two_processes(keep_in_shards, tmp_path)
+    assert torch.load(tmp_path / "0.pt") == [10, 10, 10]
 
 
 @pytest.mark.parametrize("last_k", [1, 2, 5])
