@@ -29,7 +29,7 @@ class DCAPipelineStage(nn.Module):
     [`sum_tied_gradients`] is called between the backward passes and each step of the optimizer.
 
     Args:
-        model (`DCAForCausalLM`): the whole model. (Made on the device "meta" it takes no memory; the stage is filled then.)
+        model (`DCAForCausalLM`): the whole model.
         index (`int`): which stage, from 0.
         count (`int`): how many there are.
 

@@ -25,6 +25,12 @@ DEVICES = ("cpu", "cuda")
 hooks_on_what_is_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+class SumsMade(dict):
+    """Sums that were made again, by their number of summands, each being the one before with one summand more."""
+
+    most = 1  # the number of summands of the last one
+
+
 class MergedSum(NamedTuple):
     """
     What a merged entry is the sum of.
@@ -32,13 +38,13 @@ class MergedSum(NamedTuple):
     Args:
         entries (tuple of `torch.Tensor`): the summands, in the order in which [`~grn.push`] adds them.
         dtype (`torch.dtype`): what the sum is cast to before a summand is added.
-        made (dict of `torch.Tensor`): sums that were made again, by their number of summands; all entries share it.
+        made (`SumsMade`): what all merged entries of a model share.
         of (tuple): what tells whether a tensor is still this sum.
     """
 
     entries: tuple[Tensor, ...]
     dtype: torch.dtype
-    made: dict[int, Tensor]
+    made: SumsMade
     of: tuple
 
     def again(self, entries: Sequence[Tensor]) -> Tensor:
@@ -75,9 +81,12 @@ def _in_eager_autograd(*tensors: Tensor) -> bool:
 def note_sum(total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
     """Notes that `total` is `first.to(dtype) + second`, if autograd is all that looks into it."""
     if _in_eager_autograd(total, first, second) and second.requires_grad and first.device == total.device:
-        before = find_sum(first) or MergedSum((first,), dtype, {}, ())
-        note = MergedSum((*before.entries, second), dtype, before.made, _state(total))
-        total.untyped_storage()._merged_sum = note
+        before = find_sum(first) or MergedSum((first,), dtype, SumsMade(), ())
+        entries = (*before.entries, second)
+        # (Another sum may go on from the same one already.)
+        made = before.made if before.made.most == len(before.entries) else SumsMade()
+        made.most = len(entries)
+        total.untyped_storage()._merged_sum = MergedSum(entries, dtype, made, _state(total))
 
 
 def find_sum(entry: Tensor) -> MergedSum | None:

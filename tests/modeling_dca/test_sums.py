@@ -171,6 +171,26 @@ def test_nothing_is_held_where_nothing_is_differentiated():
 
 
 @pytest.mark.parametrize("enable", [None, CHECKPOINTING])
+def test_blocks_may_go_on_from_one_stack_in_several_ways(enable, monkeypatch):
+    results = []
+    for hooks in (sums.hooks_on_what_is_saved, None):
+        monkeypatch.setattr(sums, "hooks_on_what_is_saved", hooks)
+        model = build(DCAModel, 12, last_k=1, position_embedding="none")
+        if enable is not None:
+            model.gradient_checkpointing_enable(enable)
+        stack, loss = (model.embed_tokens(tokens()),), 0
+        for layer in model.layers[:6]:
+            stack = layer(*stack)
+        for ways in (model.layers[6:9], model.layers[9:]):
+            on = stack
+            for layer in ways:
+                on = layer(*on)
+            loss = loss + on[-1].square().sum()
+        results.append(torch.autograd.grad(loss, list(model.layers[:6].parameters())))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("enable", [None, CHECKPOINTING])
 def test_an_entry_that_a_hook_changes_is_kept_as_it_is(enable, monkeypatch):
     results = []
     for hooks in (sums.hooks_on_what_is_saved, None):
