@@ -9,6 +9,7 @@ from transformers.utils import logging
 from transformers.utils.generic import GeneralInterface, maybe_autocast
 
 from .configuration_dca import RESIDUAL_SCHEMES, DCABaseConfig, nearest_name
+from .sums import note_sum
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +41,8 @@ def push(
     merged = min(1, max_entries - 1)
     # Under autocast layer outputs are in half precision. The sum over many has the type of the model's input.
     total = stack[merged].to(stack[0].dtype) + stack[merged + 1]
+    if max_entries > 2:  # each output is an entry of its own once, and kept as such
+        note_sum(total, stack[merged], stack[merged + 1], stack[0].dtype)
     return *stack[:merged], total, *stack[merged + 2 :]
 
 

@@ -20,6 +20,8 @@ from .autograd import (
 )
 from .grn import check_inputs, find_implementation, generalized_residual, output_dtype
 from .norm import rms_norm
+from .sharding import is_sharded, on_shards
+from .sums import MergedSum, find_sum
 
 
 class FusedGeneralizedResidual:
@@ -28,8 +30,8 @@ class FusedGeneralizedResidual:
     residuals and norms in one ([`normalized`]).
 
     The two become operators of `torch.library`, which `torch.compile` takes as they are: its graph grows with the number of
-    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass, and
-    with norms their inputs. Where more than eager autograd looks into the computation (see [`~autograd.autograd_alone`]), the
+    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass (of an entry that k-DCA
+    has merged, what it is the sum of), and with norms their inputs. Shards of `DTensor`s are computed by themselves. Where more than eager autograd looks into the computation (see [`~autograd.autograd_alone`]), the
     reference takes their place.
 
     Args:
@@ -94,6 +96,8 @@ class FusedGeneralizedResidual:
         """
         check_inputs(stack, delta, gate)
         self.check_device(stack[0].device)
+        if is_sharded(stack):
+            return on_shards(self.chained, stack, delta, gate)
         compiling = torch.compiler.is_compiling() and not transforms_are_active()
         if not (compiling or autograd_alone(*stack, delta, gate)):
             return generalized_residual(stack, delta, gate), tuple(stack)
@@ -101,7 +105,7 @@ class FusedGeneralizedResidual:
             if gate is None and not delta.requires_grad:
                 # The only case in which no entry is needed in the backward pass: it may be changed in place until then.
                 return generalized_residual(stack, delta), tuple(stack)
-            return _split(stack, len(delta), _Chained.apply(self, 0.0, 0, delta, gate, *stack))
+            return _split(stack, len(delta), _Chained.apply(self, 0.0, 0, _sum_in(stack), delta, gate, *stack))
         forward, _ = self.forward_and_backward()
         return _separate(forward(stack, delta, gate)), tuple(stack)
 
@@ -112,6 +116,14 @@ class FusedGeneralizedResidual:
         As `chained`, but the outputs are normalised at once, for which they need not be read again: returns the first one
         as it is, then all of them as [`~norm.rms_norm`] makes them with their weights `norms`; and the stack.
         """
+        if is_sharded(stack):
+            return on_shards(
+                lambda stack, delta, gate, *norms: self.normalized(stack, delta, gate, norms, eps),
+                stack,
+                delta,
+                gate,
+                *norms,
+            )
         dtype = output_dtype(stack)
         if (
             (gate is None and not delta.requires_grad)
@@ -126,7 +138,7 @@ class FusedGeneralizedResidual:
         self.check_device(stack[0].device)
         outputs = len(delta)
         if _needs_gradients(*stack, delta, gate, *norms):
-            results = _Chained.apply(self, eps, outputs, delta, gate, *norms, *stack)
+            results = _Chained.apply(self, eps, outputs, _sum_in(stack), delta, gate, *norms, *stack)
             return _split(stack, 1 + outputs, results)
         forward, _ = self.kernels
         results = _separate(forward(stack, delta, gate, norms, eps))
@@ -143,7 +155,7 @@ class _Chained(torch.autograd.Function):
     """The outputs, with `num_norms` the first one and all of them normalised; and of the entries those that need a gradient."""
 
     @staticmethod
-    def forward(ctx, implementation, eps, num_norms, delta, gate, *norms_and_stack):
+    def forward(ctx, implementation, eps, num_norms, merged, delta, gate, *norms_and_stack):
         ctx.implementation, ctx.eps, ctx.num_norms = implementation, eps, num_norms
         norms, stack = norms_and_stack[:num_norms], norms_and_stack[num_norms:]
         forward, _ = implementation.forward_and_backward()
@@ -153,9 +165,14 @@ class _Chained(torch.autograd.Function):
             results = outputs[0], *normalized
         else:
             outputs, results = (), _separate(forward(stack, delta, gate))
-        ctx.save_for_backward(delta, gate, *norms, *outputs, *stack)
+        # Of a merged entry (the second) its summands are kept, which later blocks keep, too.
+        kept, ctx.num_summands, ctx.merged = stack, 0, None
+        if merged is not None:
+            kept, ctx.num_summands = (stack[0], *merged.entries, *stack[2:]), len(merged.entries)
+            ctx.merged = merged._replace(entries=())
+        ctx.save_for_backward(delta, gate, *norms, *outputs, *kept)
         ctx.set_materialize_grads(False)
-        later = [entry for entry, own in zip(stack, ctx.needs_input_grad[5 + num_norms :]) if own]
+        later = [entry for entry, own in zip(stack, ctx.needs_input_grad[6 + num_norms :]) if own]
         if not torch.compiler.is_compiling():
             # A detached entry is no view to autograd, but shares its count of changes in place: to change it then is an
             # error in the backward pass, as it is for the reference, and not before.
@@ -167,13 +184,16 @@ class _Chained(torch.autograd.Function):
         delta, gate, *saved = ctx.saved_tensors
         num_norms = ctx.num_norms
         norms, outputs, stack = saved[:num_norms], saved[num_norms : 2 * num_norms], saved[2 * num_norms :]
-        _, _, _, *of_parameters = ctx.needs_input_grad[:5]
-        of_entries = ctx.needs_input_grad[5 + num_norms :]
+        if ctx.merged is not None:
+            summands, later = stack[1 : 1 + ctx.num_summands], stack[1 + ctx.num_summands :]
+            stack = [stack[0], ctx.merged.again(summands), *later]
+        of_parameters = ctx.needs_input_grad[4:6]
+        of_entries = ctx.needs_input_grad[6 + num_norms :]
         num_results = 1 + num_norms if norms else len(delta)
         later = iter(grads[num_results:])
         entry_grads = [next(later) if own else None for own in of_entries]
         if all(grad is None for grad in grads[:num_results]):
-            return None, None, None, None, None, *[None] * num_norms, *entry_grads
+            return None, None, None, None, None, None, *[None] * num_norms, *entry_grads
         dtype = output_dtype(stack)
         result_grads = [_or_zeros(grad, stack[0], dtype) for grad in grads[:num_results]]
         if any(grad is not None for grad in entry_grads):
@@ -203,11 +223,16 @@ class _Chained(torch.autograd.Function):
         results = iter(results)
         results = [next(results) if own else None for own in needed]
         gate_grad = None if gate is None else results[-1]
-        return None, None, None, results[len(stack)], gate_grad, *norm_grads, *results[: len(stack)]
+        return None, None, None, None, results[len(stack)], gate_grad, *norm_grads, *results[: len(stack)]
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _sum_in(stack: Sequence[Tensor]) -> MergedSum | None:
+    """What the entry is the sum of that may be merged, the second."""
+    return find_sum(stack[1]) if len(stack) > 2 else None
 
 
 def _split(stack: Sequence[Tensor], num_results: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -41,7 +42,11 @@ from .grn import GeneralizedResidual, push
 from .grn_cpu import generalized_residual_cpu  # noqa: F401 (it registers itself)
 from .grn_triton import generalized_residual_triton  # noqa: F401 (it registers itself)
 from .norm import NORMS, DCAZeroCenteredRMSNorm, build_norm, normalized_residual
+from .sums import without_sums
 
+
+if TYPE_CHECKING:
+    from .pipeline import DCAPipelineStage
 
 #: The installed transformers' name of the key-value cache: `past_key_values` until 5.23, `cache` since.
 CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
@@ -487,6 +492,11 @@ class DCAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DCAZeroCenteredRMSNorm):
             init.zeros_(module.weight)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, without_sums(gradient_checkpointing_func), **kwargs)
+
     def _check_recording(self, kwargs: dict) -> None:
         """Raises `ValueError` if the caller asks for hidden states or attentions that would have no gradients."""
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
@@ -552,8 +562,9 @@ class DCAPreTrainedModel(PreTrainedModel):
         config = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
         if (config.get("pp_size") or 1) > 1:
             raise ValueError(
-                f"`pp_size` is {config['pp_size']}, but DCA models cannot be split into a pipeline, as every block takes the "
-                "outputs of those before it: use `tp_size`, `fsdp_size` or `device_map`."
+                f"`pp_size` is {config['pp_size']}, but stages of transformers' pipelines pass one tensor, and every block of DCA "
+                "takes the outputs of those before it: cut a `DCAForCausalLM` with `pipeline_stage`, or use `tp_size`, "
+                "`fsdp_size` or `device_map`."
             )
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
@@ -681,6 +692,47 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
+        position_ids, mask_mapping = self._positions_and_masks(
+            inputs_embeds, attention_mask, position_ids, cache, given_cache, kwargs
+        )
+        hidden_states = self._add_positions(inputs_embeds, position_ids)
+        position_embeddings = self._rotate(hidden_states, position_ids)
+
+        self._check_recording(kwargs)
+        stack = (hidden_states,)
+        layers = self.layers[: self.config.num_hidden_layers]
+        if isinstance(cache, DynamicCache) and len(cache.layers) > len(layers):
+            # Early exit: a cache with layers that stay empty cannot be cropped.
+            del cache.layers[len(layers) :]
+        for layer_type, decoder_layer in zip(self.config.layer_types, layers):
+            stack = decoder_layer(
+                *stack,
+                attention_mask=mask_mapping[layer_type],
+                position_embeddings=position_embeddings.get(layer_type),
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **{CACHE_NAME: cache},
+                **kwargs,
+            )
+            stack = (stack,) if isinstance(stack, torch.Tensor) else stack
+
+        if len(layers) < len(self.layers) and self.residual.delta is not None:
+            delta = self.residual.delta[:, : len(stack)]
+            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack))
+        else:
+            hidden_states, _ = self.residual(*stack)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+
+    def _positions_and_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache | None,
+        given_cache: Cache | None,
+        kwargs: dict,
+    ) -> tuple[torch.LongTensor, dict[str, torch.Tensor | None]]:
+        """The positions of the tokens, and the attention mask of each type of block."""
         # (The cache of continuous batching holds many sequences. Their positions are given.)
         past_seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
         # The mask searches given positions for packed sequences, and waits for the device: it does not get ours.
@@ -716,40 +768,17 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
                 mask_mapping["full_attention"] = create_causal_mask(**mask_kwargs)
             if "sliding_attention" in self.config.layer_types:
                 mask_mapping["sliding_attention"] = create_sliding_window_causal_mask(**mask_kwargs)
+        return position_ids, mask_mapping
 
-        hidden_states = self._add_positions(inputs_embeds, position_ids)
-        position_embeddings = {}
+    def _rotate(
+        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosine and sine of the positions, for each type of block that has them."""
         if isinstance(self.rotary_emb, nn.ModuleDict):
-            position_embeddings = {
-                kind: rotary(hidden_states, position_ids) for kind, rotary in self.rotary_emb.items()
-            }
-        elif self.rotary_emb is not None:
-            position_embeddings = dict.fromkeys(self.config.layer_types, self.rotary_emb(hidden_states, position_ids))
-
-        self._check_recording(kwargs)
-        stack = (hidden_states,)
-        layers = self.layers[: self.config.num_hidden_layers]
-        if isinstance(cache, DynamicCache) and len(cache.layers) > len(layers):
-            # Early exit: a cache with layers that stay empty cannot be cropped.
-            del cache.layers[len(layers) :]
-        for layer_type, decoder_layer in zip(self.config.layer_types, layers):
-            stack = decoder_layer(
-                *stack,
-                attention_mask=mask_mapping[layer_type],
-                position_embeddings=position_embeddings.get(layer_type),
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE_NAME: cache},
-                **kwargs,
-            )
-            stack = (stack,) if isinstance(stack, torch.Tensor) else stack
-
-        if len(layers) < len(self.layers) and self.residual.delta is not None:
-            delta = self.residual.delta[:, : len(stack)]
-            hidden_states, _ = functional_call(self.residual, {"delta": delta}, tuple(stack))
-        else:
-            hidden_states, _ = self.residual(*stack)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+            return {kind: rotary(hidden_states, position_ids) for kind, rotary in self.rotary_emb.items()}
+        if self.rotary_emb is not None:
+            return dict.fromkeys(self.config.layer_types, self.rotary_emb(hidden_states, position_ids))
+        return {}
 
     def _check_learned_positions(
         self, past_seen_tokens: int | torch.Tensor, num_tokens: int, position_ids: torch.LongTensor | None
@@ -772,6 +801,15 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
         if self.config.position_embedding == "sincos":
             return inputs_embeds + sincos_embedding(position_ids, self.config.hidden_size).to(inputs_embeds.dtype)
         return inputs_embeds
+
+
+def scale_logits(logits: torch.Tensor, config: DCAConfig) -> torch.Tensor:
+    """Logits times `config.logit_multiplier`, and within `config.logit_softcap`."""
+    if config.logit_multiplier != 1:
+        logits = logits * config.logit_multiplier
+    if config.logit_softcap is not None:
+        logits = soft_capped(logits, config.logit_softcap)
+    return logits
 
 
 class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixin):
@@ -832,11 +870,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
         # Logits of the tokens that are asked for, in the model's own type.
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
-        if self.config.logit_multiplier != 1:
-            logits = logits * self.config.logit_multiplier
-        if self.config.logit_softcap is not None:
-            logits = soft_capped(logits, self.config.logit_softcap)
+        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, slice_indices, :]), self.config)
 
         loss = None
         if labels is not None:
@@ -851,6 +885,18 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def pipeline_stage(self, index: int, count: int) -> "DCAPipelineStage":
+        """
+        Part `index` of the `count` that the model is cut into, for `torch.distributed.pipelining`; see
+        [`~pipeline.DCAPipelineStage`]. It shares its modules with the model.
+
+        Raises:
+            `ValueError`: there are fewer blocks than parts, or no part `index`.
+        """
+        from .pipeline import DCAPipelineStage
+
+        return DCAPipelineStage(self, index, count)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks into its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:

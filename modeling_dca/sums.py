@@ -1,0 +1,140 @@
+"""
+The merged entry of k-DCA in the backward pass. At each block it is a new tensor, but the sum of outputs that are kept anyway:
+so these are kept in its place, and added up again.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .autograd import autograd_alone, is_in_torch_dispatch_mode
+
+
+# On the way to a sum, every so many of those before it stay at hand for the blocks before, and as many of the last ones: so
+# each is made again twice at most, and not once for every later block.
+EVERY = 8
+
+# Where tensors have memory that a note can be put on. (XLA's have none.)
+DEVICES = ("cpu", "cuda")
+
+# Private to torch. Without it, the merged entry is kept.
+hooks_on_what_is_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+class SumsMade(dict):
+    """Sums that were made again, by their number of summands, each being the one before with one summand more."""
+
+    most = 1  # the number of summands of the last one
+
+
+class MergedSum(NamedTuple):
+    """
+    What a merged entry is the sum of.
+
+    Args:
+        entries (tuple of `torch.Tensor`): the summands, in the order in which [`~grn.push`] adds them.
+        dtype (`torch.dtype`): what the sum is cast to before a summand is added.
+        made (`SumsMade`): what all merged entries of a model share.
+        of (tuple): what tells whether a tensor is still this sum.
+    """
+
+    entries: tuple[Tensor, ...]
+    dtype: torch.dtype
+    made: SumsMade
+    of: tuple
+
+    def again(self, entries: Sequence[Tensor]) -> Tensor:
+        """The sum, the same to the last bit, of the summands as autograd has kept them."""
+        count = len(entries)
+        # (What may be differentiated once more belongs to one graph alone.)
+        made = {} if torch.is_grad_enabled() else self.made
+        for number in [number for number in made if number > count]:
+            del made[number]  # the backward pass has left them behind
+        start = max(made, default=1)
+        total = made.get(start, entries[0])
+        for number in range(start + 1, count + 1):
+            total = total.to(self.dtype) + entries[number - 1]
+            if number % EVERY == 0 or count - number < EVERY:
+                made[number] = total
+        return total
+
+
+def _state(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor._version
+
+
+def _noted_sum(entry: Tensor) -> MergedSum | None:
+    # The note is on the memory: what wraps modules, such as FSDP, hands on other tensors of the same memory.
+    note = getattr(entry.untyped_storage(), "_merged_sum", None)
+    return note if note is not None and note.of == _state(entry) else None
+
+
+def _in_eager_autograd(*tensors: Tensor) -> bool:
+    on_device = all(tensor.device.type in DEVICES for tensor in tensors)
+    return on_device and torch.is_grad_enabled() and autograd_alone(*tensors) and not is_in_torch_dispatch_mode()
+
+
+def note_sum(total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
+    """Notes that `total` is `first.to(dtype) + second`, if autograd is all that looks into it."""
+    if _in_eager_autograd(total, first, second) and second.requires_grad and first.device == total.device:
+        before = find_sum(first) or MergedSum((first,), dtype, SumsMade(), ())
+        entries = (*before.entries, second)
+        # (Another sum may go on from the same one already.)
+        made = before.made if before.made.most == len(before.entries) else SumsMade()
+        made.most = len(entries)
+        total.untyped_storage()._merged_sum = MergedSum(entries, dtype, made, _state(total))
+
+
+def find_sum(entry: Tensor) -> MergedSum | None:
+    """
+    What `entry` is the sum of, if that should be kept in its place: not within activation checkpointing, which keeps
+    nothing for long, and not where each thing that is kept is copied (`save_on_cpu`): summands would be, for every block.
+    """
+    if hooks_on_what_is_saved is None or not _in_eager_autograd(entry):
+        return None
+    hooks = hooks_on_what_is_saved(True)
+    if hooks is not None and str(getattr(hooks[0], "__module__", "")).startswith("torch."):
+        return None
+    return _noted_sum(entry)
+
+
+def checkpoint_stack(function: Callable, *stack: Tensor, **options) -> tuple[Tensor, ...] | Tensor:
+    """`torch.utils.checkpoint.checkpoint(function, *stack)` that keeps the summands of a merged entry in its place."""
+    total = find_sum(stack[1]) if len(stack) > 2 else None
+    if total is None:
+        results = checkpoint(function, *stack, **options)
+    else:
+        count, at_first, total_alone = len(total.entries), [stack[1]], total._replace(entries=())
+
+        def run(start, *rest):
+            if at_first:
+                merged = at_first.pop()
+            else:
+                with torch.no_grad():
+                    merged = total_alone.again(rest[:count]).detach().requires_grad_()
+            return function(start, merged, *rest[count:])
+
+        results = checkpoint(run, stack[0], *(entry.detach() for entry in total.entries), *stack[2:], **options)
+    if isinstance(results, tuple) and len(results) == len(stack) > 2 and _in_eager_autograd(*results):
+        # Within the block the entry was the sum of two. (Unless a hook has changed it, or them.)
+        note = _noted_sum(results[1])
+        if note is not None and [entry.data_ptr() for entry in note.entries] == [
+            entry.data_ptr() for entry in stack[1:3]
+        ]:
+            note_sum(results[1], stack[1], stack[2], note.dtype)
+    return results
+
+
+def without_sums(keep: Callable) -> Callable:
+    """
+    A function of activation checkpointing that keeps what blocks take, made into one that keeps no merged entries. Selective and
+    reentrant checkpointing, and what keeps things elsewhere, stay as they are.
+    """
+    options = getattr(keep, "keywords", {})
+    if getattr(keep, "func", None) is not checkpoint or options.get("use_reentrant") is not False:
+        return keep
+    return keep if "context_fn" in options else functools.partial(checkpoint_stack, **options)
