@@ -1,0 +1,105 @@
+"""What other programs look for in a model: its class by name, a tokenizer's inputs, a command line, and no warning."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from test_modeling_dca import tiny_model
+
+import modeling_dca
+from modeling_dca import DCAConfig
+
+
+CLASSES = [
+    name
+    for name in modeling_dca.__all__
+    if name.startswith("DCAFor") or name in ("DCAModel", "DCAVisionModel", "DCAVisionBackbone")
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_transformers_has_the_classes_by_name(name):
+    """transformers' server, TRL and vLLM look up there what `architectures` in `config.json` says."""
+    assert getattr(transformers, name) is getattr(modeling_dca, name)
+
+
+def test_registering_again_does_no_harm():
+    modeling_dca.register()
+    assert transformers.AutoModelForCausalLM._model_mapping[DCAConfig] is modeling_dca.DCAForCausalLM
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=200)
+
+
+def test_a_command_of_another_package_runs_where_the_models_are_known():
+    completed = run("-m", "modeling_dca", "transformers", "version")
+    assert completed.returncode == 0 and transformers.__version__ in completed.stdout, completed.stderr
+    for arguments, words in (((), "usage: python -m modeling_dca COMMAND"), (("no-such",), "has a command 'no-such'")):
+        completed = run("-m", "modeling_dca", *arguments)
+        assert completed.returncode == 1 and words in completed.stderr and "Traceback" not in completed.stderr
+
+
+def test_a_pipeline_has_nothing_to_warn_of(tmp_path, byte_tokenizer):
+    """With the tokenizer that a run saves, and Llama beside it: the text of `generate`, and no warning that Llama has not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "intermediate_size": 32}
+    torch.manual_seed(0)
+    models = {
+        "llama": LlamaForCausalLM(LlamaConfig(**sizes, **special)),
+        "dca": modeling_dca.DCAForCausalLM(DCAConfig(**sizes, **special)),
+    }
+    program = (
+        "import sys, json, modeling_dca\n"
+        "from transformers import pipeline\n"
+        "generate = pipeline('text-generation', sys.argv[1])\n"
+        "print('RESULT' + json.dumps(generate('def f', max_new_tokens=5, do_sample=False)[0]['generated_text']))\n"
+    )
+    warnings = {}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+        completed = run("-c", program, str(tmp_path / name))
+        assert completed.returncode == 0, completed.stderr[-3000:]
+        inputs = byte_tokenizer("def f", return_tensors="pt")
+        assert set(inputs) == {"input_ids", "attention_mask"}
+        expected = byte_tokenizer.decode(
+            model.eval().generate(**inputs, max_new_tokens=5, do_sample=False)[0], skip_special_tokens=True
+        )
+        assert json.loads(completed.stdout.partition("RESULT")[2]) == expected
+        lines = completed.stderr.replace("\r", "\n").splitlines()
+        warnings[name] = {
+            line for line in lines if line.strip() and "it/s]" not in line and "Loading weights" not in line
+        }
+    assert warnings["dca"] <= warnings["llama"]
+
+
+def test_a_pipeline_of_vllm_is_refused_in_one_sentence():
+    model = tiny_model()
+    assert model.supports_pp_plan is False
+    model.config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="cannot be split into a pipeline.*--tensor-parallel-size"):
+        model.supports_pp_plan  # noqa: B018
+
+
+@pytest.fixture
+def byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = {"<|endoftext|>": 0, "<|pad|>": 1}
+    for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 2):
+        alphabet[letter] = index
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
