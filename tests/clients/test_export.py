@@ -49,15 +49,6 @@ def test_onnx(logits, tmp_path, gradients):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("gradients", [True, False])
-def test_onnx_by_tracing(logits, tmp_path, gradients):
-    with torch.set_grad_enabled(gradients):
-        torch.onnx.export(logits, (IDS,), tmp_path / "model.onnx", dynamo=False, input_names=["input_ids"])
-    others = IDS + 100
-    close(run_onnx(tmp_path / "model.onnx", others), logits(others))
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["portable", "xnnpack"])
 def test_executorch(logits, backend):
     exir = pytest.importorskip("executorch.exir")

@@ -208,30 +208,15 @@ def test_adaption_prompts_are_answered_by_the_queries(qk_norm):
     torch.testing.assert_close(found, seen["query"])
 
 
-ORDERS = {
-    "the package first": "import modeling_dca, peft",
-    "peft first": "import peft, modeling_dca",
-    "the package alone": "import modeling_dca",
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_defaults_in_any_order_of_imports(order):
+def test_nobody_waits_for_peft_who_has_not_asked_for_it():
     program = (
-        ORDERS[order]
-        + "\n"
-        + (
-            "import sys\n"
-            "before = 'peft' in sys.modules\n"
-            "from modeling_dca import DCAConfig, DCAForCausalLM\n"
-            "model = DCAForCausalLM(DCAConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))\n"
-            "import peft\n"
-            "peft.get_peft_model(model, peft.LoraConfig(task_type='CAUSAL_LM')).print_trainable_parameters()\n"
-            "print(before)\n"
-        )
+        "import sys\n"
+        "from modeling_dca import DCAConfig, DCAForCausalLM\n"
+        "model = DCAForCausalLM(DCAConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))\n"
+        "print('peft' in sys.modules)\n"
+        "import peft\n"
+        "peft.get_peft_model(model, peft.LoraConfig(task_type='CAUSAL_LM')).print_trainable_parameters()\n"
     )
     completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert completed.returncode == 0, completed.stderr[-2000:]
-    # Nobody who has not asked for PEFT waits for it.
-    assert completed.stdout.split()[-1] == str("peft" in ORDERS[order])
-    assert "trainable params: 256" in completed.stdout
+    assert completed.stdout.startswith("False\ntrainable params: 256 ")
