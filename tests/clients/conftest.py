@@ -24,6 +24,7 @@ def quiet(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": "",
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm")),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
