@@ -59,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=SIZES["max_position_embeddings"],
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        chat_template="{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
     )
 
 
