@@ -19,8 +19,9 @@ ITEMS = 20
 def tasks(tmp_path_factory):
     """The folder of the tasks."""
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "text.txt").write_text(TEXT)
-    data = TextDataArguments(dataset=str(folder / "text.txt"), eval_dataset=str(folder / "text.txt"))
+    file = folder / "text.jsonl"
+    file.write_text(json.dumps({"text": TEXT}) + "\n")
+    data = TextDataArguments(dataset=str(file), eval_dataset=str(file))
     return write_tasks(data, HarnessArguments(output_dir=str(folder / "harness"), items=ITEMS))
 
 

@@ -1,6 +1,7 @@
 """vLLM, with its transformers backend: greedy text, from programs and from its server, is that of `generate`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def expected(checkpoint):
 def generated(checkpoint, folder, start="", environment=(), **options):
     arguments = (checkpoint, json.dumps(options), json.dumps(PROMPTS), str(TOKENS))
     (folder / "generate.py").write_text(start + GENERATE)
-    printed = python("generate.py", *arguments, folder=folder, **SETTINGS, **dict(environment))
+    printed = python("generate.py", *arguments, folder=folder, **(SETTINGS | dict(environment)))
     return json.loads(printed.rpartition("RESULT")[2].splitlines()[0])
 
 
@@ -100,12 +101,16 @@ def test_a_pipeline_is_refused_in_one_sentence(checkpoints, tmp_path):
     completed = subprocess.run(
         [sys.executable, "generate.py", checkpoints["dca"], options, json.dumps(PROMPTS), "2"],
         cwd=tmp_path,
+        env={**os.environ, **SETTINGS},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert completed.returncode != 0
-    assert "DCA models cannot be split into a pipeline" in completed.stdout + completed.stderr
+    printed = completed.stdout + completed.stderr
+    assert "DCA models cannot be split into a pipeline" in printed, [
+        line for line in printed.splitlines() if "Error" in line
+    ]
 
 
 def test_the_server(checkpoints, tmp_path, installed):

@@ -76,9 +76,12 @@ def items_of(documents: list[str], count: int, seed: int) -> dict[str, list[dict
     continuations = sorted({after for _, after in found})
     tasks = {"held_out_cloze": [], "held_out_choice": []}
     for before, after in found:
-        word = WORD.match(after)[0]
-        if len(word.strip()) > 2 and word.strip() in before.split():
-            tasks["held_out_cloze"].append({"context": before, "word": word})
+        words = WORD.findall(after)
+        for index, word in enumerate(words):
+            context = before + "".join(words[:index])
+            if len(word.strip()) > 2 and word.strip() in context.split():
+                tasks["held_out_cloze"].append({"context": context, "word": word})
+                break
         if len(continuations) >= CHOICES:
             others = [other for other in draw.sample(continuations, CHOICES) if other != after]
             choices = [after, *others[: CHOICES - 1]]
