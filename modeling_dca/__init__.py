@@ -1,7 +1,12 @@
 """DeepCrossAttention (DCA) models for transformers; importing this registers them with its Auto classes."""
 
+import contextlib
+
+import transformers
 from transformers import (
+    AutoBackbone,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -20,18 +25,44 @@ from .modeling_dca import (
     DCAModel,
     DCAPreTrainedModel,
 )
-from .modeling_dca_vision import DCAForImageClassification, DCAVisionModel
+from .modeling_dca_vision import DCAForImageClassification, DCAVisionBackbone, DCAVisionModel
+from .peft_dca import name_in_peft
 
 
-AutoConfig.register(DCAConfig.model_type, DCAConfig, exist_ok=True)
-AutoConfig.register(DCAVisionConfig.model_type, DCAVisionConfig, exist_ok=True)
-AutoModel.register(DCAConfig, DCAModel, exist_ok=True)
-AutoModel.register(DCAVisionConfig, DCAVisionModel, exist_ok=True)
-AutoModelForCausalLM.register(DCAConfig, DCAForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(DCAConfig, DCAForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(DCAConfig, DCAForTokenClassification, exist_ok=True)
-AutoModelForQuestionAnswering.register(DCAConfig, DCAForQuestionAnswering, exist_ok=True)
-AutoModelForImageClassification.register(DCAVisionConfig, DCAForImageClassification, exist_ok=True)
+def register() -> None:
+    """Makes the models known to transformers, vLLM and PEFT. Importing this package does it; to call it again does no harm."""
+    AutoConfig.register(DCAConfig.model_type, DCAConfig, exist_ok=True)
+    AutoConfig.register(DCAVisionConfig.model_type, DCAVisionConfig, exist_ok=True)
+    AutoModel.register(DCAConfig, DCAModel, exist_ok=True)
+    AutoModel.register(DCAVisionConfig, DCAVisionModel, exist_ok=True)
+    AutoModelForCausalLM.register(DCAConfig, DCAForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(DCAConfig, DCAForSequenceClassification, exist_ok=True)
+    AutoModelForTokenClassification.register(DCAConfig, DCAForTokenClassification, exist_ok=True)
+    AutoModelForQuestionAnswering.register(DCAConfig, DCAForQuestionAnswering, exist_ok=True)
+    AutoModelForImageClassification.register(DCAVisionConfig, DCAForImageClassification, exist_ok=True)
+    AutoBackbone.register(DCAVisionConfig, DCAVisionBackbone, exist_ok=True)
+    with contextlib.suppress(ImportError):  # without Pillow; with transformers 5.17 also without torchvision
+        from .image_processing_dca import DCAImageProcessor
+
+        backends = dict.fromkeys(("pil", "torchvision"), DCAImageProcessor)
+        AutoImageProcessor.register(DCAVisionConfig, image_processor_classes=backends, exist_ok=True)
+    for each in (
+        DCAForCausalLM,
+        DCAForImageClassification,
+        DCAForQuestionAnswering,
+        DCAForSequenceClassification,
+        DCAForTokenClassification,
+        DCAModel,
+        DCAVisionBackbone,
+        DCAVisionModel,
+    ):
+        # transformers' server, vLLM and TRL look a checkpoint's class up there, by its name.
+        setattr(transformers, each.__name__, each)
+    for each in (DCAConfig, DCAVisionConfig):
+        name_in_peft(each.model_type)
+
+
+register()
 
 
 __all__ = [
@@ -45,9 +76,11 @@ __all__ = [
     "DCAForTokenClassification",
     "DCAModel",
     "DCAPreTrainedModel",
+    "DCAVisionBackbone",
     "DCAVisionConfig",
     "DCAVisionModel",
     "GeneralizedResidual",
     "generalized_residual",
     "push",
+    "register",
 ]

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils.type_validators import interval
+
+from .peft_dca import name_in_peft
 
 
 if TYPE_CHECKING:
@@ -240,6 +243,8 @@ class DCABaseConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self):
+        # PEFT asks for this before it looks the model's type up.
+        name_in_peft(self.model_type)
         # The implementation is the machine's matter, not the checkpoint's.
         output = super().to_dict()
         output.pop("grn_implementation", None)
@@ -485,7 +490,7 @@ NOT_OF_IMAGES = ("sliding_window", "rope_parameters", "no_rope_layers")
 
 
 @strict
-class DCAVisionConfig(DCABaseConfig):
+class DCAVisionConfig(BackboneConfigMixin, DCABaseConfig):
     r"""
     Configuration of the DCA vision models. The defaults are ViT-S/16 with the plain recipe of Beyer et al. (2022) that
     the paper uses for ImageNet (table 8): global average pooling and fixed 2-D sine-cosine positions.
@@ -509,6 +514,9 @@ class DCAVisionConfig(DCABaseConfig):
         antialias_pos_encoding (`bool`, *optional*, defaults to `False`):
             Whether learned positions are smoothed when they are resampled for smaller images, as in DINOv2 with
             registers.
+        out_features, out_indices (`list[str]`, `list[int]`, *optional*):
+            What a backbone returns: `"stem"` (0, the embeddings), `"stage1"` (1, what block 1 makes of them) and so on; the last
+            if not given. The one follows from the other.
 
     All other fields are those of [`DCABaseConfig`].
 
@@ -527,6 +535,7 @@ class DCAVisionConfig(DCABaseConfig):
         "AutoConfig": "configuration_dca.DCAVisionConfig",
         "AutoModel": "modeling_dca_vision.DCAVisionModel",
         "AutoModelForImageClassification": "modeling_dca_vision.DCAForImageClassification",
+        "AutoBackbone": "modeling_dca_vision.DCAVisionBackbone",
     }
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",
@@ -547,14 +556,26 @@ class DCAVisionConfig(DCABaseConfig):
     num_register_tokens: int = 0
     interpolate_pos_encoding: bool = False
     antialias_pos_encoding: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
         # The validation must see what it refuses.
         refused = {name: kwargs[name] for name in NOT_OF_IMAGES if kwargs.get(name) is not None}
         super().__post_init__(**self._without_text_fields(kwargs), **refused)
 
     def to_dict(self):
-        return self._without_text_fields(super().to_dict())
+        output = self._without_text_fields(super().to_dict())
+        # What a backbone returns is saved where somebody has asked for it.
+        return {name: value for name, value in output.items() if value is not None or not name.startswith("out_")}
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The names of what a backbone can return."""
+        return ["stem", *(f"stage{index}" for index in range(1, self.num_residual_inputs))]
 
     @staticmethod
     def _without_text_fields(values: dict) -> dict:

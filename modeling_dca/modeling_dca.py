@@ -397,9 +397,9 @@ class DCALayer(GradientCheckpointingLayer):
         query_input, key_input, value_input = inputs if len(inputs) == 3 else 3 * inputs
 
         attn_output, _ = self.self_attn(
-            query_input,
-            key_input,
-            value_input,
+            query_input=query_input,
+            key_input=key_input,
+            value_input=value_input,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             position_ids=position_ids,
@@ -555,6 +555,16 @@ class DCAPreTrainedModel(PreTrainedModel):
                 f"The weights of {str(pretrained_model_name_or_path)!r} do not fit {fields}: leave it out, or pass "
                 "`ignore_mismatched_sizes=True` to start those anew that the report above names."
             ) from error
+
+    @property
+    def supports_pp_plan(self) -> bool:
+        """As in transformers. Raises `ValueError` where vLLM asks: without a plan it cuts the model up by its own guess."""
+        if self.config._attn_implementation == "vllm":
+            raise ValueError(
+                "DCA models cannot be split into a pipeline, as every block takes the outputs of those before it: use "
+                "`--tensor-parallel-size` instead of `--pipeline-parallel-size`."
+            )
+        return super().supports_pp_plan
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, *args, **kwargs):

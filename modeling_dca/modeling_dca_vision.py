@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -192,6 +193,42 @@ class DCAVisionModel(ResidualConversionMixin, DCAVisionPreTrainedModel):
         return mean if self.config.pooling == "mean" else torch.cat((hidden_states[:, 0], mean), dim=-1)
 
 
+class DCAVisionBackbone(BackboneMixin, DCAVisionModel):
+    """The DCA vision encoder as a part of detectors and the like, which read maps of features from several depths."""
+
+    _auto_class = "AutoBackbone"
+
+    def __init__(self, config: DCAVisionConfig):
+        # (Where nobody has asked, it is the last.)
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * config.num_residual_inputs
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`): the images.
+
+        Returns:
+            `feature_maps`, those of `config.out_features`: hidden states after the final norm, without the tokens before the
+            patches, `(batch, hidden_size, rows, columns)` each.
+        """
+        outputs = DCAVisionModel.forward(
+            self, pixel_values, **kwargs
+        )  # (the mixin has a `forward`, too, which is not one)
+        grid = self.embeddings._grid(*pixel_values.shape[-2:])
+        feature_maps = tuple(
+            self.norm(hidden_states)[:, self.config.num_prefix_tokens :].mT.unflatten(2, grid)
+            for name, hidden_states in zip(self.stage_names, outputs.hidden_states)
+            if name in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 class DCAForImageClassification(ResidualConversionMixin, DCAVisionPreTrainedModel):
     """The DCA vision encoder with a linear classifier on its pooled output."""
 
@@ -249,8 +286,9 @@ name_in_tables(
         "MODEL_MAPPING_NAMES": "DCAVisionModel",
         "MODEL_FOR_IMAGE_MAPPING_NAMES": "DCAVisionModel",
         "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "DCAForImageClassification",
+        "MODEL_FOR_BACKBONE_MAPPING_NAMES": "DCAVisionBackbone",
     },
 )
 
 
-__all__ = ["DCAForImageClassification", "DCAVisionModel", "DCAVisionPreTrainedModel"]
+__all__ = ["DCAForImageClassification", "DCAVisionBackbone", "DCAVisionModel", "DCAVisionPreTrainedModel"]

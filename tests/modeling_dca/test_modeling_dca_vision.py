@@ -7,9 +7,9 @@ import pytest
 import torch
 from reference_dca import image_logits, posemb_sincos_2d, to_array
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
-from modeling_dca import DCAForImageClassification, DCAVisionConfig, DCAVisionModel
+from modeling_dca import DCAForImageClassification, DCAVisionBackbone, DCAVisionConfig, DCAVisionModel
 
 
 SCHEMES = [
@@ -330,3 +330,44 @@ def test_checkpoint_of_an_earlier_release_computes_what_it_did(tmp_path, recwarn
     assert [str(warning.message) for warning in recwarn] == [] and caplog.records == []
     load(tmp_path).save_pretrained(tmp_path)
     assert not json.loads(file.read_text()).keys() & text.keys()
+
+
+# Backbones, of which detectors and the like are made
+
+
+@pytest.mark.parametrize("embedding", [EMBEDDINGS[0], EMBEDDINGS[-1]], ids=name_of)
+@torch.no_grad()
+def test_backbone_returns_the_depths_that_are_asked_for(tmp_path, embedding):
+    model = tiny_model(num_register_tokens=2, **embedding)
+    model.save_pretrained(tmp_path)
+    prefix = model.config.num_prefix_tokens
+    images = random_images()
+    states = model(images, output_hidden_states=True).hidden_states
+    # Patches are numbered row by row: 2 rows of 3.
+    expected = [model.model.norm(each)[:, prefix:].transpose(1, 2).reshape(2, 16, 2, 3) for each in states]
+    for asked in ({"out_indices": [0, 2, 4]}, {"out_features": ["stem", "stage2", "stage4"]}):
+        # (`AutoBackbone.from_pretrained` knows no folders, whatever model is in them.)
+        assert type(AutoBackbone.from_config(AutoConfig.from_pretrained(tmp_path, **asked))) is DCAVisionBackbone
+        backbone = DCAVisionBackbone.from_pretrained(tmp_path, **asked).eval()
+        assert backbone.channels == [16, 16, 16]
+        found = backbone(images)
+        assert found.hidden_states is None and len(found.feature_maps) == 3
+        for each, index in zip(found.feature_maps, (0, 2, 4)):
+            assert_close(each, expected[index], 1e-6)
+    backbone.save_pretrained(tmp_path / "again")
+    assert DCAVisionBackbone.from_pretrained(tmp_path / "again").out_features == ["stem", "stage2", "stage4"]
+    # The last where nobody has asked, of which nothing is saved, and of a part of the blocks the last of these.
+    (last,) = DCAVisionBackbone.from_pretrained(tmp_path).eval()(images).feature_maps
+    assert_close(last, expected[4], 1e-6)
+    assert not json.loads((tmp_path / "config.json").read_text()).keys() & {
+        "out_features",
+        "out_indices",
+        "stage_names",
+    }
+    shorter = AutoBackbone.from_config(AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2))
+    assert shorter.out_features == ["stage2"]
+
+
+def test_backbone_refuses_a_depth_that_there_is_not():
+    with pytest.raises(ValueError, match="out_features must be a subset of stage_names"):
+        AutoBackbone.from_config(tiny_config(out_features=["stage9"]))

@@ -1,10 +1,16 @@
 """PEFT: LoRA on the projections while the generalized residuals are trained in full."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_dca import DCAForCausalLM
+from modeling_dca import DCAConfig, DCAForCausalLM
+from modeling_dca.peft_dca import query_states
 
 
 peft = pytest.importorskip("peft")
@@ -116,3 +122,101 @@ def test_target_parameters_reach_the_residuals(checkpoint, tmp_path):
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected)
     assert all(p.any() for layer in merged.model.layers for p in layer.residual.parameters())
+
+
+# Defaults: what PEFT trains where nobody says which modules
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+#: Methods that have a table of modules by the model's type, and what they need besides.
+NAMELESS = {
+    "AdaLora": {"total_step": 10},
+    "AdaptionPrompt": {"adapter_len": 3, "adapter_layers": 2},
+    "FourierFT": {"n_frequency": 10},
+    "HRA": {},
+    "IA3": {},
+    "LNTuning": {},
+    "LoHa": {},
+    "LoKr": {},
+    "Lora": {},
+    "OFT": {"oft_block_size": 4},
+    "RandLora": {"r": 2},
+    "VBLoRA": {"num_vectors": 4, "vector_length": 4, "topk": 2},
+    "Vera": {"r": 2},
+}
+
+
+def like_llama(scheme):
+    torch.manual_seed(0)
+    if scheme == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SIZES))
+    return DCAForCausalLM(DCAConfig(**SIZES, gated_mlp=True, hidden_act="silu", residual_scheme=scheme))
+
+
+@pytest.mark.parametrize("scheme", ["standard", "dca"])
+@pytest.mark.parametrize("method", NAMELESS)
+def test_defaults_are_those_of_llama(method, scheme, tmp_path):
+    trained = {}
+    for name in ("llama", scheme):
+        config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **NAMELESS[method])
+        model = peft.get_peft_model(like_llama(name), config)
+        trained[name] = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    if method == "LNTuning":
+        more = [n for n in trained[scheme] if n not in trained["llama"]]
+        assert {n.split(".")[-4] for n in more} == ({"key_layernorm", "value_layernorm"} if scheme == "dca" else set())
+        trained[scheme] = {n: shape for n, shape in trained[scheme].items() if n not in more}
+    assert trained[scheme] == trained["llama"] and trained["llama"]
+    before = logits(model)
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(like_llama(scheme), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True, "all_heads"])
+def test_adaption_prompts_are_answered_by_the_queries(qk_norm):
+    """With the gate of the prompts open, what they add is the attention of the queries to them."""
+    torch.manual_seed(0)
+    config = DCAConfig(**SIZES, qk_norm=qk_norm)
+    model = peft.get_peft_model(
+        DCAForCausalLM(config),
+        peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+    ).eval()
+    adapted = model.base_model.model.model.layers[-1].self_attn
+    seen = {}
+
+    def attend(module, query, key, value, mask, **kwargs):
+        seen["query"] = query
+        return query.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("seen", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("seen", lambda *args, **kwargs: None)
+    try:
+        model.config._attn_implementation = "seen"
+        inputs = {}
+        adapted.register_forward_pre_hook(lambda module, args, kwargs: inputs.update(kwargs), with_kwargs=True)
+        logits(model)
+        found = query_states(adapted.model, **inputs)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping["seen"], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["seen"]
+    torch.testing.assert_close(found, seen["query"])
+
+
+def test_nobody_waits_for_peft_who_has_not_asked_for_it():
+    program = (
+        "import sys\n"
+        "from modeling_dca import DCAConfig, DCAForCausalLM\n"
+        "model = DCAForCausalLM(DCAConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))\n"
+        "print('peft' in sys.modules)\n"
+        "import peft\n"
+        "peft.get_peft_model(model, peft.LoraConfig(task_type='CAUSAL_LM')).print_trainable_parameters()\n"
+    )
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert completed.stdout.startswith("False\ntrainable params: 256 ")

@@ -12,12 +12,14 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoImageProcessor,
+    BaseImageProcessor,
     EvalPrediction,
     PreTrainedConfig,
     ViTImageProcessor,
 )
 
 from modeling_dca import DCAForImageClassification, DCAVisionConfig
+from modeling_dca.image_processing_dca import DCAImageProcessor
 from training.data.splits import is_on_the_hub
 from training.images.augmentation import mixed_cross_entropy
 from training.images.fields import ImageClassificationArguments, ImageDataArguments
@@ -52,7 +54,7 @@ from training.run.tuning import check_tuning
 from training.support.errors import UserError, told
 
 
-def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> ViTImageProcessor:
+def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> BaseImageProcessor:
     """
     What makes an image that is evaluated, here or where the model is loaded, into pixel values from -1 to 1.
 
@@ -68,7 +70,9 @@ def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> ViTImag
         if eval_resize < max(size.values()):
             raise UserError(f"`eval_resize` is {eval_resize}; it must be at least `image_size`, {max(size.values())}.")
         options = {"size": {"shortest_edge": eval_resize}, "do_center_crop": True, "crop_size": size}
-    return ViTImageProcessor(
+    # Where images are to be grey, colours are for our own alone.
+    processor_class = DCAImageProcessor if config.num_channels == 1 else ViTImageProcessor
+    return processor_class(
         **options,
         do_convert_rgb=config.num_channels == 3,
         image_mean=[0.5] * config.num_channels,

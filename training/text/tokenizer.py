@@ -15,6 +15,8 @@ from training.support.errors import UserError, innermost_message
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+#: What models of this family take of a tokenizer: no types of tokens, which those of BERT's kind return.
+INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -47,20 +49,20 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         model_max_length=model_max_length,
-        model_input_names=["input_ids", "attention_mask"],  # models of this family take no types of tokens
+        model_input_names=INPUT_NAMES,
         clean_up_tokenization_spaces=False,
     )
 
 
 def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """
-    Load a tokenizer from a local path or the Hub.
+    Load a tokenizer from a local path or the Hub. It is told what models of this family take, and saves it.
 
     Raises:
         [`UserError`]: there is none, it has no end-of-text token, or it has more tokens than `vocab_size`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, model_input_names=INPUT_NAMES)
     except (OSError, ValueError) as error:
         where = "folder" if Path(name_or_path).exists() else "local folder or Hub id"
         raise UserError(

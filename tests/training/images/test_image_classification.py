@@ -1,6 +1,8 @@
 """Image classifiers: a run from images to a folder that classifies them."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_dca import DCAForImageClassification
-from tests.training.tiny import IMAGE_RUN, assert_same_weights, call, image, write_images, write_room
+from modeling_dca.image_processing_dca import DCAImageProcessor
+from tests.training.tiny import (
+    IMAGE_RUN,
+    assert_same_weights,
+    call,
+    image,
+    need_image_processors,
+    write_images,
+    write_room,
+)
 from training import image_classification
 from training.images import task
 from training.images.fields import ImageDataArguments
@@ -64,6 +75,56 @@ def test_figures_follow_from_the_model_and_the_images(finished, monkeypatch):
     assert figures["eval_accuracy"] == (logits.argmax(-1) == labels).float().mean().item()
     assert figures["eval_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
     assert figures["eval_accuracy"] == 1.0  # the classes are easily told apart
+
+
+PIPELINE = """
+import sys
+from transformers import pipeline
+
+if sys.argv[2] == "without":
+    sys.modules["modeling_dca"] = None
+else:
+    import modeling_dca
+classify = pipeline("image-classification", sys.argv[1], trust_remote_code=sys.argv[2] == "without")
+print("RESULT", [each["score"] for each in sorted(classify(sys.argv[3]), key=lambda each: each["label"])])
+"""
+
+
+@pytest.mark.parametrize("package", ["with", "without"])
+def test_pipeline_of_grey_images(finished, package, tmp_path):
+    """A pipeline makes every image RGB; so are most photographs."""
+    need_image_processors()
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    picture.save(tmp_path / "picture.png")
+    pixels = torch.tensor(np.asarray(picture.convert("L")) / 127.5 - 1, dtype=torch.float32)
+    model = DCAForImageClassification.from_pretrained(finished / "run").eval()
+    with torch.no_grad():
+        expected = model(pixels[None, None]).logits.softmax(-1)[0]
+    arguments = (str(finished / "run"), package, str(tmp_path / "picture.png"))
+    completed = subprocess.run([sys.executable, "-c", PIPELINE, *arguments], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    found = json.loads(completed.stdout.partition("RESULT")[2])
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_processor_of_grey_images_takes_what_others_take():
+    processor = DCAImageProcessor(do_resize=False, image_mean=[0.5], image_std=[0.5])
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(colours).convert("L")) / 127.5 - 1
+    forms = {
+        "picture": Image.fromarray(colours),
+        "with an alpha channel": Image.fromarray(colours).convert("RGBA"),
+        "grey": Image.fromarray(colours).convert("L"),
+        "array": colours,
+        "channels first": colours.transpose(2, 0, 1),
+        "tensor": torch.from_numpy(colours).permute(2, 0, 1),
+    }
+    for name, form in forms.items():
+        found = processor(form, return_tensors="np")["pixel_values"]
+        assert found.shape == (1, 1, 8, 8), name
+        assert np.abs(found[0, 0] - expected).max() <= 1.01 / 127.5, name  # Pillow rounds to whole greys
+    colourful = DCAImageProcessor(do_resize=False)(Image.fromarray(colours), return_tensors="np")["pixel_values"]
+    assert colourful.shape == (1, 3, 8, 8)
 
 
 def test_run_classifies_where_it_is_loaded(finished):

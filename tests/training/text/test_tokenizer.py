@@ -89,6 +89,16 @@ def test_tokenizer_whose_numbers_have_gaps_needs_the_greatest(tmp_path):
         load_tokenizer(str(tmp_path), 9)
 
 
+def test_tokenizer_of_another_family_names_what_models_of_this_one_take(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    other = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", model_input_names=names)
+    assert "token_type_ids" in other("a")
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(str(tmp_path / "other"), 10).save_pretrained(tmp_path / "run")
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "run")("a")) == {"input_ids", "attention_mask"}
+
+
 # Special tokens that are written out
 
 

@@ -1,0 +1,106 @@
+"""What other programs look for in a model: its class by name, a tokenizer's inputs, a command line, and no warning."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from test_modeling_dca import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, pipeline
+
+import modeling_dca
+from modeling_dca import DCAConfig
+from modeling_dca.__main__ import main
+
+
+CLASSES = [
+    name
+    for name in modeling_dca.__all__
+    if name.startswith("DCAFor") or name in ("DCAModel", "DCAVisionModel", "DCAVisionBackbone")
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_transformers_has_the_classes_by_name(name):
+    """transformers' server, TRL and vLLM look up there what `architectures` in `config.json` says."""
+    assert getattr(transformers, name) is getattr(modeling_dca, name)
+
+
+def test_registering_again_does_no_harm():
+    modeling_dca.register()
+    assert transformers.AutoModelForCausalLM._model_mapping[DCAConfig] is modeling_dca.DCAForCausalLM
+
+
+def test_a_command_of_another_package_runs_where_the_models_are_known():
+    command = [sys.executable, "-m", "modeling_dca", "transformers", "version"]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    assert completed.returncode == 0 and transformers.__version__ in completed.stdout, completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "usage: python -m modeling_dca COMMAND"),
+        (["no-such", "-x"], "no package .* has a command 'no-such'; usage: "),
+    ],
+)
+def test_a_command_that_there_is_not_is_refused(monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["modeling_dca", *arguments])
+    with pytest.raises(SystemExit, match=words):
+        main()
+
+
+def test_a_pipeline_has_nothing_to_warn_of(tmp_path, byte_tokenizer, caplog, recwarn):
+    """With the tokenizer that a run saves, and Llama beside it: the text of `generate`, and no warning that Llama has not."""
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "intermediate_size": 32}
+    torch.manual_seed(0)
+    both = {
+        "llama": LlamaForCausalLM(LlamaConfig(**sizes, **special)),
+        "dca": modeling_dca.DCAForCausalLM(DCAConfig(**sizes, **special)),
+    }
+    monitored, warnings = logging.getLogger("transformers"), {}
+    monitored.addHandler(caplog.handler)
+    try:
+        for name, model in both.items():
+            model.save_pretrained(tmp_path)
+            byte_tokenizer.save_pretrained(tmp_path)
+            caplog.clear()
+            recwarn.clear()
+            (found,) = pipeline("text-generation", str(tmp_path))("def f", max_new_tokens=5, do_sample=False)
+            warnings[name] = {record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING}
+            warnings[name] |= {str(warning.message) for warning in recwarn}
+            inputs = byte_tokenizer("def f", return_tensors="pt")
+            assert set(inputs) == {"input_ids", "attention_mask"}
+            (ids,) = model.eval().generate(**inputs, max_new_tokens=5, do_sample=False)
+            assert found["generated_text"] == byte_tokenizer.decode(ids, skip_special_tokens=True)
+    finally:
+        monitored.removeHandler(caplog.handler)
+    assert warnings["dca"] <= warnings["llama"]
+
+
+def test_a_pipeline_of_vllm_is_refused_in_one_sentence():
+    model = tiny_model()
+    assert model.supports_pp_plan is False
+    model.config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="cannot be split into a pipeline.*--tensor-parallel-size"):
+        model.supports_pp_plan  # noqa: B018
+
+
+@pytest.fixture
+def byte_tokenizer():
+    alphabet = {"<|endoftext|>": 0, "<|pad|>": 1}
+    for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 2):
+        alphabet[letter] = index
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
