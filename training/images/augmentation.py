@@ -2,7 +2,7 @@
 The augmentation of images of the recipe for ImageNet (Beyer et al., 2022, arXiv 2205.01580), in Pillow and NumPy: random
 crop, horizontal flip, RandAugment and MixUp.
 
-Whatever is random is drawn from a generator that the caller gives, so that an image can be augmented again alike.
+All random numbers come from a generator that the caller passes: an image can be augmented again in the same way.
 """
 
 import math
@@ -20,7 +20,7 @@ CROP_AREA = (0.05, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
-#: The greatest magnitude of RandAugment, in whose tenths it is given.
+#: The largest magnitude of RandAugment; the level of an operation is its magnitude over this.
 MAX_MAGNITUDE = 10
 #: What RandAugment puts where there is no image.
 FILL = 128

@@ -21,7 +21,7 @@ class ImageDataArguments(DataArguments):
         },
     )
     eval_fraction: float = dataclasses.field(
-        default=0.2, metadata={"help": "The share of the images to hold out, of each class alike."}
+        default=0.2, metadata={"help": "The share of each class that is held out."}
     )
     image_column: str = dataclasses.field(default="image", metadata={"help": "The column with the images."})
     label_column: str = dataclasses.field(default="label", metadata={"help": "The column with the classes."})
@@ -31,26 +31,26 @@ class ImageDataArguments(DataArguments):
     eval_resize: int | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Resize the smaller side of an image to so many pixels and take the middle of it; if none, the whole "
-            "image is resized to `image_size`. For images held out, and those to train on without `random_crop`."
+            "help": "Resize the smaller side of each image to this many pixels, and crop its centre to `image_size`. If none, the "
+            "whole image is resized to `image_size`. Training images are resized so where there is no `random_crop`."
         },
     )
     random_crop: bool = dataclasses.field(
-        default=False, metadata={"help": "Train on random parts of the images, from 5 %% of the area to all of it."}
+        default=False, metadata={"help": "Train on random crops, of 5 %% of the area to all of it."}
     )
     horizontal_flip: bool = dataclasses.field(
-        default=False, metadata={"help": "Mirror half of the images to train on, at random."}
+        default=False, metadata={"help": "Flip each training image with a probability of one half."}
     )
     rand_augment_operations: int = dataclasses.field(
-        default=0, metadata={"help": "How many operations of RandAugment each image to train on goes through."}
+        default=0, metadata={"help": "How many operations of RandAugment are applied to each training image."}
     )
     rand_augment_magnitude: float = dataclasses.field(
-        default=10, metadata={"help": f"Their magnitude, from 0 to {MAX_MAGNITUDE}."}
+        default=10, metadata={"help": f"The magnitude of these operations, from 0 to {MAX_MAGNITUDE}."}
     )
     mixup_alpha: float = dataclasses.field(
         default=0,
         metadata={
-            "help": "Mix the images of a batch in pairs, each with weights of Beta(alpha, alpha) of its own; 0: do not."
+            "help": "Mix the images of a batch in pairs (MixUp), with weights drawn from Beta(alpha, alpha). 0 turns it off."
         },
     )
 
@@ -73,7 +73,7 @@ class ImageClassificationArguments(RunArguments):
     learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "The learning rate schedule."})
     warmup_steps: float = dataclasses.field(
-        default=10_000, metadata={"help": "Steps to warm up, or below 1 their share."}
+        default=10_000, metadata={"help": "The number of warm-up steps; below 1, their share of all steps."}
     )
     weight_decay: float = dataclasses.field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     # The model does not take what the examples hold for their collator.

@@ -57,7 +57,8 @@ def load_images(
     All labels are looked at, but only the first images, and read with `num_channels` channels (see [`ImageFiles`]).
 
     Args:
-        held_out_only: give `None` for those to train on, and do not load them where the others are not a share of them.
+        held_out_only: return `None` in place of the training images. They are not loaded, unless those held out are a
+            share of them.
 
     Raises:
         [`UserError`]: also where a label is out of range, or too many of the first images cannot be read.
@@ -145,8 +146,8 @@ def read_image(
     file: dict, num_channels: int, size: tuple[int, int] | None = None, generator: np.random.Generator | None = None
 ) -> Image.Image:
     """
-    An image, upright and with `num_channels` channels: grey for one and RGB for three, whatever it is stored as. What is
-    transparent becomes white, as with the image processors of transformers, and of 16 bits the upper 8 remain.
+    An image, upright and with `num_channels` channels: grey for one and RGB for three, whatever it is stored as.
+    Transparent pixels become white, as in transformers' image processors. Of 16 bits, the upper 8 are kept.
 
     Args:
         file: `bytes` or `path` of the image, as [`~datasets.Image`] gives them without decoding it.

@@ -1,13 +1,16 @@
 """Image classifiers: what they are trained and evaluated on, and how."""
 
 import functools
+from base64 import b64encode
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import torch
 from datasets import ClassLabel
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -32,9 +35,11 @@ from training.images.reading import (
     collate,
     load_images,
     numbered_as,
+    read_image,
 )
 from training.results.hub import public_name
 from training.results.metrics import Accuracy, load_metrics, plain
+from training.results.page import Example
 from training.run.checks import (
     check_batches,
     check_best_metric,
@@ -51,12 +56,12 @@ from training.run.parallel import check_divided
 from training.run.task import Task
 from training.run.training import model_and_callbacks, run_models
 from training.run.tuning import check_tuning
-from training.support.errors import UserError, told
+from training.support.errors import UserError, innermost_message, told
 
 
 def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> BaseImageProcessor:
     """
-    What makes an image that is evaluated, here or where the model is loaded, into pixel values from -1 to 1.
+    The image processor of a model, which makes pixel values from -1 to 1. It is saved with the model.
 
     Args:
         eval_resize: pixels of the smaller side of an image whose middle is taken; if none, the image is taken whole.
@@ -156,7 +161,7 @@ def train_image_classifier(run: Run) -> None:
 
 
 def image_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """The same for images."""
+    """The mean loss of a batch, the same for all models: some add further losses to it in their own."""
     return cross_entropy(outputs["logits"].float(), labels)
 
 
@@ -194,6 +199,44 @@ def image_options(
     }
 
 
+def image_example(file: str, data: ImageDataArguments, config: DCAVisionConfig, checkpoint: str) -> Example:
+    """
+    An image as a classifier takes it, by the file that it is in.
+
+    Raises:
+        [`UserError`]: it cannot be read, or the image processor cannot be had.
+    """
+    try:
+        image = read_image({"bytes": None, "path": file}, config.num_channels)
+    except Exception as error:  # (there is hardly one that no broken file raises)
+        raise UserError(f"`image` is {file!r}, which cannot be read: {innermost_message(error)}.") from error
+    with told(checkpoint, "shown"):
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    rows, columns = (size // patch for size, patch in zip(pixel_values.shape[-2:], config.patch_height_width))
+    summary = ["class token"] if config.pooling != "mean" else []
+    registers = [f"register {number}" for number in range(1, 1 + config.num_register_tokens)]
+    patches = [f"row {row}, column {column}" for row in range(1, 1 + rows) for column in range(1, 1 + columns)]
+    return Example(
+        {"pixel_values": pixel_values},
+        "patch",
+        [*summary, *registers, *patches],
+        (rows, columns),
+        _picture_of(pixel_values[0], processor),
+    )
+
+
+def _picture_of(values: torch.Tensor, processor) -> str:
+    """What a model sees of an image `(channels, height, width)`, as the data URI of a picture."""
+    if getattr(processor, "do_normalize", True):
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (processor.image_mean, processor.image_std))
+        values = values * std + mean
+    pixels = (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
+
+
 IMAGE_CLASSIFIERS = Task(
     "image-classification",
     DCAForImageClassification,
@@ -202,4 +245,5 @@ IMAGE_CLASSIFIERS = Task(
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     train_image_classifier,
     image_options,
+    image_example,
 )

@@ -1,6 +1,7 @@
 """The model card of a run, from what the run left in its folder, and that of a converted model."""
 
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,14 +12,21 @@ from safetensors import safe_open
 
 from training.results.figures import draw_depth_weights, draw_loss_curves
 from training.results.hub import model_name, public_name
-from training.support.files import read_json
+from training.support.files import read_json, write_whole
 
 
 TEMPLATES = Path(__file__).parents[2] / "model_cards"
 RUN_TEMPLATE, CONVERSION_TEMPLATE = TEMPLATES / "card.md.jinja", TEMPLATES / "conversion.md.jinja"
 LOSS_CURVE, DEPTH_WEIGHTS = "loss_curve.png", "depth_weights.png"
 DEPTH_WEIGHTS_DATA = "depth_weights.json"
+#: How a card links to a page about its weights: what stands before and after the name of the file.
+PAGE_LINK = (
+    "[A page to explore]",
+    " shows what each block draws, token by token: download it and open it in a browser.",
+)
 
+#: What all models of this project are found by. (`custom_code` is what the Hub calls models that carry their code.)
+TAGS = ("deep-cross-attention", "dca", "residual-connections", "custom_code")
 # What a card shows of a run's training arguments, and the names it has there.
 HYPER_PARAMETERS = (
     "per_device_train_batch_size",
@@ -63,13 +71,18 @@ def origin(source: str, revision: str | None = None) -> dict:
         theirs = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, HTTPError, yaml.YAMLError):  # it has none, or none that can be had or read
         theirs = {}
-    told = {name: theirs.get(name) for name in ("license", "license_name", "license_link", "base_model")}
+    told = {name: theirs.get(name) for name in ("license", "license_name", "license_link", "base_model", "language")}
     link = told["license_link"]
     if link is not None and "://" not in link:  # a file beside the source's card
         told["license_link"] = f"https://huggingface.co/{source}/blob/main/{link}" if on_the_hub else None
     if on_the_hub:
         told["base_model"] = source
     return {name: value for name, value in told.items() if value is not None}
+
+
+def tags_of(residual_scheme: str) -> list[str]:
+    """The tags by which the Hub finds a model, beside those of its library, task, license and base model."""
+    return list(dict.fromkeys([*TAGS, residual_scheme]))
 
 
 def write_card(folder: Path, run, note: dict) -> None:
@@ -113,7 +126,7 @@ def write_card(folder: Path, run, note: dict) -> None:
         pipeline_tag=note["task"],
         **metadata,
         datasets=[note["dataset"]] if note["dataset"] else None,
-        tags=["deep-cross-attention", "dca", run.config.residual_scheme],
+        tags=tags_of(run.config.residual_scheme),
         model_name=name,
         eval_results=[
             EvalResult(
@@ -199,7 +212,7 @@ def write_conversion_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=note["task"],
-        tags=["deep-cross-attention", "dca", note["config"].residual_scheme],
+        tags=tags_of(note["config"].residual_scheme),
         **metadata,
     )
     card = ModelCard.from_template(
@@ -217,6 +230,29 @@ def write_conversion_card(
         **note,
     )
     card.save(folder / "README.md")
+
+
+def link_page(page: Path, run: Path) -> bool:
+    """Have the card of a run link to a page about its weights, if that is in its folder; return whether it does."""
+    card = run / "README.md"
+    if page.resolve().parent != run.resolve() or not card.is_file():
+        return False
+    text, (before, after) = card.read_text(encoding="utf-8"), PAGE_LINK
+    if f"({page.name})" in text:
+        return True
+    # A card has one page, below its map.
+    text = re.sub(rf"\n{re.escape(before)}\([^)\n]*\){re.escape(after)}\n", "", text)
+    linked = re.sub(
+        rf"^!\[.*\]\({re.escape(DEPTH_WEIGHTS)}\)\n",
+        lambda found: f"{found[0]}\n{before}({page.name}){after}\n",
+        text,
+        count=1,
+        flags=re.MULTILINE,
+    )
+    if linked == text:
+        return False
+    write_whole(card, linked)
+    return True
 
 
 def _length(arguments: dict) -> str:

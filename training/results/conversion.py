@@ -1,7 +1,7 @@
 """
-Makes a trained residual model a DCA model that computes the same: `python -m training.retrofit SOURCE OUTPUT`.
+Converts a trained residual model to a DCA model that computes the same: `python -m training.retrofit SOURCE OUTPUT`.
 
-A folder named OUTPUT is there only when it is whole: the checkpoint is written, and verified, under another name beside it.
+The checkpoint is written, and verified, under another name beside OUTPUT, and renamed when it is complete.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def save(model: PreTrainedModel, processor, folder: Path, max_shard_size: str) -
 def make_inputs(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], tokenizer, text: str | None
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """What both models are given: the text, or random tokens or images; and how many tokens they then generate."""
+    """The inputs of both models, which are the text or random tokens or images, and how many tokens they generate."""
     generator = torch.Generator().manual_seed(0)
     if hasattr(config, "image_size"):
         size = config.image_size

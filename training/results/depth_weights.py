@@ -1,6 +1,6 @@
 """
-What a trained model draws from each earlier output: the whole weights `b + relu(w . n(f))` (paper, figure 10, whose model has
-`b` alone), and what its loss loses without an output.
+What the blocks of a trained model draw from each earlier output: the whole weights `b + relu(w . n(f))` (paper, figure 10, whose
+model has `b` alone), and how much its loss rises without an output.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +14,8 @@ from modeling_dca import GeneralizedResidual
 
 
 INPUTS = ("q", "k", "v")
+#: What the inputs of a block are called in words; in other schemes than DCA the three share one.
+INPUT_NAMES = {"q": "queries", "k": "keys", "v": "values", "q, k, v": "queries, keys and values"}
 BAND = (0.05, 0.95)
 #: What does without an output, other than a block by its number.
 ALL_BLOCKS, OUTPUT = "all", "output"
@@ -22,6 +24,53 @@ ALL_BLOCKS, OUTPUT = "all", "output"
 def _places(residual: GeneralizedResidual) -> list[int]:
     """Where in the stack the entries are that a generalized residual takes (see `training.altered`)."""
     return list(getattr(residual, "chosen", range(residual.delta.shape[1])))
+
+
+@torch.no_grad()
+def _run_recording(model: PreTrainedModel, batches: Iterable[dict], record: Callable) -> list[list]:
+    """
+    Run a model, and `record(gates, squares)` what each block's generalized residual makes of its stack.
+
+    Args:
+        record: takes `relu(w . n(f_i))` of each token, `(inputs, entries, tokens)`, and the mean square of each entry over
+            its features, `(entries, tokens)`.
+
+    Returns:
+        What `record` returned, by block and batch.
+    """
+    recorded = []
+
+    def hook_of(records: list) -> Callable:
+        def hook(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
+            entries = [stack[i] for i in _places(residual)]
+            squares = torch.stack([entry.float().square().mean(dim=-1).flatten() for entry in entries])
+            gates = squares.new_zeros(len(residual.delta), *squares.shape)
+            if residual.gate is not None:
+                of_entries = [residual.gates(entry, i).flatten(0, -2) for i, entry in enumerate(entries)]
+                gates = torch.stack(of_entries).permute(2, 0, 1)
+            records.append(record(gates, squares))
+
+        return hook
+
+    hooks = []
+    for residual in residuals_of(model):
+        recorded.append([])
+        hooks.append(residual.register_forward_pre_hook(hook_of(recorded[-1])))
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return recorded
+
+
+def residuals_of(model: PreTrainedModel) -> list[GeneralizedResidual]:
+    """Those that form the inputs of the blocks, in their order."""
+    return [layer.residual for layer in model.base_model.layers[: model.config.num_hidden_layers]]
 
 
 @torch.no_grad()
@@ -38,39 +87,41 @@ def measure_draws(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]
         hidden_size)` (1 in the place of `hidden_size` for GRN-v1), `gate` `(inputs, entries, 1)`, the mean of
         `relu(w . n(f_i))`, and `size` `(entries,)`, the root mean square of the entries' numbers.
     """
-    residuals = [layer.residual for layer in model.base_model.layers[: model.config.num_hidden_layers]]
+    residuals = residuals_of(model)
     if residuals[0].delta is None:
         return []
-    sums = {residual: [] for residual in residuals}
-
-    def record(residual: GeneralizedResidual, stack: tuple[torch.Tensor, ...]):
-        entries = [stack[i] for i in _places(residual)]
-        squares = torch.stack([entry.float().square().mean(dim=-1).sum() for entry in entries])
-        opened = squares.new_zeros(len(residual.delta), len(entries))
-        if residual.gate is not None:
-            gates = [residual.gates(entry, i).flatten(0, -2).sum(dim=0) for i, entry in enumerate(entries)]
-            opened = torch.stack(gates, dim=-1)
-        sums[residual].append((opened, squares, entries[0][..., 0].numel()))
-
-    hooks = [residual.register_forward_pre_hook(record) for residual in residuals]
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            model(**batch)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-
+    sums = _run_recording(model, batches, lambda gates, squares: (gates.sum(-1), squares.sum(-1), squares.shape[-1]))
     draws = []
-    for residual in residuals:
-        opened, squares, tokens = zip(*sums[residual])  # the last batch may be smaller than the others
+    for residual, of_batches in zip(residuals, sums):
+        opened, squares, tokens = zip(*of_batches)  # the last batch may be smaller than the others
         gate = sum(each.cpu().double() for each in opened) / sum(tokens)
         size = (sum(each.cpu().double() for each in squares) / sum(tokens)).sqrt()
         b = 1 + residual.delta.cpu().double()
         draws.append({"outputs": residual.spans(), "b": b, "gate": gate.unsqueeze(-1), "size": size})
     return draws
+
+
+@torch.no_grad()
+def measure_token_draws(model: PreTrainedModel, inputs: dict) -> list[dict]:
+    """
+    What the blocks of a model draw from their stacks for each token of one example.
+
+    Args:
+        model: as [`measure_draws`] takes it.
+        inputs: of one text or image, on the model's device.
+
+    Returns:
+        A dictionary for each block, as of [`measure_draws`], but for `gate` `(inputs, entries, tokens)` and `size`
+        `(entries, tokens)`, those of each token.
+    """
+    residuals = residuals_of(model)
+    found = _run_recording(
+        model, [inputs], lambda gates, squares: (gates.cpu().double(), squares.cpu().double().sqrt())
+    )
+    return [
+        {"outputs": residual.spans(), "b": 1 + residual.delta.cpu().double(), "gate": gate, "size": size}
+        for residual, ((gate, size),) in zip(residuals, found)
+    ]
 
 
 def depth_weights(models: Sequence[list[dict]], times_size: bool = False) -> list[dict]:
@@ -120,8 +171,8 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
 @contextmanager
 def without(entries: Iterable[tuple[GeneralizedResidual, int]]) -> Iterator[None]:
     """
-    Has generalized residuals do without entries of theirs, by index, as if `b` were 0 and the gate shut for these alone.
-    Other blocks have them still.
+    Within it, generalized residuals leave out entries of their stacks, by index, as if `b` were 0 and the gate shut for
+    these. The stack itself is unchanged: other blocks still draw from them.
     """
     removed = {}
     for residual, index in entries:
@@ -148,8 +199,8 @@ def losses_without(
     model: PreTrainedModel, outputs: Iterable[int], measure: Callable[[], float]
 ) -> tuple[float, list[dict]]:
     """
-    What a model's loss is when a block, all blocks, or the model's output do without the entry that holds an output. Where
-    an entry holds many, merged (k-DCA), all of them go.
+    The loss of a model when a block, all blocks, or the model's output leave out the entry that holds an output. An entry
+    that merges many outputs (k-DCA) is left out as a whole.
 
     Args:
         outputs: the numbers of the outputs, each of which is left out in turn.

@@ -1,5 +1,6 @@
-"""The pictures of a model card."""
+"""The pictures of runs and comparisons. Each has a title that says what to see, and a scheme has one colour in all of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -8,13 +9,56 @@ import numpy as np
 
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib import pyplot as plt
-from matplotlib.colors import SymLogNorm
+from matplotlib.colors import LinearSegmentedColormap, SymLogNorm
+from matplotlib.ticker import MaxNLocator
+
+from training.results.depth_weights import INPUT_NAMES
 
 
-#: Colours that the colour-blind can tell apart (Okabe and Ito), the first for the baseline; with more variants than
-#: colours, the lines differ.
-COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+#: The colours of the residual schemes. The colour-blind can tell them apart (Okabe and Ito's, and a grey).
+COLORS = {
+    "standard": "#000000",
+    "dca": "#D55E00",
+    "2-dca": "#0072B2",
+    "1-dca": "#56B4E9",
+    "4-dca": "#CC79A7",
+    "grn_v1": "#999999",
+    "grn_v2": "#E69F00",
+    "grn_v3": "#009E73",
+}
+#: Other names of schemes, as studies and benchmarks have them.
+ALIASES = {"transformer": "standard", "llama": "standard", "vit": "standard", "full dca": "dca", "vit + dca": "dca"}
 LINES, MARKERS = ["-", "--", ":", "-."], "osD^vPX"
+#: From what is less than in the residual sum to what is more, by way of what is the same.
+LESS_TO_MORE = LinearSegmentedColormap.from_list("less to more", [COLORS["2-dca"], "#F7F7F7", COLORS["dca"]])
+#: The width of wide pictures in inches, with which their text is legible at the width of a README or of a page of the Hub.
+WIDTH = 9.6
+
+
+def scheme_of(name: str) -> str:
+    """The residual scheme that the name of a variant says, if it is that of one."""
+    name = name.lower().replace("grn-", "grn_")
+    return ALIASES.get(name, name)
+
+
+def styles_of(names: Iterable[str]) -> dict[str, dict]:
+    """
+    The colour, line and marker of each of the variants in a picture. Those that are no scheme by name take the colours that
+    are left; with more variants than colours, the lines differ.
+    """
+    names = list(dict.fromkeys(names))
+    known = {scheme_of(name): name for name in reversed(names) if scheme_of(name) in COLORS}
+    left = [color for scheme, color in COLORS.items() if scheme not in known] or list(COLORS.values())
+    styles, others = {}, 0
+    for index, name in enumerate(names):
+        line = LINES[0]
+        if known.get(scheme_of(name)) == name:
+            color = COLORS[scheme_of(name)]
+        else:
+            color, line = left[others % len(left)], LINES[others // len(left) % len(LINES)]
+            others += 1
+        styles[name] = {"color": color, "linestyle": line, "marker": MARKERS[index % len(MARKERS)]}
+    return styles
 
 
 def draw_loss_curves(histories: dict[str, list[dict]], file: Path) -> None:
@@ -26,14 +70,21 @@ def draw_loss_curves(histories: dict[str, list[dict]], file: Path) -> None:
         file: where to save the picture.
     """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, (name, history) in enumerate(histories.items()):
+    styles, ends = styles_of(histories), {}
+    for name, history in histories.items():
         for key, style, label in (
-            ("loss", {"alpha": 0.35, "linewidth": 1}, "training"),
-            ("eval_loss", {"marker": "o", "markersize": 3}, "held out"),
+            ("loss", {"alpha": 0.35, "linewidth": 1, "marker": ""}, "training"),
+            ("eval_loss", {"markersize": 3}, "held out"),
         ):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
-                axes.plot(*zip(*points), color=f"C{index}", label=f"{name}, {label}", **style)
+                axes.plot(*zip(*points), label=f"{name}, {label}", **styles[name] | style)
+                ends[name] = points[-1][1], label
+    measured = {label for _, label in ends.values()}
+    if len(measured) == 1:
+        (label,) = measured
+        told = ", ".join(f"{name} {loss:.3f}" for name, (loss, _) in sorted(ends.items(), key=lambda end: end[1]))
+        axes.set_title(f"Loss {'of training' if label == 'training' else label}, at the end: {told}")
     held_out = [entry["eval_loss"] for history in histories.values() for entry in history if "eval_loss" in entry]
     losses = [entry["loss"] for history in histories.values() for entry in history if "loss" in entry]
     if held_out and losses:
@@ -62,25 +113,69 @@ def draw_depth_weights(weights: list[dict], file: Path, times_size: bool = False
     blocks = max(weight["block"] for weight in weights)
     grids = {name: np.full((blocks, blocks), np.nan) for name in inputs}
     for weight in weights:
-        whole = weight["weight"] if "weight" in weight else np.add(weight["b"], weight["gate"])
-        for (first, last), value in zip(weight["outputs"], whole):
+        for (first, last), value in zip(weight["outputs"], _whole(weight)):
             grids[weight["input"]][weight["block"] - 1, first : last + 1] = value
     values = np.concatenate([grid[~np.isnan(grid)] for grid in grids.values()])
     center = 0.0 if times_size else 1.0
     reach = max(np.abs(values - center).max(), 1e-6)
     figure, axes = plt.subplots(
-        1, len(inputs), figsize=(1.5 + 3.6 * len(inputs), 3.6), squeeze=False, layout="constrained"
+        1, len(inputs), figsize=(1.2 + 2.8 * len(inputs), 3.7), squeeze=False, sharey=True, layout="constrained"
     )
     for panel, name in zip(axes[0], inputs):
-        image = panel.imshow(grids[name], cmap="RdBu_r", vmin=center - reach, vmax=center + reach)
-        panel.set_title(f"{name}: {_whole_weight(times_size)}")
-        panel.set_xlabel("output drawn from (0: the model's input)")
-        panel.set_yticks(range(blocks), range(1, blocks + 1))
-        panel.set_xticks(range(blocks))
+        image = panel.imshow(
+            grids[name],
+            cmap=LESS_TO_MORE,
+            vmin=center - reach,
+            vmax=center + reach,
+            extent=(-0.5, blocks - 0.5, blocks + 0.5, 0.5),
+        )
+        panel.set_facecolor("0.85")  # where there is no output yet
+        panel.set_title(INPUT_NAMES[name], fontsize=11)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(12, integer=True))
     axes[0, 0].set_ylabel("block")
-    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+    figure.supxlabel("output drawn from (0: the model's input)", fontsize=10)
+    figure.suptitle(_farthest(weights, times_size, len(inputs)), fontsize=11)
+    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8, label=_whole_weight(times_size))
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def _farthest(weights: list[dict], times_size: bool, panels: int) -> str:
+    """What a map of weights shows, and where in it most is to be seen."""
+    cells = [
+        (value, each["input"], each["block"], outputs)
+        for each in weights
+        for outputs, value in zip(each["outputs"], _whole(each))
+    ]
+    if times_size:
+        title = "How much each block draws from each earlier output (weight x size)"
+        value, name, block, outputs = max(cells, key=lambda cell: abs(cell[0]))
+        found = f"Most: {INPUT_NAMES[name]} of block {block} draw {value:.2f} from {_output(outputs)}"
+    else:
+        title = "What each block draws from each earlier output (1: the residual sum)"
+        value, name, block, outputs = max(cells, key=lambda cell: abs(cell[0] - 1))
+        found = f"Farthest from 1: {INPUT_NAMES[name]} of block {block} draw {value:.2f} times {_output(outputs)}"
+        if abs(value - 1) < 1e-6:
+            found = "All weights are 1"
+    separator = ". " if panels > 1 and len(title + found) < 90 else "\n"
+    return title + separator + found
+
+
+def _output(outputs: tuple[int, int]) -> str:
+    first, last = outputs
+    if first != last:
+        return f"outputs {first} to {last}"
+    return f"output {first}" if first else "the model's input"
+
+
+def _whole(weight: dict) -> list[float]:
+    """The whole weights of a record; those of earlier versions hold their parts alone."""
+    return weight["weight"] if "weight" in weight else np.add(weight["b"], weight["gate"])
+
+
+#: The colours of queries, keys and values, and how many labels a small panel has room for.
+OF_INPUTS, MOST_LABELS = [COLORS["dca"], COLORS["2-dca"], COLORS["grn_v3"]], 13
 
 
 def _whole_weight(times_size: bool) -> str:
@@ -101,7 +196,12 @@ def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False
     columns = min(4, blocks)
     rows = -(-blocks // columns)
     figure, panels = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.5 * rows), sharey=True, squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(WIDTH if columns == 4 else 3 * columns, 0.9 + 2.2 * rows),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes in panels.flat[blocks:]:
         axes.remove()
@@ -111,21 +211,28 @@ def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False
         entries = np.arange(len(weight["outputs"]))
         # Side by side, so that they do not hide each other.
         x = entries + 0.22 * (index - (len(inputs) - 1) / 2)
-        color = COLORS[index + 1]
+        color = OF_INPUTS[index]
         # (Where a few features are far from the rest, their mean is outside of the band.)
         axes.vlines(x, weight["low"], weight["high"], color=color, linewidth=1.5)
         axes.plot(x, weight["weight"], MARKERS[index], color=color, markersize=4, label=weight["input"])
         labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in weight["outputs"]]
-        axes.set_xticks(entries, labels, fontsize=8)
+        apart = -(-len(labels) // MOST_LABELS)
+        axes.set_xticks(entries[::apart], labels[::apart], fontsize=8)
     for block, axes in enumerate(panels.flat[:blocks], start=1):
         if not times_size:
-            axes.axhline(1, color=COLORS[0], linestyle="--", linewidth=0.8)
+            axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
         axes.set_title(f"block {block}", fontsize=10)
     for axes in panels[:, 0]:
         axes.set_ylabel(_whole_weight(times_size))
     figure.supxlabel("output drawn from (0: the model's input)", fontsize=10)
-    panels.flat[0].legend(fontsize=8)
-    figure.savefig(file, dpi=130)
+    handles, _ = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, [INPUT_NAMES[name] for name in inputs], loc="outside upper right", ncols=3, fontsize=9)
+    figure.suptitle(
+        "How the features of a block draw from each earlier output: mean, and the band of 90 %"
+        + ("" if times_size else " (dashed: the residual sum)"),
+        fontsize=11,
+    )
+    figure.savefig(file, dpi=min(130, 3000 / figure.get_figheight()))
     plt.close(figure)
 
 
@@ -147,19 +254,23 @@ def draw_without(rows: list[dict], file: Path) -> None:
     finite = np.abs(grid[np.isfinite(grid)])
     # A block without the model's input can lose a thousand times what others do.
     norm = SymLogNorm(0.01, vmax=max(finite.max(initial=0), 0.01), vmin=-max(finite.max(initial=0), 0.01))
-    size = (4 + 0.45 * len(outputs), 2 + 0.32 * len(blocks))
+    size = (min(4.5 + 0.45 * len(outputs), 14), min(2.2 + 0.32 * len(blocks), 14))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto")
+    image = axes.imshow(grid, cmap=LESS_TO_MORE, norm=norm, aspect="auto")
+    axes.set_facecolor("0.85")  # where there is no such output
+    most = max((row for row in rows if np.isfinite(row["lost"])), key=lambda row: row["lost"], default={"lost": 0})
+    if most["lost"] > 0:
+        block = named.get(most["block"], f"block {most['block']}")
+        what = _output((most["without"], most["without"]))
+        axes.set_title(f"Most is lost without {what}\nin {block}: {most['lost']:.3g} nats", fontsize=11)
+    else:
+        axes.set_title("Nothing is lost without any one output", fontsize=11)
     axes.set_xticks(range(len(outputs)), outputs)
     axes.set_yticks(range(len(blocks)), [named.get(block, f"block {block}") for block in blocks], fontsize=8)
     axes.set_xlabel("without output (0: the model's input)")
     figure.colorbar(image, ax=axes, label="held-out loss lost (nats)")
     figure.savefig(file, dpi=130)
     plt.close(figure)
-
-
-def _style(index: int) -> dict:
-    return {"color": COLORS[index % len(COLORS)], "linestyle": LINES[index // len(COLORS) % len(LINES)]}
 
 
 def _over_seeds(curves: list[list[list[float]]], column: int) -> tuple[list[float], np.ndarray]:
@@ -169,10 +280,16 @@ def _over_seeds(curves: list[list[list[float]]], column: int) -> tuple[list[floa
     return steps, np.array([[values[step] for step in steps] for values in by_step])
 
 
-def _plot_band(axes, x, values: np.ndarray, label: str, index: int, **style) -> None:
-    """The mean of the rows of `values`, and a band from the lowest to the highest."""
-    axes.plot(x, values.mean(axis=0), label=label, **_style(index), **style)
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=_style(index)["color"], alpha=0.15, linewidth=0)
+def _plot_band(axes, x, values: np.ndarray, label: str, style: dict) -> None:
+    """The mean of the rows of `values`, and a band from the lowest to the highest. The label has the last mean with it."""
+    means = values.mean(axis=0)
+    axes.plot(x, means, label=f"{label}: {means[-1]:.4g}", **style)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _variants(groups: dict[str | None, dict]) -> dict[str, dict]:
+    """The style of each variant, the same in all groups."""
+    return styles_of(variant for runs in groups.values() for variant in runs)
 
 
 def _limit(axes, values: list[np.ndarray]) -> None:
@@ -197,24 +314,28 @@ def draw_compared_curves(groups: dict[str | None, dict[str, list[dict]]], file: 
         file: where to save the picture.
     """
     figure, rows = plt.subplots(
-        len(groups), 2, figsize=(11, 0.5 + 4 * len(groups)), squeeze=False, layout="constrained"
+        len(groups), 2, figsize=(WIDTH, 0.5 + 3.8 * len(groups)), squeeze=False, layout="constrained"
     )
+    styles = _variants(groups)
     for panels, (group, runs) in zip(rows, groups.items()):
         for axes, key, title in zip(panels, ("training", "held_out"), ("training loss", "held-out loss")):
-            drawn = []
-            for index, (variant, of_seeds) in enumerate(runs.items()):
+            drawn, ends = [], {}
+            for variant, of_seeds in runs.items():
                 steps, values = _over_seeds([run[key] for run in of_seeds], 1)
                 if steps:
-                    marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 4} if key == "held_out" else {}
-                    _plot_band(axes, steps, values, variant, index, linewidth=1.2, **marker)
+                    points = {"markersize": 4} if key == "held_out" else {"marker": ""}
+                    _plot_band(axes, steps, values, variant, styles[variant] | {"linewidth": 1.2} | points)
                     drawn += list(values)
+                    ends[variant] = values[:, -1].mean()
+            if key == "held_out" and len(ends) > 1 and np.isfinite(list(ends.values())).all():
+                title += f", lowest at the end: {min(ends, key=ends.get)}"
             if drawn:
                 _limit(axes, drawn)
             axes.set_title(title if group is None else f"{group}: {title}")
             axes.set_xlabel("step")
             axes.set_ylabel("loss (nats)")
             axes.grid(alpha=0.3)
-        panels[1].legend()
+        panels[1].legend(title="mean of the seeds at the end", title_fontsize=9)
     figure.savefig(file, dpi=150 if len(groups) == 1 else 100)
     plt.close(figure)
 
@@ -235,7 +356,7 @@ def draw_loss_over_time(
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     figure, panels = plt.subplots(
-        rows, columns, figsize=(1 + 6 * columns, 0.5 + 4 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(WIDTH if columns == 2 else 7, 0.7 + 3.8 * rows), squeeze=False, layout="constrained"
     )
     for axes in panels.flat[len(groups) :]:
         axes.remove()
@@ -243,30 +364,30 @@ def draw_loss_over_time(
     unit, length = next(
         each for each in (("h", 3600), ("min", 60), ("s", 1)) if longest >= 2 * each[1] or each[1] == 1
     )
+    styles = _variants(groups)
     for axes, (group, runs) in zip(panels.flat, groups.items()):
         drawn = []
         axes.set_yscale("log")  # most of the time goes into the last few per cent
         for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             each("{x:g}")
-        for index, (variant, of_seeds) in enumerate(runs.items()):
+        for variant, of_seeds in runs.items():
             steps, values = _over_seeds([run["held_out"] for run in of_seeds], 2)
             if steps:
                 pace = np.mean([run["seconds"] / run["steps"] for run in of_seeds]) / length
-                marker = MARKERS[index % len(MARKERS)]
-                _plot_band(
-                    axes, np.array(steps) * pace, values, variant, index, linewidth=1.5, marker=marker, markersize=4
-                )
+                style = styles[variant] | {"linewidth": 1.5, "markersize": 4}
+                _plot_band(axes, np.array(steps) * pace, values, variant, style)
                 drawn += list(values)
         if baseline in runs:
             reached = np.mean([run["held_out"][-1][2] for run in runs[baseline]])
-            axes.axhline(reached, color=COLORS[0], linestyle="--", linewidth=0.8)
+            axes.axhline(reached, color=styles[baseline]["color"], linestyle="--", linewidth=0.8)
         if drawn:
             _limit(axes, drawn)
         axes.set_title(group)
         axes.set_xlabel(f"training time ({unit})")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(title="mean of the seeds at the end", title_fontsize=9)
+    figure.suptitle(f"{label[0].upper()}{label[1:]} by training time; dashed: where {baseline} ends", fontsize=11)
     figure.savefig(file, dpi=150 if len(groups) == 1 else 100)
     plt.close(figure)
 
@@ -290,20 +411,21 @@ def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], f
     sizes = [size for points in lines.values() for size, *_ in points]
     middle = (min(sizes) + max(sizes)) / 2  # on the other side of it names stand left of their points
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for index, (line, points) in enumerate(lines.items()):
+    styles = styles_of(lines)
+    for line, points in lines.items():
         parameters, losses, deviations, names = zip(*sorted(points))
-        marker = MARKERS[index % len(MARKERS)]
         label = line if len(points) > 1 or None not in groups else names[0]
-        axes.errorbar(parameters, losses, deviations, label=label, marker=marker, capsize=3, **_style(index))
+        axes.errorbar(parameters, losses, deviations, label=label, capsize=3, **styles[line])
         if len(points) > 1:
             for x, y, name in zip(parameters, losses, names):
                 offset, side = ((4, 5), "left") if x < middle else ((-4, 5), "right")
-                axes.annotate(name, (x, y), offset, ha=side, textcoords="offset points", fontsize=7, color=COLORS[0])
+                axes.annotate(name, (x, y), offset, ha=side, textcoords="offset points", fontsize=8, color="black")
     axes.margins(x=0.05)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
     axes.tick_params(axis="x", labelrotation=20)
     axes.set_xlabel("parameters")
     axes.set_ylabel("final held-out loss (nats)")
+    axes.set_title("Held-out loss at the end, by size: mean and standard deviation of the seeds", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)

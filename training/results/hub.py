@@ -28,11 +28,10 @@ from training.support.files import read_json, read_whole
 
 STATE, RESULTS = "trainer_state.json", "all_results.json"
 
-#: What a run or a conversion writes, and what a card may show besides. Of other files nobody knows what they hold: the
-#: output of a job, say.
+#: What a run or a conversion writes, and what a card may show. Other files, such as the output of a job, are not published.
 PUBLISHED = [
     *("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.yaml", "*tfevents*"),
-    *("*.md", "*.png", "*.jpg", "*.jpeg", "*.svg", "LICENSE*", "NOTICE*"),
+    *("*.md", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.html", "LICENSE*", "NOTICE*"),
 ]
 #: What `Trainer.push_to_hub` leaves out, hidden files, and what only serves to resume the training. The training
 #: arguments are a pickle that may hold an access token.
@@ -77,6 +76,9 @@ def published_files(run: Path) -> list[str]:
             raise UserError(f"{run} has no {needed}: only the folder of a finished run can be published.")
     # A folder with a configuration of its own holds another model: the baseline, say.
     other_models = [f"{Path(path).parent}/*" for path in paths if path.endswith("/config.json")]
+    # A page that the card does not link to is of other weights: of those before the run went on.
+    card = (run / "README.md").read_text(encoding="utf-8")
+    paths = [path for path in paths if not path.endswith(".html") or f"({path})" in card]
     return list(filter_repo_objects(paths, allow_patterns=PUBLISHED, ignore_patterns=NOT_PUBLISHED + other_models))
 
 

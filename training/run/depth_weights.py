@@ -7,10 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from modeling_dca import DCABaseConfig
+from training.results.card import link_page
 from training.results.depth_weights import (
     ALL_BLOCKS,
     BAND,
@@ -18,10 +20,14 @@ from training.results.depth_weights import (
     depth_weights,
     losses_without,
     measure_draws,
+    measure_token_draws,
+    residuals_of,
 )
 from training.results.figures import draw_depth_spreads, draw_depth_weights, draw_without
-from training.run.evaluation import held_out_trainer
-from training.support.errors import UserError
+from training.results.hub import model_name
+from training.results.page import check_page, check_size, page_data, write_page
+from training.run.evaluation import held_out_trainer, load_model
+from training.support.errors import UserError, told
 from training.support.files import output_folder, read_json, write_whole
 from training.support.tables import align
 
@@ -163,3 +169,38 @@ def write_depth_weights(
     if any(first != last for row in losses[WITHOUT] for first, last in [row["outputs"]]):
         print("(An entry that holds many outputs, merged, is left out as a whole.)")
     print(f"What is lost without each output is in {folder}: {', '.join(WITHOUT_FILES)}.")
+
+
+def explore(asked: dict[str, Any], file: Path, **given: str | None) -> None:
+    """
+    Write the page of a checkpoint: what its blocks draw for each token of a text, or patch of an image.
+
+    Args:
+        asked: what `parse_evaluation` returned.
+        file: of the page; if in the folder of the checkpoint, the card there gets a link to it.
+        given: `text`, or `image`, the file of one; the other is `None`.
+
+    Raises:
+        [`UserError`]: the checkpoint or what is given cannot be read, do not go together, or the page cannot be written.
+    """
+    checkpoint, config, arguments = asked["checkpoint"], asked["config"], asked["arguments"]
+    check_alike([(checkpoint, config)])
+    check_page(file)
+    kind = "image" if asked["task"].name == "image-classification" else "text"
+    other = next(name for name in given if name != kind)
+    if given[kind] is None or given[other] is not None:
+        raise UserError(f"{checkpoint!r} is a model of {kind}s: --page takes --{kind}, and no --{other}, with it.")
+    example = asked["task"].example(given[kind], asked["data"], config, checkpoint)
+    model = load_model(asked["model_class"], checkpoint, arguments.dtype)
+    check_size(residuals_of(model), example, checkpoint)
+    device = arguments.device or torch.accelerator.current_accelerator() or "cpu"
+    with told(checkpoint, "shown"):
+        model = model.to(device)
+        draws = measure_token_draws(model, {name: values.to(device) for name, values in example.inputs.items()})
+    name = model_name(Path(checkpoint)) if Path(checkpoint).exists() else checkpoint
+    write_page(page_data(name, config, example, draws), draws, example.picture, file)
+    linked = link_page(file, Path(checkpoint))
+    print(
+        f"What each block draws for each {example.unit} is in {file} ({len(example.tokens):,} in all): open it in a browser."
+        + (" The model card links to it." if linked else "")
+    )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from training.data.splits import DataArguments
+from training.results.page import Example
 from training.run.fields import RunArguments
 
 
@@ -19,6 +20,7 @@ class Task(NamedTuple):
     mapping: Any  # of transformers, from configurations to the classes of all models of this task
     train: Callable  # of a run
     evaluation: Callable[..., dict[str, Any]]  # of data, configuration and checkpoint: how a `Trainer` evaluates
+    example: Callable[..., Example]  # of a text, or the file of an image, and the same three: what a page shows
 
     @property
     def fields(self) -> tuple[type, type, type]:

@@ -22,10 +22,10 @@ TOKENIZER_BATCH = 256
 
 class PackedBlocks:
     """
-    Documents as blocks of `block_size` token ids: an end-of-text token after each document, all of them one after the
-    other, cut at every `block_size` tokens. Nothing is lost but the last block, if it is not full.
+    Documents, packed into blocks of `block_size` token ids. Each document is followed by an end-of-text token, and the
+    sequence of them all is cut every `block_size` tokens. Only a last block that is not full is dropped.
 
-    What is written in a text like a special token is text: no token is special but the end of a document.
+    The name of a special token in a text is text: the only special token is the end of a document.
 
     Args:
         data: the documents, with a column of texts or of lists of token ids.
@@ -96,7 +96,7 @@ class PackedBlocks:
             )
 
     def materialize(self) -> Dataset:
-        """All blocks as a data set on disk, read by memory-mapping, and packed anew where data, tokenizer or code changed."""
+        """All blocks, as a memory-mapped data set on disk. They are packed again when data, tokenizer or code change."""
         plain_tokens(self.tokenizer, [""])  # how it was called last is a part of it, and for all packing the same
         warned = {"deprecation_warnings": None}  # what it has warned of is a part of it, too
         decisive = {**vars(self), "tokenizer": {**vars(self.tokenizer), **warned}}
@@ -119,8 +119,8 @@ class PackedBlocks:
 
     def tokens_per_byte(self) -> float:
         """
-        How many tokens a byte of the documents (in UTF-8) becomes, end-of-text tokens included. The bytes are those of the
-        texts, whatever the tokenizer makes of them; of token ids, those of what they are decoded to.
+        The number of tokens per byte of the documents in UTF-8, end-of-text tokens included. Bytes are counted in the text
+        itself; where documents are token ids, in what they decode to.
         """
         tokens = num_bytes = 0
         documents, encoded = itertools.tee(self.documents())

@@ -91,7 +91,8 @@ def load_text(
     The documents to train on and those held out, with the column `arguments.text_column`.
 
     Args:
-        held_out_only: give `None` for those to train on, and do not load them where the others are not a share of them.
+        held_out_only: return `None` in place of the training documents. They are not loaded, unless those held out are a
+            share of them.
     """
     if arguments.block_size < 2:
         raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")

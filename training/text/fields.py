@@ -24,7 +24,7 @@ class TextDataArguments(DataArguments):
         default="text", metadata={"help": "The column with the text, or with lists of token ids."}
     )
     streaming: bool = dataclasses.field(
-        default=False, metadata={"help": "Read the training data while training, instead of before."}
+        default=False, metadata={"help": "Stream the training data: read it during training, not before."}
     )
     stream_lanes: int = dataclasses.field(
         default=16,
@@ -43,7 +43,7 @@ class TextDataArguments(DataArguments):
         default=128, metadata={"help": "The length of the training sequences, in tokens."}
     )
     max_eval_documents: int | None = dataclasses.field(
-        default=None, metadata={"help": "The most documents to evaluate on."}
+        default=None, metadata={"help": "The largest number of documents to evaluate on."}
     )
     max_eval_overlap: float | None = dataclasses.field(
         default=None,
@@ -57,7 +57,7 @@ class TextDataArguments(DataArguments):
         metadata={"help": "The path or Hub id of a tokenizer; if none, one is trained with `vocab_size` tokens."},
     )
     tokenizer_documents: int = dataclasses.field(
-        default=100_000, metadata={"help": "The most documents to train a tokenizer on."}
+        default=100_000, metadata={"help": "The largest number of documents to train a tokenizer on."}
     )
 
 
@@ -72,7 +72,7 @@ class CausalLMArguments(RunArguments):
         default="inverse_sqrt", metadata={"help": "The learning rate schedule."}
     )
     warmup_steps: float = dataclasses.field(
-        default=1000, metadata={"help": "Steps to warm up, or below 1 their share."}
+        default=1000, metadata={"help": "The number of warm-up steps; below 1, their share of all steps."}
     )
     adam_beta2: float = dataclasses.field(default=0.98, metadata={"help": "Beta2 of AdamW."})
     weight_decay: float = dataclasses.field(default=0.1, metadata={"help": "Weight decay of AdamW."})
@@ -84,7 +84,7 @@ class CausalLMArguments(RunArguments):
 
 @dataclasses.dataclass
 class AlteredArguments(CausalLMArguments):
-    """The fields of `training.altered`: those of a language model's run, of which it calls `variant` by another name, too."""
+    """The fields of `training.altered`: those of a language model's run, and `alteration`, a second name of `variant`."""
 
     alteration: str | None = dataclasses.field(
         default=None, metadata={"help": f"The `variant`: {', '.join(VARIANTS)}."}

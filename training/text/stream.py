@@ -1,5 +1,5 @@
 """
-Text that is read while it is trained on, in an order that is the same for any number of processes and workers.
+Text that is streamed during training, in an order that is the same for any number of processes and workers.
 
 The documents are divided into a fixed number of lanes. Each lane takes its part of the files, shuffles it on its own and
 packs it into blocks; block `g` of a run is block `g // lanes` of lane `g % lanes`, whoever reads that lane.
@@ -61,8 +61,8 @@ class _Read:
 
 class SharedReads:
     """
-    Files that several lanes read, each of them once, as long as the lanes are no more apart than what is kept: two
-    shuffle buffers a lane. A lane that is further behind reads on its own, and with it those that are no further.
+    Reads a file once for all lanes that share it, as long as they are no further apart than what is kept: two shuffle
+    buffers per lane. A lane that is further behind opens the file again, and lanes as far behind read with it.
 
     Args:
         lanes: the lanes that read; of the others nothing is kept.

@@ -10,13 +10,22 @@ import evaluate
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, EvalPrediction, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_dca import DCAForCausalLM
+from training.data.files import check_document
 from training.data.splits import is_on_the_hub
 from training.results.hub import public_name
 from training.results.metrics import Perplexity, load_metrics, plain
+from training.results.page import Example
 from training.run.checks import (
     check_batches,
     check_best_metric,
@@ -39,7 +48,11 @@ from training.text.document_losses import DocumentLosses
 from training.text.documents import load_text, texts
 from training.text.fields import CausalLMArguments, TextDataArguments
 from training.text.stream import TextStream, check_lanes
-from training.text.tokenizer import keep_tokenizer, load_tokenizer, train_tokenizer
+from training.text.tokenizer import keep_tokenizer, load_tokenizer, plain_tokens, train_tokenizer
+
+
+#: How many tokens one character has at most: the bytes of UTF-8.
+LONGEST_CHARACTER = 4
 
 
 #: How many tokens are shown of what a model writes.
@@ -242,20 +255,60 @@ def text_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.T
     return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=labels[:, 1:].numel())
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """How many tokens a model takes at most, or `None` where its positions set no limit."""
+    limited = getattr(config, "position_embedding", "learned") == "learned"
+    limited = limited and getattr(config, "rope_parameters", None) is None
+    return getattr(config, "max_position_embeddings", None) if limited else None
+
+
 def text_options(
     data: TextDataArguments, config: PreTrainedConfig, checkpoint: str, metrics: list[str]
 ) -> dict[str, Any]:
     """The held-out text in blocks, and how to evaluate on it."""
-    limited = getattr(config, "position_embedding", "learned") == "learned"
-    limited = limited and getattr(config, "rope_parameters", None) is None
-    longest = getattr(config, "max_position_embeddings", None)
-    if limited and longest is not None and data.block_size > longest:
+    longest = longest_text(config)
+    if longest is not None and data.block_size > longest:
         raise UserError(f"`block_size` is {data.block_size}, but {checkpoint!r} takes no more than {longest} tokens.")
     tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
     _, documents = load_text(data, held_out_only=True)
     held_out = PackedBlocks(documents, data.text_column, tokenizer, data.block_size, config.vocab_size)
     named, _ = load_metrics(metrics, CausalLMArguments.held_out_metrics, config.vocab_size)
     return evaluation_options(held_out, held_out.materialize(), named) | {"compute_loss_func": text_loss}
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of each token. Of a character that several tokens make up, each of them has all, and its number."""
+    found, start = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        count = end - start
+        if "\ufffd" in text and count < LONGEST_CHARACTER and end < len(ids):
+            continue
+        if str(tokenizer.convert_ids_to_tokens(ids[start])).startswith("\u2581") and not text.startswith(" "):
+            text = f" {text}"  # SentencePiece leaves out a space at the start
+        found += [text] if count == 1 else [f"{text} ({number}/{count})" for number in range(1, count + 1)]
+        start = end
+    return found
+
+
+def text_example(text: str, data: TextDataArguments, config: PreTrainedConfig, checkpoint: str) -> Example:
+    """
+    A text as a language model takes it: after the token that its tokenizer begins texts with, if by any.
+
+    Raises:
+        [`UserError`]: it has no tokens, or more than the model takes, or the tokenizer cannot be had.
+    """
+    check_document(text, "text", "`text`")
+    tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
+    begin = [each for each in tokenizer("")["input_ids"][:1] if each == tokenizer.bos_token_id]
+    (ids,) = plain_tokens(tokenizer, [text])
+    if not ids:
+        raise UserError("`text` has no tokens: give a longer one.")
+    ids = begin + ids
+    longest = longest_text(config)
+    if longest is not None and len(ids) > longest:
+        raise UserError(f"`text` has {len(ids):,} tokens, but {checkpoint!r} takes no more than {longest:,}.")
+    return Example({"input_ids": torch.tensor([ids])}, "token", pieces(tokenizer, ids))
 
 
 LANGUAGE_MODELS = Task(
@@ -266,4 +319,5 @@ LANGUAGE_MODELS = Task(
     MODEL_FOR_CAUSAL_LM_MAPPING,
     train_language_model,
     text_options,
+    text_example,
 )

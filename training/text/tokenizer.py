@@ -21,7 +21,7 @@ INPUT_NAMES = ["input_ids", "attention_mask"]
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
     """
-    Train a byte-level BPE tokenizer, which represents any text and loses none of it.
+    Train a byte-level BPE tokenizer, which can encode any text without loss.
 
     Args:
         texts: the documents to train on.

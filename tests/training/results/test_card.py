@@ -93,6 +93,9 @@ def test_metadata_of_a_card(kind, request):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == task
     assert card.data.license == "apache-2.0" and "deep-cross-attention" in card.data.tags
     assert card.data.datasets is None  # the data is not on the Hub
+    scheme = "dca" if kind == "text_run" else "grn_v3"
+    expected = ["deep-cross-attention", "dca", "residual-connections", "custom_code", scheme]
+    assert card.data.tags == list(dict.fromkeys(expected))
     results = json.loads((run / "all_results.json").read_text())
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
         key.removeprefix("eval_"): pytest.approx(results[key], abs=1e-6) for key, _, _ in METRICS[task]
@@ -196,9 +199,8 @@ def test_card_shows_the_whole_weight(kind, request, monkeypatch):
     monkeypatch.setattr(figures.plt, "close", lambda figure: shown.append(figure))
     figures.draw_depth_weights(weights, run / "again.png")
     maps = [axes for axes in shown[0].axes if axes.images]
-    assert [axes.get_title() for axes in maps] == [
-        f"{each}: weight" for each in dict.fromkeys(w["input"] for w in weights)
-    ]
+    names = {"q": "queries", "k": "keys", "v": "values", "q, k, v": "queries, keys and values"}
+    assert [axes.get_title() for axes in maps] == [names[each] for each in dict.fromkeys(w["input"] for w in weights)]
     last = maps[-1].images[0].get_array()[-1]
     assert last[0] == pytest.approx(weights[-1]["weight"][0]) and last[-1] == pytest.approx(weights[-1]["weight"][-1])
     with Image.open(run / "again.png") as again, Image.open(run / "depth_weights.png") as drawn:
@@ -245,11 +247,12 @@ def test_card_tells_what_the_run_started_from(comparison, room):
 
     # What it was made from has a license of its own, which the run keeps unless it names another.
     (start / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: fair\nbase_model: somebody/base\n---\n# Llama\n"
+        "---\nlicense: other\nlicense_name: fair\nbase_model: somebody/base\nlanguage: [en, de]\n---\n# Llama\n"
     )
     call(causal_lm.main, TEXT_RUN, "--output_dir=second", *options)
     card = ModelCard.load("second/README.md")
     assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "fair", "somebody/base")
+    assert card.data.language == ["en", "de"]
     assert "[somebody/base](https://huggingface.co/somebody/base)" in card.text
     call(causal_lm.main, TEXT_RUN, "--output_dir=third", *options, "--model_license=mit")
     data = ModelCard.load("third/README.md").data.to_dict()

@@ -283,6 +283,31 @@ def test_picture_of_weights_that_have_not_moved(tmp_path):
     assert_picture(tmp_path / "weights.png")
 
 
+def test_a_scheme_has_one_colour_in_all_pictures():
+    for names in (["standard", "DCA"], ["DCA", "standard", "2-DCA"], ["Llama", "dca"], ["ViT", "ViT + DCA", "GRN-v1"]):
+        for name, style in figures.styles_of(names).items():
+            assert style["color"] == figures.COLORS[figures.scheme_of(name)] and style["linestyle"] == "-"
+    assert figures.scheme_of("GRN-v2") == "grn_v2"
+    # Variants that are no scheme by name take none of a scheme's that is there, and no two look alike.
+    names = ["standard", "DCA", "DCA with a dead gate", "dca", *(f"variant {i}" for i in range(20))]
+    styles = figures.styles_of(names)
+    assert list(styles) == names and styles["DCA"]["color"] == figures.COLORS["dca"]
+    assert styles["dca"]["color"] not in (styles["DCA"]["color"], styles["standard"]["color"])
+    looks = [(style["color"], style["linestyle"]) for style in styles.values()]
+    assert len(set(looks)) == len(looks)
+
+
+def test_title_of_losses_says_how_they_end(tmp_path, drawn):
+    history = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}]
+    other = [{"step": 2, "loss": 3.0, "eval_loss": 3.25}]
+    draw_loss_curves({"standard": history, "dca": other}, tmp_path / "loss.png")
+    assert drawn[0].get_title() == "Loss held out, at the end: dca 3.250, standard 4.500"
+    lines = {line.get_label(): line.get_color() for line in drawn[0].lines}
+    assert (
+        lines["dca, held out"] == figures.COLORS["dca"] and lines["standard, training"] == figures.COLORS["standard"]
+    )
+
+
 @pytest.mark.parametrize(
     "history",
     [
@@ -351,7 +376,7 @@ def test_what_the_map_shows(tmp_path, drawn, times_size):
     panels = drawn[0]
     assert panels.shape == (1, 3)  # one map for each input
     for panel, name in zip(panels[0], "qkv"):
-        assert panel.get_title() == (f"{name}: weight x size" if times_size else f"{name}: weight")
+        assert panel.get_title() == {"q": "queries", "k": "keys", "v": "values"}[name]
         (image,) = panel.images
         assert sum(image.get_clim()) / 2 == pytest.approx(0 if times_size else 1)
         shown = image.get_array()
@@ -365,6 +390,47 @@ def test_what_the_map_shows(tmp_path, drawn, times_size):
                         if first <= output <= last
                     ]
                     assert row[output] == pytest.approx(values[0]) if values else row.mask[output]
+
+
+def test_title_of_a_map_says_where_to_look(tmp_path, drawn):
+    weights = depth_weights([measure_draws(model_of("dca", last_k=1), [{"input_ids": BATCHES[0]}])])
+    cells = [
+        (abs(value - 1), value, each["input"], each["block"], outputs)
+        for each in weights
+        for outputs, value in zip(each["outputs"], each["weight"])
+    ]
+    _, value, name, block, (first, last) = max(cells)
+    draw_depth_weights(weights, tmp_path / "map.png")
+    title = drawn[0][0, 0].figure.get_suptitle()
+    output = "the model's input" if last == 0 else f"output {first}" if first == last else f"outputs {first} to {last}"
+    assert title.endswith(
+        f"{ {'q': 'queries', 'k': 'keys', 'v': 'values'}[name] } of block {block} draw {value:.2f} times {output}"
+    )
+    fresh = DCAForCausalLM(DCAConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    draw_depth_weights(depth_weights([measure_draws(fresh, [{"input_ids": BATCHES[0]}])]), tmp_path / "map.png")
+    assert drawn[1][0, 0].figure.get_suptitle().endswith("All weights are 1")
+
+
+def test_maps_of_48_layers_are_legible(tmp_path, drawn):
+    """At the width of a README, and with no more labels than there is room for."""
+    weights = [
+        {
+            "block": block,
+            "input": name,
+            "outputs": [(i, i) for i in range(block)],
+            **{key: [1.0] * block for key in ("weight", "low", "high", "b", "gate", "size")},
+        }
+        for block in range(1, 49)
+        for name in "qkv"
+    ]
+    draw_depth_weights(weights, tmp_path / "map.png")
+    draw_depth_spreads(weights, tmp_path / "spreads.png")
+    for panels in drawn:
+        assert panels.flat[0].figure.get_figwidth() <= 10
+        assert all(len(axis.get_ticklocs()) <= 14 for axes in panels.flat for axis in (axes.xaxis,))
+    for name in ("map", "spreads"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert max(picture.size) <= 3000
 
 
 def test_map_of_the_record_of_an_earlier_run(tmp_path, drawn):

@@ -25,13 +25,16 @@ def load_metrics(
     names: Sequence[str], own: Iterable[str], num_classes: int
 ) -> tuple[list[evaluate.EvaluationModule], list[str]]:
     """
-    The metrics that a user names, of which each was tried, and the names of the figures that they give. `predictions` and
-    `references` are classes, or tokens.
+    Load the metrics that a user names, and compute each once to see that it works. Their `predictions` and `references`
+    are classes, or tokens.
 
     Args:
         names: those of modules on the Hub, or paths of local ones.
         own: what there is to be measured besides.
         num_classes: how many classes there are.
+
+    Returns:
+        The metrics, and the names of the figures that they compute.
 
     Raises:
         [`UserError`]: one of them cannot be loaded or computed, or what it gives is no number, or is there already.

@@ -12,8 +12,8 @@ class Perplexity(evaluate.Metric):
     `compute(predictions=..., references=..., tokens_per_byte=...)` gives `perplexity` and `bits_per_byte`.
 
     `predictions` are the negative log-likelihoods of blocks of text, in nats and summed over the tokens of each,
-    `references` the numbers of those tokens, and `tokens_per_byte` what the tokenizer makes of a byte of the text (in
-    UTF-8): with it models of different tokenizers can be compared.
+    `references` the numbers of those tokens, and `tokens_per_byte` the tokens per byte of the text in UTF-8. Bits per byte
+    compare models with different tokenizers.
     """
 
     def _info(self) -> evaluate.MetricInfo:
