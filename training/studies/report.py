@@ -12,6 +12,7 @@ from training.results.figures import (
     draw_loss_over_step_time,
     draw_loss_over_time,
 )
+from training.studies.differences import FALSE_DISCOVERY_RATE, differences
 from training.studies.gains import GAINS, gains
 from training.studies.statistics import (
     CONFIDENCE,
@@ -26,6 +27,7 @@ from training.studies.statistics import (
 from training.studies.study import COMMANDS, Comparison, Member, Trial, best_values
 from training.support.files import read_json
 from training.support.tables import align
+from training.text.document_losses import DOCUMENT_LOSSES
 
 
 TABLE, RAW = "README.md", "comparison.json"
@@ -64,6 +66,9 @@ def read_member(member: Member) -> dict[str, Any]:
     share = results["train_steps_per_second"] * results["train_runtime"] / steps
     config = read_json(member.folder / "config.json", "num_hidden_layers", "hidden_size", remedy=again)
     sittings = read_json(member.sittings) if member.sittings.exists() else {}
+    documents = {}
+    if (of_documents := member.folder / DOCUMENT_LOSSES).exists():
+        documents = {each["document"]: [each["tokens"], each["loss"]] for each in read_json(of_documents)}
     training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     seen = arguments.logging_steps <= SPIKE_LOGGING_STEPS
     return {
@@ -86,6 +91,7 @@ def read_member(member: Member) -> dict[str, Any]:
         "spikes": count_spikes(training) if seen else None,
         "diverged": has_diverged(training),
         "named": member.run.named,
+        **({"documents": documents} if documents else {}),
         **sittings,
     }
 
@@ -165,6 +171,41 @@ def gains_note(baseline: str) -> str:
         "is fair only where the learning rate does not fall to an end that the slower one has not reached. *At equal parameters* "
         f"{baseline} is as large, with a straight line, over the logarithm of the parameters, between the sizes of it that are "
         "compared; where none of them is large enough, this is not known."
+    )
+
+
+def make_differences_table(cells: list[dict[str, Any]]) -> str:
+    """How sure each difference is, in Markdown."""
+    header = ["", "seeds", "difference", "plain", "pooled", "p", "a discovery"]
+    with_documents = any(cell["documents"] for cell in cells)
+    rows = []
+    for cell in cells:
+        halves = ["" if cell[key] is None else f"± {cell[key]:.4f}" for key in ("half_width", "pooled_half_width")]
+        verdict = {None: "", True: "yes", False: "no"}[cell["is_discovery"]]
+        row = [label_of(cell["group"], cell["variant"]), str(cell["seeds"]), f"{cell['mean']:+.4f}", *halves]
+        row += ["" if cell["p"] is None else f"{cell['p']:.2g}", verdict]
+        if with_documents:
+            row.append("" if cell["documents"] is None else "{:+.4f} to {:+.4f}".format(*cell["documents"]))
+        rows.append(row)
+    return align(header + ["over documents"] * with_documents, rows)
+
+
+def differences_note(cells: list[dict[str, Any]], baseline: str, label: str) -> str:
+    note = (
+        f"Differences of the {label} to {baseline} of the same seed, with three kinds of {CONFIDENCE:.0%} intervals. *Plain*: Student's t of the "
+        "seeds of this row. *Pooled*: the variance of the differences is taken to be the same in all rows, and estimated from all of "
+        "them; p is of the same statistic. "
+    )
+    if any(cell["documents"] for cell in cells):
+        note += (
+            "*Over documents*: a bootstrap (BCa) of the held-out documents, for these seeds: it tells what other documents would have "
+            "changed, and nothing of other seeds. "
+        )
+    found = sum(bool(cell["is_discovery"]) for cell in cells)
+    compared = "1 comparison was" if len(cells) == 1 else f"{len(cells)} comparisons were"
+    return note + (
+        f"{compared} made; {found} of them would be called real by Benjamini and Hochberg at a false discovery rate of "
+        f"{FALSE_DISCOVERY_RATE:.2g}. (All rows of a group share the baseline's runs.)"
     )
 
 
@@ -306,6 +347,16 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         named = ", ".join(f"`{name}` {value}" for name, value in data.items())
         datas.setdefault(named, []).append(member.group)
     sections = [f"# {comparison.title}", table, *notes]
+    key, compared_label, _ = metrics[0]
+    cells = differences(
+        {group: [run for run in runs if run["group"] == group] for group in groups}, comparison.baseline, key
+    )
+    if any(cell["pooled_half_width"] is not None for cell in cells):
+        sections += [
+            "## How sure the differences are",
+            make_differences_table(cells),
+            differences_note(cells, comparison.baseline, compared_label),
+        ]
     sections += [f"![{text}]({file})\n\n{text}" for file, text in figures.items()]
     if tuned:
         sections += ["## Gains", make_gains_table(tuned, comparison.baseline), gains_note(comparison.baseline)]
@@ -340,6 +391,7 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         "metrics": {key: label for key, label, _ in metrics},
         "confidence": CONFIDENCE,
         **({"variants": summary[None]} if None in summary else {"groups": summary}),
+        **({"differences": cells} if cells else {}),
         **({"gains": tuned.get(None, tuned)} if tuned else {}),
         **({"tuning": tuning_record(comparison.trials)} if tuned else {}),
         "diverged": {member.name: member.divergence() for member in diverged},
