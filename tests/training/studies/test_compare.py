@@ -738,6 +738,20 @@ def spoil_record(room):
     (room / "runs/study/standard/seed-0/run.yaml").write_text("")
 
 
+def spoil_sittings(room):
+    folder = room / "runs/study/standard"
+    for name, text in {"seed-0/run.yaml": "model: {}\ndata: {}\ntraining: {}\n", "logs/seed-0.json": "{"}.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+
+
+def spoil_divergence(room):
+    member = read_study(Path("study.yaml")).members[0]
+    member.folder.mkdir(parents=True)
+    (member.folder / "run.yaml").write_text(yaml.safe_dump(member.run.named))
+    (member.folder / "diverged.json").write_text("{}")
+
+
 def spoil_output(room):
     (room / "runs/study").mkdir(parents=True)
     (room / "runs/study/README.md").write_text("# My notes")
@@ -748,6 +762,8 @@ def spoil_output(room):
     [
         (spoil_file, ["runs/study/standard/seed-0 is in the way"]),
         (spoil_record, ["run.yaml is damaged"]),
+        (spoil_sittings, ["runs/study/standard/logs/seed-0.json is damaged", "delete it"]),
+        (spoil_divergence, ["runs/study/standard/seed-0/diverged.json is damaged (it lacks step)", "trained anew"]),
         (spoil_output, ["`output_dir` is 'runs/study'", "README.md"]),
     ],
 )
