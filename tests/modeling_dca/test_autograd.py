@@ -184,7 +184,7 @@ def test_a_traced_model_is_made_of_plain_operations():
         def forward(self, input_ids):
             return self.model(input_ids, use_cache=False).logits
 
-    for model in models():
+    for model in models(num_hidden_layers=3):
         traced = torch.jit.trace(Logits(model), random_ids(2, 7))
         assert "PythonOp" not in str(traced.inlined_graph)
         other_ids = random_ids(3, 9)
@@ -208,7 +208,7 @@ def gradients(model):
 def test_selective_checkpointing(policy):
     function = policy if callable(policy) else lambda *args, **kwargs: policy
     context_fn = partial(create_selective_checkpoint_contexts, function)
-    for model in models():
+    for model in models(num_hidden_layers=3):
         expected = gradients(model.train())
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
         # (The norms are plain PyTorch there, and round otherwise.)

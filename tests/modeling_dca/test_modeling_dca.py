@@ -1096,11 +1096,15 @@ def test_compiles_without_graph_breaks():
         assert_close(parameter.grad, gradients[name], 1e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("scheme", SOME_SCHEMES, ids=name_of)
+# (A scheme takes seconds; whether there are gradients makes no difference between them.)
+@pytest.mark.parametrize(
+    ("scheme", "training"),
+    [*((scheme, True) for scheme in SOME_SCHEMES), (SOME_SCHEMES[-1], False)],
+    ids=lambda value: name_of(value) if isinstance(value, dict) else None,
+)
 def test_compiles_anew_once_for_the_batch_and_once_for_the_length(scheme, training):
     torch._dynamo.reset()
-    model = tiny_model(**scheme)
+    model = tiny_model(num_hidden_layers=3, **scheme)  # enough for `last_k=1` to merge entries
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     counts = []
@@ -1131,7 +1135,7 @@ def test_compiled_graph_grows_with_the_blocks_and_not_with_their_pairs():
         compiled(random_ids(2, 4), labels=random_ids(2, 4), use_cache=False).loss.backward()
         return counts
 
-    few, more, most = (count_nodes(num_layers) for num_layers in (2, 4, 6))
+    few, more, most = (count_nodes(num_layers) for num_layers in (2, 3, 4))
     for direction in range(2):
         assert most[direction] - more[direction] == more[direction] - few[direction]
 

@@ -1,6 +1,7 @@
 """What all tests of the training room share: caches of their own, no network, and one finished run."""
 
 import contextlib
+from pathlib import Path
 
 import datasets
 import evaluate
@@ -12,6 +13,8 @@ from PIL import Image
 from tests.training.tiny import TEXT_RUN, call, record_training, write_room
 from training import causal_lm
 from training.results import card
+from training.run import depth_weights
+from training.studies import report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,15 +39,23 @@ def caches(tmp_path_factory):
         transformers.utils.logging.enable_progress_bar()
 
 
-DRAWING = {name: getattr(card, name) for name in ("draw_loss_curves", "draw_depth_weights")}
+DRAWING = {
+    (module, name): getattr(module, name)
+    for module, names in {
+        card: ("draw_loss_curves", "draw_depth_weights"),
+        depth_weights: ("draw_depth_weights", "draw_depth_spreads", "draw_without"),
+        report: ("draw_compared_curves", "draw_loss_over_time", "draw_loss_over_parameters"),
+    }.items()
+    for name in names
+}
 
 
 @contextlib.contextmanager
-def drawing(**functions):
-    """Has the figures of a run drawn by these functions."""
+def drawing(functions):
+    """Has figures drawn by these functions."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in functions.items():
-            patch.setattr(card, name, function)
+        for (module, name), function in functions.items():
+            patch.setattr(module, name, function)
         yield
 
 
@@ -52,17 +63,18 @@ def drawing(**functions):
 def no_figures():
     """The two figures of a run take as long as a training of a few steps: they are drawn where `figures` are asked for."""
 
-    def not_drawn(data, file):
+    def not_drawn(*data_and_file):
+        (file,) = [each for each in data_and_file if isinstance(each, Path)]
         Image.new("L", (1, 1)).save(file)
 
-    with drawing(**dict.fromkeys(DRAWING, not_drawn)):
+    with drawing(dict.fromkeys(DRAWING, not_drawn)):
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def figures(no_figures):
-    """The runs of a module have their figures drawn."""
-    with drawing(**DRAWING):
+    """The figures of a test are drawn."""
+    with drawing(DRAWING):
         yield
 
 
@@ -86,7 +98,7 @@ def comparison(tmp_path_factory, no_figures):
     """The room of a finished run in `run`, of DCA next to the standard scheme, and the record of its training."""
     room = tmp_path_factory.mktemp("comparison")
     write_room(room)
-    with pytest.MonkeyPatch.context() as patch, drawing(**DRAWING):
+    with pytest.MonkeyPatch.context() as patch, drawing(DRAWING):
         patch.chdir(room)
         steps = record_training(patch)
         call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard", "--report_to=tensorboard")

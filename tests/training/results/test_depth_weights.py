@@ -505,9 +505,10 @@ NAMES = ("depth_weights.json", "depth_weights.png", "depth_spreads.png")
 DATA = ("--eval_dataset=held_out.jsonl", "--block_size=8", "--device=cpu")
 
 
-@pytest.fixture
-def saved(room, comparison):
-    """The current folder, with texts, checkpoints and the folder of a finished run."""
+@pytest.fixture(scope="module")
+def saved_once(comparison, tmp_path_factory):
+    """A folder with checkpoints, and with that of a finished run."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     tokenizer = AutoTokenizer.from_pretrained(comparison[0] / "run")
     for name, model in (
         ("first", model_of("dca", seed=0, vocab_size=300)),
@@ -517,10 +518,17 @@ def saved(room, comparison):
         ("v3", model_of("grn_v3", vocab_size=300)),
         ("standard", model_of("standard", vocab_size=300)),
     ):
-        model.save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    (room / "empty").mkdir()
-    shutil.copytree(comparison[0] / "run", room / "run")
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "empty").mkdir()
+    shutil.copytree(comparison[0] / "run", folder / "run")
+    return folder
+
+
+@pytest.fixture
+def saved(room, saved_once):
+    """The current folder, with texts and the checkpoints."""
+    shutil.copytree(saved_once, room, dirs_exist_ok=True)
     return room
 
 
@@ -536,7 +544,7 @@ def content_of(file):
     return json.loads(Path(file).read_text())
 
 
-def test_command_writes_figures_and_numbers(saved, capsys):
+def test_command_writes_figures_and_numbers(saved, figures, capsys):
     before = {name: snapshot(saved / name) for name in ("first", "second")}
     call(command.main, "first", "second", "--output_dir=new/result", *DATA)
     printed = capsys.readouterr().out
@@ -693,7 +701,7 @@ def test_what_is_in_the_way_is_kept(saved, capsys, file, content, reason):
 
 
 @pytest.mark.parametrize("writer", ["write_whole", "draw_depth_weights", "draw_depth_spreads", "draw_without"])
-def test_full_disk(saved, capsys, monkeypatch, writer):
+def test_full_disk(saved, figures, capsys, monkeypatch, writer):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -139,7 +139,7 @@ def made_up_runs(*variants):
 
 
 @pytest.mark.parametrize("values, apart", [(201, False), (210, True)])
-def test_sizes_are_drawn_where_they_are_apart(room, values, apart):
+def test_sizes_are_drawn_where_they_are_apart(room, figures, values, apart):
     write_run(room / "runs" / "plain", 0, STANDARD[0], "standard", 100.0, values=200)
     write_run(room / "runs" / "deep", 0, DCA[0], "dca", 80.0, values=values)
     call(compare.main, "runs/plain", "runs/deep", "--output_dir=result")
@@ -173,7 +173,7 @@ def test_figures_are_those_computed_by_hand(made_up):
     assert reached["seconds_ratio"]["mean"] == pytest.approx(12 / 12.8)
 
 
-def test_table_has_the_figures(made_up, capsys):
+def test_table_has_the_figures(made_up, figures, capsys):
     call(compare.main, *made_up_runs("plain", "deep"), "--baseline=plain", "--output_dir=result")
     header, table = rows("result")
     found = dict(zip(header[1:], table["deep"]))
@@ -200,7 +200,7 @@ def test_table_has_the_figures(made_up, capsys):
     assert "nan" not in page and "None" not in page
 
 
-def test_baseline_that_is_never_reached(made_up):
+def test_baseline_that_is_never_reached(made_up, figures):
     call(compare.main, *made_up_runs("plain", "deep"), "--baseline=deep", "--output_dir=result")
     header, table = rows("result")
     # (The final losses are 3.5, 4.1 and 4.5; the other comes to 4.0, 4.2 and 4.4.)
@@ -214,7 +214,7 @@ def test_baseline_that_is_never_reached(made_up):
     assert table["plain"][-2:] == ["not reached", "not reached"]
 
 
-def test_one_seed_has_no_spread(made_up):
+def test_one_seed_has_no_spread(made_up, figures):
     call(compare.main, "runs/plain/seed-1", "runs/deep/seed-1", "--output_dir=result")
     header, table = rows("result")
     assert dict(zip(header[1:], table["deep"]))["to plain"] == "-0.1000"
@@ -337,7 +337,7 @@ def test_text_is_packed_once_for_all_runs(room, started, monkeypatch):
     assert len(after) == len(started) == 4 and before < after[0] and all(each == after[0] for each in after)
 
 
-def test_groups_are_compared_each_with_its_own_baseline(room, started, monkeypatch):
+def test_groups_are_compared_each_with_its_own_baseline(room, figures, started, monkeypatch):
     file = "configuration/evidence/study.yaml"
     (room / "configuration" / "evidence").mkdir(parents=True)
     groups = {"thin": {"hidden_size": 16}, "wide": {"hidden_size": 32, "block_size": 8}}
@@ -540,7 +540,7 @@ def test_failing_run_is_named_and_the_others_go_on(room, started, capsys):
     assert re.search(r"## Runs that failed\n\n- b, standard, seed 3: The data file", page)
 
 
-def test_run_that_diverges_is_a_result_and_not_tried_again(room, started, monkeypatch, capsys):
+def test_run_that_diverges_is_a_result_and_not_tried_again(room, figures, started, monkeypatch, capsys):
     variants = {"bad": {"learning_rate": 1e30, "warmup_steps": 0}, **STUDY["variants"]}
     write_study(variants=variants, seeds=[3], fields={**STUDY["fields"], "logging_steps": 1})
     call(compare.main, "study.yaml")
@@ -634,7 +634,7 @@ def test_threads_that_the_user_set_are_kept(room, started, monkeypatch):
     assert "threads 3" in (line := describe_training(raw("runs/study")["runs"])[0]) and "2 runs at a time" in line
 
 
-def test_image_study(room, started):
+def test_image_study(room, figures, started):
     write_images(room / "images", count=40)
     fields = {**STUDY["fields"], "dataset": "images"}
     write_study(command="image_classification", configuration=IMAGE_RUN, fields=fields, seeds=[0])
@@ -738,6 +738,20 @@ def spoil_record(room):
     (room / "runs/study/standard/seed-0/run.yaml").write_text("")
 
 
+def spoil_sittings(room):
+    folder = room / "runs/study/standard"
+    for name, text in {"seed-0/run.yaml": "model: {}\ndata: {}\ntraining: {}\n", "logs/seed-0.json": "{"}.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+
+
+def spoil_divergence(room):
+    member = read_study(Path("study.yaml")).members[0]
+    member.folder.mkdir(parents=True)
+    (member.folder / "run.yaml").write_text(yaml.safe_dump(member.run.named))
+    (member.folder / "diverged.json").write_text("{}")
+
+
 def spoil_output(room):
     (room / "runs/study").mkdir(parents=True)
     (room / "runs/study/README.md").write_text("# My notes")
@@ -748,6 +762,8 @@ def spoil_output(room):
     [
         (spoil_file, ["runs/study/standard/seed-0 is in the way"]),
         (spoil_record, ["run.yaml is damaged"]),
+        (spoil_sittings, ["runs/study/standard/logs/seed-0.json is damaged", "delete it"]),
+        (spoil_divergence, ["runs/study/standard/seed-0/diverged.json is damaged (it lacks step)", "trained anew"]),
         (spoil_output, ["`output_dir` is 'runs/study'", "README.md"]),
     ],
 )
