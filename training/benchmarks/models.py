@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from modeling_dca import DCAConfig, GeneralizedResidual
+from modeling_dca import DCAConfig, DCAForCausalLM, GeneralizedResidual
 from training.benchmarks.measure import compile_seconds, kept_bytes, peak_bytes, seconds
+from training.variants.registry import VARIANTS
 
 
 #: What all others are compared with.
@@ -23,6 +24,13 @@ PUBLISHED_NOTE = (
     "those of the others (gated, 4 x as wide); `past_layers_k=2` is the first two and the last two outputs."
 )
 PUBLISHED_MISSING = f"{PUBLISHED} is not installed: `pip install {PUBLISHED}` to measure it, too."
+
+#: Other residual schemes, in plain PyTorch, that can be measured, too.
+SCHEMES = [name for name, variant in VARIANTS.items() if variant.scheme is not None]
+SCHEMES_NOTE = (
+    "Other residual schemes than DCA are in plain PyTorch, without kernels of their own: what they cost eagerly is mostly the number of "
+    "their operations."
+)
 
 #: Width of a head.
 HEAD_DIM = 64
@@ -150,10 +158,12 @@ def build_models(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
+    variants: Sequence[str] = (),
 ) -> dict[str, nn.Module]:
     """
     The models by name, or those of `names`, on `device`, with random weights of type `dtype`.
 
+    `variants` are other residual schemes, by the names that a run gives them, with their default settings on the standard transformer.
     The published model is left out where it is not installed. The generalized residuals of DCA are not at their start,
     the plain sum: their gates open and close.
     """
@@ -184,6 +194,10 @@ def build_models(
             for name, config in configs.items()
             if name in names
         }
+        standard = {**dca, "residual_scheme": "standard"}
+        for name in variants:
+            model_class = VARIANTS[name].model(DCAForCausalLM)
+            models[name] = model_class._from_config(DCAConfig(**standard), dtype=dtype)
     for model in models.values():
         for module in model.modules():
             if isinstance(module, GeneralizedResidual):

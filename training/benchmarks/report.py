@@ -35,7 +35,7 @@ def make_output_folder(arguments) -> Path:
 
 
 def tables(results: dict) -> list[str]:
-    """The tables of what was measured: one of the models, and one of the operation alone."""
+    """The tables of what was measured: of the models, their parameters, and one of the operation alone."""
     rows = []
     for measure in results["measures"].values():
         for index, (name, model) in enumerate(measure["models"].items()):
@@ -46,6 +46,11 @@ def tables(results: dict) -> list[str]:
             rows.append([title, name, median, rate, f"{model['ratio']:.3f}", f"{low:.3f} to {high:.3f}"])
     header = ["measure (ratio of)", "model", "median", "tokens/s", "to Llama", "spread"]
     parts = [align(header, rows)] if rows else []
+    sizes = results.get("parameters")
+    if sizes:
+        first = next(iter(sizes.values()))
+        rows = [[name, f"{size:,}", f"{size / first:.4f}"] for name, size in sizes.items()]
+        parts.append(align(["model", "parameters", "to Llama"], rows))
     rows = []
     for title, stack in results["operation"].items():
         for index, name in enumerate(stack["forward"]["implementations"]):

@@ -25,6 +25,8 @@ from training.benchmarks.models import (
     PUBLISHED,
     PUBLISHED_MISSING,
     PUBLISHED_NOTE,
+    SCHEMES,
+    SCHEMES_NOTE,
     Candidate,
     build_models,
 )
@@ -69,6 +71,10 @@ class BenchmarkArguments:
         default_factory=list,
         metadata={"help": f"What to measure. {'; '.join(f'{name}: {text}' for name, text in HELP.items())}."},
     )
+    variants: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": f"Other residual schemes to measure, too: {', '.join(SCHEMES)}; or 'all' of them."},
+    )
     output_dir: str | None = _field(None, f"Where to write; a folder of {RUNS_FOLDER}/benchmarks if not given.")
     overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
 
@@ -81,6 +87,10 @@ class BenchmarkArguments:
         for name in self.only:
             if name not in HELP:
                 raise UserError(f"`only` names {name!r}; {nearest_name(name, HELP)}")
+        self.variants = SCHEMES if self.variants == ["all"] else list(dict.fromkeys(self.variants))
+        for name in self.variants:
+            if name not in SCHEMES:
+                raise UserError(f"`variants` names {name!r}; {nearest_name(name, ['all', *SCHEMES])}")
         if "compile_time" in self.only and not self.compile:
             raise UserError("`only` names 'compile_time' without `compile`: pass --compile, too.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -95,7 +105,8 @@ class BenchmarkArguments:
         self.only = self.only or [name for name in HELP if name not in missing]
         if self.output_dir is None:
             shape = f"{self.layers}x{self.hidden}-{self.batch}x{self.seq}-{self.dtype}"
-            self.output_dir = f"{RUNS_FOLDER}/benchmarks/{self.device}-{shape}{'-compiled' if self.compile else ''}"
+            ends = "-compiled" * self.compile + "-variants" * bool(self.variants)
+            self.output_dir = f"{RUNS_FOLDER}/benchmarks/{self.device}-{shape}{ends}"
 
 
 def measure_models(arguments: BenchmarkArguments, candidates: dict[str, Candidate]) -> dict[str, dict]:
@@ -155,12 +166,15 @@ def benchmark(arguments: BenchmarkArguments) -> dict:
     notes = results["notes"]
     torch.manual_seed(0)
     if arguments.only != ["operation"]:
-        models = build_models(arguments.vocab, arguments.hidden, arguments.layers, dtype)
+        shape = (arguments.vocab, arguments.hidden, arguments.layers)
+        models = build_models(*shape, dtype, variants=arguments.variants)
         results["parameters"] = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         input_ids = torch.randint(arguments.vocab, entry_shape[:2], device=device)
         candidates = {name: Candidate(model, input_ids, arguments.compile) for name, model in models.items()}
         results["measures"] = measure_models(arguments, candidates)
         notes.append(PUBLISHED_NOTE if PUBLISHED in models else PUBLISHED_MISSING)
+        if arguments.variants:
+            notes.append(SCHEMES_NOTE)
         if PUBLISHED in models and "training_step" in arguments.only:
             notes += compare_with_published(results["measures"]["training_step"]["models"])
         del models, candidates

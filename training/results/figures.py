@@ -1,5 +1,6 @@
 """The pictures of runs and comparisons. Each has a title that says what to see, and a scheme has one colour in all of them."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -432,40 +433,62 @@ def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], f
     plt.close(figure)
 
 
-def draw_loss_over_step_time(groups: dict[str | None, dict[str, list[dict]]], baseline: str, file: Path) -> None:
+def _label(axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write the names of points beside them, where there is room; a name that is not at the height of its point has a line to it."""
+    axes.figure.draw_without_rendering()  # so that all has its place
+    places = {name: axes.transData.transform(point) * 72 / axes.figure.dpi for name, point in points.items()}
+    low, _, high, _ = axes.bbox.extents * 72 / axes.figure.dpi
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
+    heights = sorted(range(-150, 151, 5), key=abs)
+    for name, (x, y) in sorted(places.items(), key=lambda each: each[1][1]):
+        width = 4.4 * len(name)
+        for rise, start in itertools.product(heights, (x + 7, x - 7 - width)):
+            box = (start, y + rise - 5, start + width, y + rise + 5)
+            free = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
+            if free and low < start and start + width < high:
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "linewidth": 0.4, "color": "gray"} if rise else None
+        offset = {"xytext": (start - x, rise), "textcoords": "offset points", "va": "center", "arrowprops": line}
+        axes.annotate(name, points[name], fontsize=8, **offset)
+
+
+def draw_loss_over_step_time(gains: dict[str | None, dict[str, dict]], baseline: str, file: Path) -> None:
     """
-    Draw final held-out losses over the time of a training step, mean and standard deviation over the seeds, a panel for each
-    group: what is better at equal tokens lies low, and what is fast on the left.
+    Draw final held-out losses, as differences to the baseline's of the same seed with the confidence interval of their mean, over the
+    time of a training step, a panel for each group: what is better at equal tokens lies low, and what is fast on the left.
 
     Args:
-        groups: by group and variant, what `training.compare` read of each run: `seconds`, `steps` and `eval_loss`.
-        baseline: the variant whose step takes 1, and where dashed lines cross.
+        gains: by group and variant, `step_time` (the baseline's is 1) and `at_equal_tokens` (`mean` and `half_width`).
+        baseline: the variant where dashed lines cross.
         file: where to save the picture.
     """
     figure, panels = plt.subplots(
-        len(groups), 1, figsize=(8, 0.5 + 5 * len(groups)), squeeze=False, layout="constrained"
+        len(gains), 1, figsize=(9, 0.5 + 5.5 * len(gains)), squeeze=False, layout="constrained"
     )
-    for axes, (group, runs) in zip(panels.flat, groups.items()):
-        times = {name: np.mean([run["seconds"] / run["steps"] for run in each]) for name, each in runs.items()}
-        unit = times.get(baseline) or min(times.values())
-        points = {name: (times[name] / unit, [run["eval_loss"] for run in each]) for name, each in runs.items()}
-        middle = (max(x for x, _ in points.values()) + 1) / 2
-        for index, (name, (x, losses)) in enumerate(points.items()):
-            deviation = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
-            marker = MARKERS[index % len(MARKERS)]
-            axes.errorbar(
-                x, np.mean(losses), deviation, marker=marker, capsize=3, **{**_style(index), "linestyle": ""}
-            )
-            # On the other side of the middle names stand left of their points.
-            offset, side = ((6, 3), "left") if x < middle else ((-6, 3), "right")
-            axes.annotate(name, (x, np.mean(losses)), offset, ha=side, textcoords="offset points", fontsize=8)
-        if baseline in points:
-            axes.axhline(np.mean(points[baseline][1]), color=COLORS[0], linestyle="--", linewidth=0.8)
-            axes.axvline(1, color=COLORS[0], linestyle="--", linewidth=0.8)
-        axes.set_title(group)
-        axes.margins(x=0.15, y=0.12)
-        axes.set_xlabel(f"time of a training step ({baseline} = 1): slower to the right")
-        axes.set_ylabel("final held-out loss (nats): better below")
+    styles = styles_of([baseline, *(name for variants in gains.values() for name in variants)])
+    for axes, (group, variants) in zip(panels.flat, gains.items()):
+        known = {name: each for name, each in variants.items() if each["at_equal_tokens"] is not None}
+        points = {name: (each["step_time"], each["at_equal_tokens"]["mean"]) for name, each in known.items()}
+        halves = {name: each["at_equal_tokens"]["half_width"] or 0.0 for name, each in known.items()}
+        for name, (x, y) in points.items():
+            style = styles[name] | {"linestyle": ""}
+            bar = axes.errorbar(x, y, halves[name], capsize=3, **style)
+            for part in (*bar[1], *bar[2]):
+                part.set_alpha(0.4)
+        axes.axhline(0, color=COLORS["standard"], linestyle="--", linewidth=0.8)
+        axes.axvline(1, color=COLORS["standard"], linestyle="--", linewidth=0.8)
+        # Wide intervals, as two seeds have them, would make one point of all.
+        low, high = min(y for _, y in points.values()), max(y for _, y in points.values())
+        room = max(np.median(list(halves.values())), 0.2 * (high - low), 1e-4)
+        axes.set_ylim(low - room, high + room)
+        axes.margins(x=0.2)
+        best = min(points, key=lambda name: points[name][1])
+        seen = f"{best} ends lowest, in {points[best][0]:.2f} times the time of a step"
+        axes.set_title(seen if group is None else f"{group}: {seen}")
+        axes.set_xlabel(f"time of a training step ({baseline} = 1), slower to the right")
+        axes.set_ylabel(f"held-out loss less that of {baseline} (nats), better below")
         axes.grid(alpha=0.3)
+        _label(axes, points)
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -208,7 +208,7 @@ def parse_run(argv: list[str], command: str, description: str, model_class, data
         fields, checkpoint = dict(model), model[INITIAL_CHECKPOINT]
         del fields[INITIAL_CHECKPOINT]
         variant = VARIANTS.get(training.variant)
-        if variant is not None and variant.scheme is not None:
+        if variant is not None and variant.scheme is not None and checkpoint is None:
             fields.setdefault("residual_scheme", "standard")  # the backbone
         if checkpoint is None:
             config = model_class.config_class(**fields)

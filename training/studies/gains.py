@@ -49,10 +49,12 @@ def gains(runs: Sequence[dict[str, Any]], baseline: str) -> dict[str, dict[str, 
         baseline: the variant that the others are compared with, run of a seed by run of that seed.
 
     Returns:
-        For each variant `parameters`, `step_time` (as a multiple of the baseline's, in the mean), and the differences
-        of `GAINS`.
+        For each variant, if there is the baseline, `parameters`, `step_time` (as a multiple of the baseline's, in the
+        mean), and the differences of `GAINS`.
     """
     reference = {run["seed"]: run for run in runs if run["variant"] == baseline}
+    if not reference:
+        return {}
     schemes = {run["scheme"] for run in reference.values()}
     sizes = {seed: [run for run in runs if run["seed"] == seed and run["scheme"] in schemes] for seed in reference}
     found = {}
@@ -75,7 +77,7 @@ def gains(runs: Sequence[dict[str, Any]], baseline: str) -> dict[str, dict[str, 
         unit = [run["seconds"] / run["steps"] for run in reference.values()]
         found[variant] = {
             "parameters": every[0]["parameters"],
-            "step_time": float(np.mean(times) / np.mean(unit)) if unit else float("nan"),
+            "step_time": float(np.mean(times) / np.mean(unit)),
             **differences,
         }
     return found

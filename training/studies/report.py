@@ -312,14 +312,15 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
 
     tuned = {}
     if comparison.trials:
-        figures[OVER_STEP_TIME] = (
-            f"Final held-out loss over the time of a training step, as a multiple of {comparison.baseline}'s: below the dashed line "
-            "is better at equal tokens, left of it faster. The bars are the standard deviation over the seeds."
-        )
-        draw_loss_over_step_time(groups, comparison.baseline, folder / OVER_STEP_TIME)
         of_groups = {group: [run for run in runs if run["group"] == group] for group in groups}
         tuned = {group: gains(of_group, comparison.baseline) for group, of_group in of_groups.items()}
         tuned = {group: gained for group, gained in tuned.items() if gained}
+    if tuned:
+        figures[OVER_STEP_TIME] = (
+            f"Final held-out loss, less that of {comparison.baseline} with the same seed, over the time of a training step: what lies below "
+            f"the dashed line is better at equal tokens. The bars are the {CONFIDENCE:.0%} confidence intervals."
+        )
+        draw_loss_over_step_time(tuned, comparison.baseline, folder / OVER_STEP_TIME)
     else:
         (folder / OVER_STEP_TIME).unlink(missing_ok=True)
 

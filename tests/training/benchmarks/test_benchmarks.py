@@ -17,7 +17,7 @@ from modeling_dca.grn import ALL_GRN_FUNCTIONS
 from tests.training.tiny import call, failure, snapshot
 from training.benchmarks import operation, run
 from training.benchmarks.measure import PEAK_RESET, interleave, kept_bytes, peak_bytes, seconds, summarize
-from training.benchmarks.models import MEASURES, NEW_TOKENS, PROMPT_TOKENS, PUBLISHED, Candidate, build_models
+from training.benchmarks.models import MEASURES, NEW_TOKENS, PROMPT_TOKENS, PUBLISHED, SCHEMES, Candidate, build_models
 from training.benchmarks.operation import COPY, Operation, bandwidth_shares, measure_operation, pass_bytes
 from training.benchmarks.run import compare_with_published, main
 
@@ -147,6 +147,29 @@ def test_models_have_one_shape_and_dca_is_not_at_its_start(not_published):
     residual = models["full DCA"].model.layers[1].residual
     assert isinstance(models["full DCA"], DCAForCausalLM)
     assert residual.delta.count_nonzero() == residual.delta.numel() and residual.gate.count_nonzero()
+
+
+def test_other_schemes_are_measured_too(folder, not_published, capsys):
+    names = ["mhc", "denseformer", "resformer"]
+    call(main, *TINY.split(), "--only", "training_step", "kept_bytes", "--variants", *names)
+    output_dir = folder / "runs" / "benchmarks" / "cpu-2x64-1x8-float32-variants"
+    results = json.loads((output_dir / "results.json").read_text())
+    for measure in ("training_step", "kept_bytes"):
+        assert list(results["measures"][measure]["models"]) == MODELS + names
+    sizes = results["parameters"]
+    assert sizes["standard"] < sizes["resformer"] < sizes["denseformer"] + 10 < sizes["mhc"]
+    tables = (output_dir / "README.md").read_text()
+    assert f"| {sizes['mhc']:,} " in tables.replace("  ", " ") and "in plain PyTorch" in tables
+    assert "did you mean 'mudd'?" in failure(capsys, main, *TINY.split(), "--variants", "mud")
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_other_schemes_have_one_graph(not_published, name):
+    """As the benchmark compiles them."""
+    model = build_models(vocab=50, hidden=64, layers=2, dtype=torch.float32, names=[], variants=[name])[name]
+    candidate = Candidate(model, torch.arange(6).reshape(2, 3), compile=True, backend="eager")
+    torch.testing.assert_close(candidate.loss(candidate.compiled), candidate.loss(candidate.model))
+    candidate.training_step()
 
 
 def test_candidate_trains_and_decodes(not_published):

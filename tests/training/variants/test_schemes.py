@@ -581,7 +581,8 @@ def test_run_and_evaluation(room, name):
     assert figures["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-6)
     assert figures["parameters"] > model_of(None, vocab_size=300, num_hidden_layers=2).num_parameters()
     card = Path("run/README.md").read_text()
-    assert f"`{name}`" in card and "not for use" in card and "from_pretrained" not in card
+    assert f"the residual scheme `{name}`" in card and "scheme is not DeepCrossAttention's" in card
+    assert "from_pretrained" not in card and "residual scheme of DeepCrossAttention" not in card
 
 
 @pytest.mark.parametrize(
