@@ -81,12 +81,25 @@ def kind_of(model_class: type[PreTrainedModel]) -> str:
     return "AutoModelForImageClassification" if vision else "AutoModelForCausalLM"
 
 
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
+    quantization = getattr(config, "quantization_config", None) or {}
+    return quantization if isinstance(quantization, dict) else vars(quantization)
+
+
 def is_quantized(config: PreTrainedConfig) -> bool:
     """Whether the weights of a model are kept quantized, and not made dense when it is loaded."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return False
-    return not (quantization if isinstance(quantization, dict) else vars(quantization)).get("dequantize", False)
+    quantization = quantization_of(config)
+    return bool(quantization) and not quantization.get("dequantize", False)
+
+
+def config_of(source: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of a loaded model. That of a GGUF file may call weights packed that loading made dense."""
+    packed = quantization_of(source.config).get("quant_method") == "gguf"
+    if not packed or not all(weight.is_floating_point() for weight in source.state_dict().values()):
+        return source.config
+    config = copy.deepcopy(source.config)
+    del config.quantization_config
+    return config
 
 
 def refusals(config: PreTrainedConfig, family: Family | None) -> Iterator[str]:
@@ -335,7 +348,7 @@ def load_source(
         raise ValueError(f"`source` is loaded already: leave out {', '.join(f'`{name}`' for name in loading)}.")
     if getattr(source, "config", None) is None:
         raise ValueError(f"`source` is a {type(source).__name__}; give a transformers model, a path or a Hub id.")
-    find_family(source.config, kind)
+    find_family(config_of(source), kind)
     has_head = isinstance(source, classes_of(source.config, auto_class))
     backbone = isinstance(getattr(source, "base_model", None), classes_of(source.config, "AutoModel"))
     if not has_head and not backbone or auto_class == "AutoModelForCausalLM" and not has_head:
@@ -432,11 +445,12 @@ def convert(
     check_overrides(model_class, config_overrides)
     model, has_head = load_source(source, model_class, loading)
     fresh = check_head(model_class, model, has_head, config_overrides)
-    config = convert_config(model_class, model.config, config_overrides)
+    source_config = config_of(model)
+    config = convert_config(model_class, source_config, config_overrides)
     target = build_on_meta(model_class, config)
     head = HEADS[model_class._auto_class]
-    names = Names(find_family(model.config, kind_of(model_class)), backbone_prefix(type(model), model.config), head)
-    like, source_config, weights = properties(model), model.config, distinct_weights(model)
+    names = Names(find_family(source_config, kind_of(model_class)), backbone_prefix(type(model), source_config), head)
+    like, weights = properties(model), distinct_weights(model)
     dropped = [
         name for name in weights if not name.startswith(names.prefix) and (fresh or not has_head or head is None)
     ]

@@ -770,6 +770,20 @@ def test_quantized_file_whose_weights_are_made_dense():
     assert "quantization_config" not in model.config.source_config
 
 
+def test_gguf_model_that_was_loaded_dense_is_told_from_a_packed_one():
+    # Loading makes the files of most families dense, and its configuration does not say so.
+    source = text_model("llama")
+    source.config.quantization_config = {"quant_method": "gguf", "dequantize": False}
+    model = convert(source)
+    assert_close(logits(model), logits(source), TOLERANCE)
+    assert "quantization_config" not in model.config.source_config
+    assert source.config.quantization_config["quant_method"] == "gguf"
+    packed = nn.Parameter(torch.zeros(32, 17, dtype=torch.uint8), requires_grad=False)
+    source.model.layers[1].self_attn.o_proj.weight = packed
+    with pytest.raises(ValueError, match="its weights are quantized"):
+        convert(source)
+
+
 @pytest.mark.skipif(not hasattr(transformers, "GgufConfig"), reason="this transformers makes all GGUF files dense")
 def test_gguf_file_is_made_dense(tmp_path, monkeypatch):
     text_model("llama").save_pretrained(tmp_path)

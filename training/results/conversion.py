@@ -95,6 +95,8 @@ def find_source(source: str, loading: dict) -> PreTrainedConfig:
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source, **loading)
     except (LookupError, struct.error) as error:  # of the reader of GGUF files
+        if "gguf_file" not in loading:
+            raise
         raise UserError(
             f"{loading['gguf_file']!r} in {source!r} is no whole GGUF file of a model ({type(error).__name__}: {error})."
         ) from error
@@ -160,7 +162,7 @@ def load_processor(source: str, kind: str, loading: dict):
     """The source's tokenizer or image processor, or `None` where there is none."""
     try:
         return PROCESSORS[kind].from_pretrained(source, trust_remote_code=False, **loading)
-    except (ImportError, OSError, ValueError):
+    except (ImportError, LookupError, OSError, ValueError):
         name = "tokenizer" if kind == TEXT else "image processor"
         print(f"warning: no {name} is copied, as {source!r} has none that loads.", file=sys.stderr)
         return None

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -642,15 +641,12 @@ def test_gguf_file(room, capsys, arguments):
     call(command.main, arguments[0], "out", *arguments[1:], "--last_k=1", "--verify", "--text=nothing in the sum")
     assert "tokenizer is copied" not in capsys.readouterr().err
     model = DCAForCausalLM.from_pretrained("out")
-    options = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        if hasattr(transformers, "GgufConfig")
-        else {}
-    )
-    source = LlamaForCausalLM.from_pretrained("deep", gguf_file="tiny.gguf", **options)
+    source = LlamaForCausalLM.from_pretrained("deep", gguf_file="tiny.gguf")
     assert model.dtype == source.dtype == torch.float32
     torch.testing.assert_close(outputs(model, **inputs_of(model)), outputs(source, **inputs_of(model)))
     assert "quantization_config" not in Path("out/config.json").read_text()
+    loaded = DCAForCausalLM.from_residual(source, last_k=1)
+    torch.testing.assert_close(outputs(loaded, **inputs_of(model)), outputs(model, **inputs_of(model)))
     theirs, ours = AutoTokenizer.from_pretrained("deep", gguf_file="tiny.gguf"), AutoTokenizer.from_pretrained("out")
     assert ours("nothing in the sum") == theirs("nothing in the sum")
     data = ModelCard.load("out/README.md").data

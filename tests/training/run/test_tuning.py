@@ -114,22 +114,24 @@ def test_best_model_at_the_end_is_loaded_into_the_adapters(llama):
     assert json.loads(Path("run/all_results.json").read_text())["eval_loss"] == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", ["true", "false"])
-def test_all_blocks_are_trained_with_checkpointing(llama, reentrant):
-    options = ("--gradient_checkpointing", f'--gradient_checkpointing_kwargs={{"use_reentrant": {reentrant}}}')
-    call(causal_lm.main, TEXT_RUN, *FROZEN, *options, "--output_dir=run")
+CHECKPOINTING = ("--gradient_checkpointing", '--gradient_checkpointing_kwargs={"use_reentrant": true}')
+
+
+def test_all_blocks_are_trained_with_checkpointing(llama):
+    call(causal_lm.main, TEXT_RUN, *FROZEN, *CHECKPOINTING, "--output_dir=run")
     call(causal_lm.main, TEXT_RUN, *FROZEN, "--output_dir=other")
     for name, weight in weights(Path("other")).items():
         torch.testing.assert_close(weights(Path("run"))[name], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [(), CHECKPOINTING], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("arguments", [FROZEN, ADAPTERS], ids=["frozen", "adapters"])
-def test_the_head_of_a_classifier_is_trained_too(room, arguments):
+def test_the_head_of_a_classifier_is_trained_too(room, arguments, options):
     write_images(room / "images")
     call(image_classification.main, IMAGE_RUN, "--output_dir=standard", "--residual_scheme=standard", "--max_steps=1")
     run = {**IMAGES, "model": {"initial_checkpoint": "standard"}}
     Path(IMAGE_RUN).write_text(yaml.safe_dump(run))
-    call(image_classification.main, IMAGE_RUN, *arguments, "--output_dir=run")
+    call(image_classification.main, IMAGE_RUN, *arguments, *options, "--output_dir=run")
     scheme = {"residual_scheme": "standard"} if arguments is ADAPTERS else {}
     before = type(AutoModelForImageClassification.from_pretrained("standard")).from_residual("standard", **scheme)
     ends = ("_proj.weight",) if arguments is ADAPTERS else ("delta", "gate")
