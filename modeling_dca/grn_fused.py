@@ -21,7 +21,7 @@ from .autograd import (
 from .grn import check_inputs, find_implementation, generalized_residual, output_dtype
 from .norm import rms_norm
 from .sharding import is_sharded, on_shards
-from .sums import MergedSum, find_sum
+from .sums import MergedSum, take_sum
 
 
 class FusedGeneralizedResidual:
@@ -105,7 +105,8 @@ class FusedGeneralizedResidual:
             if gate is None and not delta.requires_grad:
                 # The only case in which no entry is needed in the backward pass: it may be changed in place until then.
                 return generalized_residual(stack, delta), tuple(stack)
-            return _split(stack, len(delta), _Chained.apply(self, 0.0, 0, _sum_in(stack), delta, gate, *stack))
+            merged = take_sum(stack)
+            return _split(stack, len(delta), _Chained.apply(self, 0.0, 0, merged, delta, gate, *stack), merged)
         forward, _ = self.forward_and_backward()
         return _separate(forward(stack, delta, gate)), tuple(stack)
 
@@ -138,8 +139,9 @@ class FusedGeneralizedResidual:
         self.check_device(stack[0].device)
         outputs = len(delta)
         if _needs_gradients(*stack, delta, gate, *norms):
-            results = _Chained.apply(self, eps, outputs, _sum_in(stack), delta, gate, *norms, *stack)
-            return _split(stack, 1 + outputs, results)
+            merged = take_sum(stack)
+            results = _Chained.apply(self, eps, outputs, merged, delta, gate, *norms, *stack)
+            return _split(stack, 1 + outputs, results, merged)
         forward, _ = self.kernels
         results = _separate(forward(stack, delta, gate, norms, eps))
         return (results[outputs], *results[:outputs]), tuple(stack)
@@ -230,15 +232,15 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _sum_in(stack: Sequence[Tensor]) -> MergedSum | None:
-    """What the entry is the sum of that may be merged, the second."""
-    return find_sum(stack[1]) if len(stack) > 2 else None
-
-
-def _split(stack: Sequence[Tensor], num_results: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+def _split(
+    stack: Sequence[Tensor], num_results: int, results: Sequence[Tensor], merged: MergedSum | None
+) -> tuple[tuple[Tensor, ...], ...]:
     """Of what the autograd function returns: the results, and the stack with the entries that it replaces."""
     later = iter(results[num_results:])
-    return results[:num_results], tuple(next(later) if entry.requires_grad else entry for entry in stack)
+    stack = tuple(next(later) if entry.requires_grad else entry for entry in stack)
+    if merged is not None:
+        stack[1]._merged_sum = merged  # for `push`
+    return results[:num_results], stack
 
 
 def _separate(outputs: Tensor) -> tuple[Tensor, ...]:

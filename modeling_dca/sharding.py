@@ -145,9 +145,12 @@ def shard_by_sequence(model: nn.Module, mesh) -> nn.Module:
     whole in each process.
 
     Raises:
-        `ValueError`: heads or features cannot be divided among the processes, or see [`sequence_parallel_plan`].
+        `ValueError`: the model is another one, heads or features cannot be divided among the processes, or see
+            [`sequence_parallel_plan`].
     """
     config, size = model.config, mesh.size()
+    if getattr(model, "lm_head", None) is None:
+        raise ValueError(f"{type(model).__name__} has no `lm_head`: only a `DCAForCausalLM` is sharded by sequence.")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) % size:
             raise ValueError(f"`{name}` is {getattr(config, name)}, which is not a multiple of the {size} processes.")

@@ -67,9 +67,10 @@ def _state(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor._version
 
 
-def _noted_sum(entry: Tensor) -> MergedSum | None:
-    # The note is on the memory: what wraps modules, such as FSDP, hands on other tensors of the same memory.
-    note = getattr(entry.untyped_storage(), "_merged_sum", None)
+def _take_note(entry: Tensor) -> MergedSum | None:
+    # The note is on the memory: what wraps modules, such as FSDP, hands on other tensors of the same memory. It is taken away
+    # when it is read, so that who holds the entry for longer does not hold its summands.
+    note = entry.untyped_storage().__dict__.pop("_merged_sum", None)
     return note if note is not None and note.of == _state(entry) else None
 
 
@@ -78,10 +79,14 @@ def _in_eager_autograd(*tensors: Tensor) -> bool:
     return on_device and torch.is_grad_enabled() and autograd_alone(*tensors) and not is_in_torch_dispatch_mode()
 
 
-def note_sum(total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> None:
-    """Notes that `total` is `first.to(dtype) + second`, if autograd is all that looks into it."""
+def note_sum(
+    total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype, before: MergedSum | None = None
+) -> None:
+    """Notes that `total` is `first.to(dtype) + second`, if autograd is all that looks into it; `first` may be the sum `before`."""
     if _in_eager_autograd(total, first, second) and second.requires_grad and first.device == total.device:
-        before = find_sum(first) or MergedSum((first,), dtype, SumsMade(), ())
+        before = before or getattr(first, "_merged_sum", None)
+        if before is None or before.of != _state(first):
+            before = MergedSum((first,), dtype, SumsMade(), ())
         entries = (*before.entries, second)
         # (Another sum may go on from the same one already.)
         made = before.made if before.made.most == len(before.entries) else SumsMade()
@@ -89,22 +94,21 @@ def note_sum(total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -
         total.untyped_storage()._merged_sum = MergedSum(entries, dtype, made, _state(total))
 
 
-def find_sum(entry: Tensor) -> MergedSum | None:
+def take_sum(stack: Sequence[Tensor]) -> MergedSum | None:
     """
-    What `entry` is the sum of, if that should be kept in its place: not within activation checkpointing, which keeps
-    nothing for long, and not where each thing that is kept is copied (`save_on_cpu`): summands would be, for every block.
+    What the second entry of a stack is the sum of, if that should be kept in its place: not within activation
+    checkpointing, which keeps nothing for long, and not where each thing that is kept is copied (`save_on_cpu`): summands
+    would be, for every block.
     """
-    if hooks_on_what_is_saved is None or not _in_eager_autograd(entry):
+    if hooks_on_what_is_saved is None or len(stack) < 3 or not _in_eager_autograd(stack[1]):
         return None
-    hooks = hooks_on_what_is_saved(True)
-    if hooks is not None and str(getattr(hooks[0], "__module__", "")).startswith("torch."):
-        return None
-    return _noted_sum(entry)
+    note, hooks = _take_note(stack[1]), hooks_on_what_is_saved(True)
+    return None if hooks is not None and str(getattr(hooks[0], "__module__", "")).startswith("torch.") else note
 
 
 def checkpoint_stack(function: Callable, *stack: Tensor, **options) -> tuple[Tensor, ...] | Tensor:
     """`torch.utils.checkpoint.checkpoint(function, *stack)` that keeps the summands of a merged entry in its place."""
-    total = find_sum(stack[1]) if len(stack) > 2 else None
+    total = take_sum(stack)
     if total is None:
         results = checkpoint(function, *stack, **options)
     else:
@@ -121,11 +125,11 @@ def checkpoint_stack(function: Callable, *stack: Tensor, **options) -> tuple[Ten
         results = checkpoint(run, stack[0], *(entry.detach() for entry in total.entries), *stack[2:], **options)
     if isinstance(results, tuple) and len(results) == len(stack) > 2 and _in_eager_autograd(*results):
         # Within the block the entry was the sum of two. (Unless a hook has changed it, or them.)
-        note = _noted_sum(results[1])
+        note = _take_note(results[1])
         if note is not None and [entry.data_ptr() for entry in note.entries] == [
             entry.data_ptr() for entry in stack[1:3]
         ]:
-            note_sum(results[1], stack[1], stack[2], note.dtype)
+            note_sum(results[1], stack[1], stack[2], note.dtype, total)
     return results
 
 

@@ -149,6 +149,11 @@ def test_the_states_of_all_stages_are_that_of_the_model():
     )
 
 
+def test_the_code_goes_with_a_checkpoint(tmp_path):
+    build_model().save_pretrained(tmp_path)
+    assert {"pipeline.py", "sharding.py", "sums.py"} <= {file.name for file in tmp_path.iterdir()}
+
+
 def test_the_model_is_as_it_was():
     model = build_model().eval()
     before = model(input_ids=batch()).logits

@@ -174,6 +174,8 @@ def refuse(rank, folder):
         IMPLEMENTATION(stack, delta, gate)
     with pytest.raises(ValueError, match="`num_key_value_heads` is 1, which is not a multiple of the 2 processes"):
         shard_by_sequence(build_model(num_key_value_heads=1), mesh)
+    with pytest.raises(ValueError, match="DCAModel has no `lm_head`: only a `DCAForCausalLM` is sharded by sequence"):
+        shard_by_sequence(build_model().model, mesh)
     # Without an implementation of its own, the reference takes them, too.
     stack = [distribute_tensor(entry, mesh, [Shard(1)]) for entry in example()[0]]
     delta, gate = (distribute_tensor(each, mesh, [Replicate()]) for each in (delta, gate))

@@ -1,5 +1,7 @@
 """What k-DCA merges is not kept for the backward pass, and is made again there to the last bit."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -142,8 +144,8 @@ def test_a_sum_is_made_again_in_the_order_of_push_and_each_part_of_it_twice_at_m
     stack, merged = (torch.randn(3, WIDTH),), []
     for output in outputs:
         stack = push(stack, output, 4)
+        stack[1]._merged_sum = note = sums.take_sum(stack)  # as a block's residual does
         merged.append(stack[1])
-    note = sums.find_sum(stack[1])
     assert len(note.entries) == 58
     added = []
     number_of_sum = torch.Tensor.__add__
@@ -154,6 +156,21 @@ def test_a_sum_is_made_again_in_the_order_of_push_and_each_part_of_it_twice_at_m
                 assert torch.equal(note.again(note.entries[:count]), merged[count + 1])
             assert len(note.made) <= 58 // sums.EVERY + 1 + sums.EVERY
     assert len(added) <= 2 * 58
+
+
+def test_two_sums_that_go_on_from_one_are_told_apart():
+    stack = [torch.randn(3, WIDTH, requires_grad=True) for _ in range(3)]
+    stack = push(stack, torch.randn(3, WIDTH, requires_grad=True), 3)
+    stack[1]._merged_sum = sums.take_sum(stack)
+    ways = [push((*stack[:2], torch.randn(3, WIDTH, requires_grad=True)), stack[2], 3) for _ in range(2)]
+    with torch.no_grad():
+        for way, note in [(way, sums_of(way)) for way in ways]:
+            assert len(note.entries) == 3 and torch.equal(note.again(note.entries), way[1])
+
+
+def sums_of(stack):
+    with torch.enable_grad():
+        return sums.take_sum(stack)
 
 
 def test_nothing_is_held_where_nothing_is_differentiated():
@@ -200,18 +217,42 @@ def test_an_entry_that_a_hook_changes_is_kept_as_it_is(enable, monkeypatch):
             model.gradient_checkpointing_enable(enable)
         model.model.layers[4].register_forward_hook(lambda module, x, stack: (stack[0], 2 * stack[1], *stack[2:]))
         model.model.layers[6].register_forward_pre_hook(lambda module, stack: (stack[0], stack[1], 3 * stack[2]))
+        # (Within a block, so within what is checkpointed.)
+        model.model.layers[5].residual.register_forward_hook(
+            lambda module, stack, results: (*results[:-1], (results[-1][0], 2 * results[-1][1], *results[-1][2:]))
+        )
         results.append(gradients(model))
     assert all(map(torch.equal, *results))
 
 
 def test_an_entry_that_is_changed_in_place_is_no_sum_any_more():
-    stack = [torch.randn(3, WIDTH, requires_grad=True) for _ in range(3)]
-    entry = push(stack, torch.randn(3, WIDTH, requires_grad=True), 3)[1]
-    assert sums.find_sum(entry) is not None
+    def pushed():
+        entries = [torch.randn(3, WIDTH, requires_grad=True) for _ in range(4)]
+        return push(entries[:3], entries[3], 3)
+
+    stack = pushed()
+    assert len(sums.take_sum(stack).entries) == 2
+    stack = pushed()
     with torch.no_grad():
-        entry.mul_(2)
-    assert sums.find_sum(entry) is None
-    assert sums.find_sum(entry.reshape(WIDTH, 3)) is None
+        stack[1].mul_(2)
+    assert sums.take_sum(stack) is None
+    stack = pushed()
+    assert sums.take_sum([stack[0], stack[1].reshape(WIDTH, 3), stack[2]]) is None
+
+
+@pytest.mark.parametrize("enable", [None, CHECKPOINTING])
+def test_who_holds_an_entry_holds_no_graph(enable):
+    model = build(DCAModel, layers=8, last_k=1)
+    if enable is not None:
+        model.gradient_checkpointing_enable(enable)
+    held, outputs = [], []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, inputs, stack: held.extend(entry.detach() for entry in stack[1:2]))
+    model.layers[2].register_forward_hook(lambda module, inputs, stack: outputs.append(weakref.ref(stack[-1])))
+    model(tokens(), use_cache=False).last_hidden_state.sum().backward()
+    gc.collect()
+    assert outputs[0]() is None
+    assert not any(hasattr(entry.untyped_storage(), "_merged_sum") for entry in held)
 
 
 def test_an_output_that_is_changed_in_place_is_an_error():
