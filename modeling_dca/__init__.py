@@ -1,6 +1,7 @@
 """DeepCrossAttention (DCA) models for transformers; importing this registers them with its Auto classes."""
 
 import contextlib
+import sys
 
 import transformers
 from transformers import (
@@ -56,8 +57,10 @@ def register() -> None:
         DCAVisionBackbone,
         DCAVisionModel,
     ):
-        # transformers' server, vLLM and TRL look a checkpoint's class up there, by its name.
-        setattr(transformers, each.__name__, each)
+        # transformers' server, vLLM and TRL look a checkpoint's class up there, by its name. (What is imported as
+        # `transformers` first is replaced while it is imported: programs hold the one or the other.)
+        for module in (transformers, sys.modules["transformers"]):
+            setattr(module, each.__name__, each)
     for each in (DCAConfig, DCAVisionConfig):
         name_in_peft(each.model_type)
 

@@ -34,12 +34,13 @@ def own_scores(checkpoint, tasks):
     )
 
     def log_likelihood(context, continuation):
-        # As the harness: the space between both belongs to what follows, and both are read together.
-        start = len(tokenizer(context)["input_ids"])
-        ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
-        logits = model(ids[None, :-1]).logits[0, start - 1 :].log_softmax(-1)
-        greedy = bool((logits.argmax(-1) == ids[start:]).all())
-        return logits.gather(1, ids[start:, None]).sum().item(), greedy
+        # As the harness: both are read together, and of what is too long the end is kept.
+        start = len(tokenizer(context, verbose=False)["input_ids"])
+        ids = torch.tensor(tokenizer(context + continuation, verbose=False)["input_ids"])
+        asked = ids[start:]
+        kept = ids[-model.config.max_position_embeddings - 1 : -1]
+        logits = model(kept[None]).logits[0, -len(asked) :].log_softmax(-1)
+        return logits.gather(1, asked[:, None]).sum().item(), bool((logits.argmax(-1) == asked).all())
 
     def read(name):
         return [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
@@ -72,8 +73,11 @@ def scores(way, checkpoint, tasks, folder):
     return json.loads(file.read_text())["results"]
 
 
-@pytest.mark.parametrize("way", ["without the package", "with the package"])
-def test_the_harness_finds_what_the_logits_say(way, checkpoint, tasks, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "way"), [("llama", "without the package"), ("dca", "without the package"), ("dca", "with the package")]
+)
+def test_the_harness_finds_what_the_logits_say(name, way, checkpoints, tasks, tmp_path):
+    checkpoint = checkpoints[name]
     expected, found = own_scores(checkpoint, tasks), scores(way, checkpoint, tasks, tmp_path)
     for task, figures in expected.items():
         for name, value in figures.items():

@@ -29,6 +29,17 @@ def test_transformers_has_the_classes_by_name(name):
     assert getattr(transformers, name) is getattr(modeling_dca, name)
 
 
+def test_programs_hold_the_classes_whenever_they_import_transformers():
+    program = (
+        "import transformers as first\n"
+        "import modeling_dca\n"
+        "import transformers as second\n"
+        "print(first.DCAForCausalLM is second.DCAForCausalLM is modeling_dca.DCAForCausalLM, first is second)\n"
+    )
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert completed.stdout.startswith("True"), completed.stderr[-2000:]
+
+
 def test_registering_again_does_no_harm():
     modeling_dca.register()
     assert transformers.AutoModelForCausalLM._model_mapping[DCAConfig] is modeling_dca.DCAForCausalLM
