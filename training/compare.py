@@ -3,6 +3,7 @@ Compare runs with each other, over several seeds:
 
     python -m training.compare configuration/evidence/STUDY.yaml   # trains what is missing
     python -m training.compare RUN RUN ...                         # of runs that are finished
+    python -m training.compare --redraw FOLDER ...                 # the figures of earlier comparisons, again
 
 A study's YAML file names the configuration that its runs share, the fields in which its variants differ, and the seeds:
 
@@ -33,6 +34,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from training.studies.report import redraw
 from training.studies.running import compare
 from training.support.errors import command
 from training.support.parser import Parser
@@ -41,7 +43,7 @@ from training.support.parser import Parser
 @command
 def main():
     parser = Parser(None, "training.compare", __doc__)
-    parser.add_argument("runs", metavar="STUDY.yaml | RUN", nargs="+", type=Path, help="a study, or finished runs")
+    parser.add_argument("runs", metavar="STUDY.yaml | RUN", nargs="*", type=Path, help="a study, or finished runs")
     parser.add_argument("--output_dir", type=Path, help="the folder of the table and figures (default: of the study)")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs to train at a time (default: %(default)s)")
     parser.add_argument(
@@ -50,7 +52,20 @@ def main():
     parser.add_argument(
         "--recorded", type=Path, help="the comparison.json of an earlier comparison; runs that it has are not trained"
     )
+    parser.add_argument(
+        "--redraw",
+        metavar="FOLDER",
+        nargs="+",
+        type=Path,
+        help="draw the figures in the folders of earlier comparisons again, from their comparison.json, and do nothing else",
+    )
     arguments = parser.parse_args()
+    if bool(arguments.runs) == bool(arguments.redraw):
+        parser.error("name a study, finished runs, or with --redraw the folders of earlier comparisons")
+    for folder in arguments.redraw or ():
+        redraw(folder)
+    if arguments.redraw:
+        return
     line = shlex.join(["python", "-m", "training.compare", *sys.argv[1:]])
     compare(arguments.runs, arguments.output_dir, arguments.jobs, arguments.baseline, arguments.recorded, line)
 

@@ -4,6 +4,7 @@ Choose the form of the gate of generalized residuals by measurement: many small 
     python -m training.gate_trial data FILE.npz [--vocab_size 1024]
     python -m training.gate_trial train FILE.npz OUTPUT_DIR [--widths 128 64] [--variants NAME ...] [--minutes 5]
     python -m training.gate_trial report OUTPUT_DIR
+    python -m training.gate_trial figure OUTPUT_DIR FILE.png [--dark]
 
 All learning rates and seeds of a variant are one batch of models, of parameters `(runs, ...)`: a GPU trains dozens of them in
 the time of one. The model is [`~modeling_dca.DCAForCausalLM`] (parameters have its names, and a slice of them loads into it), but for
@@ -12,7 +13,7 @@ how a block's inputs are formed from its stack, which is what the variants diffe
 
 from pathlib import Path
 
-from training.studies.gate_trial import RATES, VARIANTS, report, train_all, write_data
+from training.studies.gate_trial import RATES, VARIANTS, draw, report, train_all, write_data
 from training.support.errors import command
 from training.support.parser import Parser
 
@@ -33,11 +34,17 @@ def main():
     part.add_argument("--no_compile", action="store_true")
     part = commands.add_parser("report", allow_abbrev=True)
     part.add_argument("output_dir", type=Path)
+    part = commands.add_parser("figure", allow_abbrev=True)
+    part.add_argument("output_dir", type=Path)
+    part.add_argument("file", type=Path)
+    part.add_argument("--dark", action="store_true", help="for a dark page")
     arguments = parser.parse_args()
     if arguments.command == "data":
         write_data(arguments.file, arguments.vocab_size)
     elif arguments.command == "report":
         print(report(arguments.output_dir))
+    elif arguments.command == "figure":
+        draw(arguments.output_dir, arguments.file, arguments.dark)
     else:
         train_all(
             arguments.file,

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from modeling_dca.configuration_dca import nearest_name
 from training.benchmarks import report
 from training.benchmarks.gpu_steps import RESULTS, STEPS, Record, run_step, use
+from training.results.figures import styles_of
 from training.results.record import RUNS_FOLDER
 from training.support.errors import UserError, command
 from training.support.machine import describe_machine
@@ -158,9 +159,11 @@ def write_tables(results: dict, folder: Path) -> None:
 def draw(curves: dict[str, list], file: Path) -> None:
     """Draw the held-out loss by step and by time."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    styles = styles_of(curves)
     for axes, column, label in zip(panels, (0, 1), ("step", "seconds of training")):
         for name, figures in curves.items():
-            axes.plot([one[column] for one in figures], [one[3] for one in figures], label=name)
+            style = styles[name] | {"marker": ""}
+            axes.plot([one[column] for one in figures], [one[3] for one in figures], label=name, **style)
         axes.set_xlabel(label)
     panels[0].set_ylabel("held-out loss (nats)")
     panels[0].legend()

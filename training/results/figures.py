@@ -85,7 +85,7 @@ def draw_loss_curves(histories: dict[str, list[dict]], file: Path) -> None:
     if len(measured) == 1:
         (label,) = measured
         told = ", ".join(f"{name} {loss:.3f}" for name, (loss, _) in sorted(ends.items(), key=lambda end: end[1]))
-        axes.set_title(f"Loss {'of training' if label == 'training' else label}, at the end: {told}")
+        axes.set_title(f"{'Training' if label == 'training' else 'Held-out'} loss at the end: {told}")
     held_out = [entry["eval_loss"] for history in histories.values() for entry in history if "eval_loss" in entry]
     losses = [entry["loss"] for history in histories.values() for entry in history if "loss" in entry]
     if held_out and losses:
@@ -219,6 +219,7 @@ def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False
         labels = [f"{first}" if first == last else f"{first}-{last}" for first, last in weight["outputs"]]
         apart = -(-len(labels) // MOST_LABELS)
         axes.set_xticks(entries[::apart], labels[::apart], fontsize=8)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
     for block, axes in enumerate(panels.flat[:blocks], start=1):
         if not times_size:
             axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
@@ -227,7 +228,7 @@ def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False
         axes.set_ylabel(_whole_weight(times_size))
     figure.supxlabel("output drawn from (0: the model's input)", fontsize=10)
     handles, _ = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, [INPUT_NAMES[name] for name in inputs], loc="outside upper right", ncols=3, fontsize=9)
+    figure.legend(handles, [INPUT_NAMES[name] for name in inputs], loc="outside lower right", ncols=3, fontsize=9)
     figure.suptitle(
         "How the features of a block draw from each earlier output: mean, and the band of 90 %"
         + ("" if times_size else " (dashed: the residual sum)"),
@@ -259,17 +260,20 @@ def draw_without(rows: list[dict], file: Path) -> None:
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     image = axes.imshow(grid, cmap=LESS_TO_MORE, norm=norm, aspect="auto")
     axes.set_facecolor("0.85")  # where there is no such output
-    most = max((row for row in rows if np.isfinite(row["lost"])), key=lambda row: row["lost"], default={"lost": 0})
+    # (That the model's input is missed goes without saying.)
+    told = [row for row in rows if np.isfinite(row["lost"]) and (row["without"] != 0 or outputs == [0])]
+    most = max(told, key=lambda row: row["lost"], default={"lost": 0})
     if most["lost"] > 0:
         block = named.get(most["block"], f"block {most['block']}")
         what = _output((most["without"], most["without"]))
-        axes.set_title(f"Most is lost without {what}\nin {block}: {most['lost']:.3g} nats", fontsize=11)
+        beside = "" if outputs == [0] or 0 not in outputs else ", beside the model's input"
+        axes.set_title(f"Most is lost{beside} without {what}\nin {block}: {most['lost']:.3g} nats", fontsize=11)
     else:
-        axes.set_title("Nothing is lost without any one output", fontsize=11)
+        axes.set_title("Nothing is lost without an output", fontsize=11)
     axes.set_xticks(range(len(outputs)), outputs)
     axes.set_yticks(range(len(blocks)), [named.get(block, f"block {block}") for block in blocks], fontsize=8)
     axes.set_xlabel("without output (0: the model's input)")
-    figure.colorbar(image, ax=axes, label="held-out loss lost (nats)")
+    figure.colorbar(image, ax=axes, label="rise of the held-out loss (nats)")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

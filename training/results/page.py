@@ -16,7 +16,7 @@ from training.support.files import write_whole
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "page.html.jinja"
 #: What only pages of this module have: others are not replaced.
 MARK = '<meta name="generator" content="training.depth_weights">'
-#: How many gates a page holds at most; as text they are some 12 MB.
+#: How many gates a page holds at most; as text they are up to 18 MB.
 MOST_GATES = 3_000_000
 #: The share of the weights that the colours tell apart; those beyond have the last colour.
 SHADED = 0.99
@@ -82,8 +82,8 @@ def _rounded(values: torch.Tensor, digits: int) -> list:
 
 
 def gate_step(largest: float) -> float:
-    """The step that gates are rounded to: a power of ten, of which the largest gate has a thousand at least."""
-    return float(f"1e{math.floor(math.log10(largest)) - 3}") if largest > 0 else 1.0
+    """The step that gates are rounded to: a power of ten, of which the largest gate has ten thousand at least."""
+    return float(f"1e{math.floor(math.log10(largest)) - 4}") if largest > 0 else 1.0
 
 
 def page_data(name: str, config: DCABaseConfig, example: Example, draws: list[dict]) -> dict:

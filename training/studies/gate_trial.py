@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 from modeling_dca import DCAConfig, DCAForCausalLM
+from training.results.figures import WIDTH, plt, styles_of
+from training.support.errors import UserError
 from training.support.files import read_json
 from training.text.blocks import PackedBlocks
 from training.text.documents import load_text, texts
@@ -35,6 +37,13 @@ BETAS, WEIGHT_DECAY, EPSILON, MAX_NORM = (0.9, 0.98), 0.1, 1e-8, 1.0
 RATES = {128: (0.0015, 0.003, 0.006), 64: (0.003, 0.006, 0.012)}
 SEEDS = (1, 2, 3)
 EVAL_STEPS, EVAL_BLOCKS, NORM_EPS = 250, 256, 1e-6
+
+#: What the figure shows, and how it calls it: the first is compared with, the second is what is built.
+DRAWN = {
+    "standard": "transformer",
+    "normalised, rms": "DCA",
+    "b alone": "DCA without gates",
+}
 
 Parameters = dict[str, Tensor]
 
@@ -306,17 +315,34 @@ def write_data(file: Path, vocab_size: int) -> None:
     print({part: value.shape for part, value in blocks.items()}, len(documents["held_out"]), "documents held out")
 
 
+def read_results(folder: Path) -> dict[int, dict]:
+    """
+    The held-out losses by width, from the largest on, variant, learning rate and seed.
+
+    Raises:
+        [`UserError`]: the folder holds no results.
+    """
+    results = [read_json(file, "width", "variant", "runs") for file in sorted(folder.glob("*.json"))]
+    if not results:
+        raise UserError(f"{str(folder)!r} holds no results: name the OUTPUT_DIR of an earlier `train`.")
+    losses = {width: {} for width in sorted({result["width"] for result in results}, reverse=True)}
+    for result in results:
+        of_variant = losses[result["width"]].setdefault(result["variant"], {})
+        for run in result["runs"]:
+            of_variant.setdefault(run["rate"], {})[run["seed"]] = run["loss"]
+    return losses
+
+
+def best_rates(losses: dict[str, dict]) -> dict[str, float]:
+    """The learning rate with the least mean loss of each variant."""
+    return {name: min(of, key=lambda rate: np.mean(list(of[rate].values()))) for name, of in losses.items()}
+
+
 def report(folder: Path) -> str:
     """Held-out loss by width, variant and rate: the mean over the seeds, their spread, and the difference at the best rate."""
-    results = [read_json(file, "width", "variant", "runs") for file in sorted(folder.glob("*.json"))]
     lines = []
-    for width in sorted({result["width"] for result in results}, reverse=True):
-        means = {}
-        for result in results:
-            if result["width"] == width:
-                for run in result["runs"]:
-                    means.setdefault(result["variant"], {}).setdefault(run["rate"], {})[run["seed"]] = run["loss"]
-        best = {name: min(of, key=lambda rate: np.mean(list(of[rate].values()))) for name, of in means.items()}
+    for width, means in read_results(folder).items():
+        best = best_rates(means)
         rates = sorted({rate for of in means.values() for rate in of})
         lines += [f"## {LAYERS} layers x {width}", ""]
         lines += ["| variant | " + " | ".join(map(str, rates)) + " | best against the transformer's best |"]
@@ -334,6 +360,72 @@ def report(folder: Path) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {difference} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def draw(folder: Path, file: Path, dark: bool) -> None:
+    """
+    Draw the losses of the transformer, of DCA and of DCA without gates by learning rate, a panel for each width.
+
+    Args:
+        folder: of the results.
+        file: where to save the picture.
+        dark: whether it stands on a dark page.
+
+    Raises:
+        [`UserError`]: the folder lacks results of these variants, or the file cannot be written.
+    """
+    losses = read_results(folder)
+    for width, means in losses.items():
+        missing = [name for name in DRAWN if name not in means]
+        if missing:
+            raise UserError(
+                f"{str(folder)!r} holds no results of {missing[0]!r} at a width of {width}: train it first."
+            )
+    base, ours = list(DRAWN)[:2]
+    ink, page = ("#e6edf3", "#0d1117") if dark else ("black", "white")
+    styles = styles_of(DRAWN.values())
+    styles["transformer"]["color"] = ink
+    gains = []
+    with plt.rc_context(
+        {"text.color": ink, "figure.facecolor": page, "axes.facecolor": page, "legend.facecolor": page}
+        | dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), ink)
+    ):
+        figure, panels = plt.subplots(1, len(losses), figsize=(WIDTH, 4.6), squeeze=False, layout="constrained")
+        for axes, (width, means) in zip(panels[0], losses.items()):
+            for name, label in DRAWN.items():
+                rates = sorted(means[name])
+                points = [list(means[name][rate].values()) for rate in rates]
+                axes.plot(rates, [np.mean(each) for each in points], label=label, **styles[label])
+                alone = styles[label] | {"linestyle": "", "markersize": 3, "alpha": 0.6}
+                for rate, each in zip(rates, points):
+                    axes.plot([rate] * len(each), each, **alone)
+            rates = best_rates(means)
+            differences = [means[ours][rates[ours]][seed] - loss for seed, loss in means[base][rates[base]].items()]
+            gains.append(f"{np.mean(differences):+.3f}")
+            axes.set_title(
+                f"{LAYERS} layers x {width}: DCA {gains[-1]} nats, each at its best of {len(means[base])} rates",
+                fontsize=10,
+            )
+            axes.set_xscale("log")
+            axes.set_xticks(rates := sorted(means[base]), [f"{rate:g}" for rate in rates])
+            axes.minorticks_off()
+            axes.set_xlabel("learning rate")
+            axes.grid(alpha=0.3)
+        panels[0, 0].set_ylabel("held-out loss (nats per token)")
+        panels[0, 0].legend()
+        seeds = {len(of_seed) for means in losses.values() for name in DRAWN for of_seed in means[name].values()}
+        figure.suptitle(
+            f"Small language models, {min(seeds)} seeds (small marks): DCA against the transformer\n"
+            "It is the trial on which the form of the gate was chosen; it is not the paper's scale",
+            fontsize=11,
+        )
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file, dpi=150, metadata={"Title": "; ".join(axes.get_title() for axes in panels[0])})
+        except (OSError, ValueError) as error:  # (a ValueError where the name ends as no picture's does)
+            raise UserError(f"The figure cannot be written to {str(file)!r}: {error}.") from error
+        finally:
+            plt.close(figure)
 
 
 def train_all(file: Path, folder: Path, widths: list[int], variants: list[str], device: str, compiled: bool) -> None:

@@ -162,11 +162,11 @@ def draw_training(results: dict, file: Path) -> None:
                 steps,
                 np.exp(np.log(curves).mean(axis=0)),
                 label=name if np.isfinite(curves).all() else f"{name} (diverges)",
-                color=COLORS[index],
+                color=COLORS[scheme],
                 linestyle=LINES[index % len(LINES)],
             )
             axes.fill_between(
-                steps, curves.min(axis=0), curves.max(axis=0), color=COLORS[index], alpha=0.15, linewidth=0
+                steps, curves.min(axis=0), curves.max(axis=0), color=COLORS[scheme], alpha=0.15, linewidth=0
             )
         optima = losses_of(results, task, "standard", "optimum")
         if optima[0] is not None:
@@ -195,19 +195,19 @@ def draw_gains(results: dict, file: Path) -> None:
         for index, scheme in enumerate(("grn_v1", "grn_v2"), start=1):
             values = [point["value"] for point in results["gains"][varied]]
             gains = np.array([point[scheme] for point in results["gains"][varied]])
-            style = {"color": COLORS[index], "linestyle": LINES[(index - 1) % len(LINES)]}
+            style = {"color": COLORS[scheme], "linestyle": LINES[(index - 1) % len(LINES)]}
             axes.plot(values, gains.mean(axis=1), label=f"{SCHEMES[scheme]}, bound", **style)
             axes.fill_between(
-                values, gains.min(axis=1), gains.max(axis=1), color=COLORS[index], alpha=0.15, linewidth=0
+                values, gains.min(axis=1), gains.max(axis=1), color=COLORS[scheme], alpha=0.15, linewidth=0
             )
             axes.plot(
                 [point[varied] for point in marked],
                 [np.mean(point[f"{scheme}_gain"]) for point in marked],
                 MARKERS[index],
-                color=COLORS[index],
+                color=COLORS[scheme],
                 label=f"{SCHEMES[scheme]}, reached",
             )
-        axes.axhline(0, color=COLORS[0], linewidth=0.8)
+        axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("gain over ResNet of equal parameters\n(share of the target's squared norm)")

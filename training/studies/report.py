@@ -25,6 +25,7 @@ from training.studies.statistics import (
     summarize,
 )
 from training.studies.study import COMMANDS, Comparison, Member, Trial, best_values
+from training.support.errors import UserError
 from training.support.files import read_json
 from training.support.tables import align
 from training.text.document_losses import DOCUMENT_LOSSES
@@ -280,50 +281,95 @@ def describe_training(runs: list[dict]) -> list[str]:
     return lines
 
 
-def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str, str], folder: Path, line: str) -> str:
-    """Write the tables, the figures and everything in JSON into a folder, and return the table."""
-    diverged = [member for member in comparison.members if member.divergence()]
-    task = COMMANDS[comparison.members[0].command].name
-    metrics = METRICS[task]
+def grouped(runs: list[dict], baseline: str) -> dict[str | None, dict[str, list[dict]]]:
+    """The runs by group and variant, the baseline first."""
     groups = {run["group"]: {} for run in runs}
-    for run in sorted(runs, key=lambda run: run["variant"] != comparison.baseline):
+    for run in sorted(runs, key=lambda run: run["variant"] != baseline):
         groups[run["group"]].setdefault(run["variant"], []).append(run)
-    keys = [key for key, _, _ in metrics]
-    summary = {
-        group: summarize([run for run in runs if run["group"] == group], comparison.baseline, keys) for group in groups
-    }
-    table = make_table(summary, comparison.baseline, task)
+    return groups
+
+
+def draw_figures(
+    groups: dict[str | None, dict[str, list[dict]]],
+    baseline: str,
+    task: str,
+    folder: Path,
+    tuned: dict[str | None, dict[str, dict]],
+) -> dict[str, str]:
+    """
+    Draw the figures of a comparison into a folder, and return what each shows, by its file.
+
+    Args:
+        tuned: the `gains` of each group, of variants that are tuned alike.
+    """
     figures = {
         CURVES: "Training and held-out loss over the steps; the bands reach from the lowest to the highest seed."
     }
     draw_compared_curves(groups, folder / CURVES)
     label = "perplexity" if task == "text-generation" else "loss (nats)"
-    draw_loss_over_time(groups, f"held-out {label}", comparison.baseline, folder / OVER_TIME)
-    figures[OVER_TIME] = (
-        f"Held-out {label} over the training time. The dashed line is where {comparison.baseline} ended."
-    )
+    draw_loss_over_time(groups, f"held-out {label}", baseline, folder / OVER_TIME)
+    figures[OVER_TIME] = f"Held-out {label} over the training time. The dashed line is where {baseline} ended."
     # Groups of one size or nearly so, of learning rates say, have nothing to tell about sizes.
-    sizes = [run["parameters"] for run in runs if run["group"] is None or run["variant"] == comparison.baseline]
+    sizes = [
+        run["parameters"]
+        for group, variants in groups.items()
+        for variant, of_seeds in variants.items()
+        for run in of_seeds
+        if group is None or variant == baseline
+    ]
     if sizes and max(sizes) > 1.01 * min(sizes):
         draw_loss_over_parameters(groups, folder / OVER_PARAMETERS)
         figures[OVER_PARAMETERS] = "Final held-out loss over the number of parameters."
     else:
         (folder / OVER_PARAMETERS).unlink(missing_ok=True)
+    if tuned:
+        figures[OVER_STEP_TIME] = (
+            f"Final held-out loss, less that of {baseline} with the same seed, over the time of a training step: what lies below the "
+            f"dashed line is better at equal tokens. The bars are the {CONFIDENCE:.0%} confidence intervals."
+        )
+        draw_loss_over_step_time(tuned, baseline, folder / OVER_STEP_TIME)
+    else:
+        (folder / OVER_STEP_TIME).unlink(missing_ok=True)
+    return figures
 
+
+def redraw(folder: Path) -> None:
+    """
+    Draw the figures of a comparison again, from its `comparison.json`.
+
+    Raises:
+        [`UserError`]: the folder holds none, or cannot be written.
+    """
+    try:
+        content = read_json(folder / RAW)
+        tuned = content.get("gains") or {}
+        if tuned and "groups" not in content:
+            tuned = {None: tuned}
+        groups = grouped(content["runs"], content["baseline"])
+        draw_figures(groups, content["baseline"], content["task"], folder, tuned)
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison.") from error
+
+
+def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str, str], folder: Path, line: str) -> str:
+    """Write the tables, the figures and everything in JSON into a folder, and return the table."""
+    diverged = [member for member in comparison.members if member.divergence()]
+    task = COMMANDS[comparison.members[0].command].name
+    metrics = METRICS[task]
+    groups = grouped(runs, comparison.baseline)
+    keys = [key for key, _, _ in metrics]
+    summary = {
+        group: summarize([run for run in runs if run["group"] == group], comparison.baseline, keys) for group in groups
+    }
+    table = make_table(summary, comparison.baseline, task)
     tuned = {}
     if comparison.trials:
         of_groups = {group: [run for run in runs if run["group"] == group] for group in groups}
         tuned = {group: gains(of_group, comparison.baseline) for group, of_group in of_groups.items()}
         tuned = {group: gained for group, gained in tuned.items() if gained}
-    if tuned:
-        figures[OVER_STEP_TIME] = (
-            f"Final held-out loss, less that of {comparison.baseline} with the same seed, over the time of a training step: what lies below "
-            f"the dashed line is better at equal tokens. The bars are the {CONFIDENCE:.0%} confidence intervals."
-        )
-        draw_loss_over_step_time(tuned, comparison.baseline, folder / OVER_STEP_TIME)
-    else:
-        (folder / OVER_STEP_TIME).unlink(missing_ok=True)
-
+    figures = draw_figures(groups, comparison.baseline, task, folder, tuned)
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     counts = ", ".join(
         f"{label_of(group, variant)} {len(summary[group][variant]['seeds'])}"

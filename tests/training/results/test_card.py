@@ -14,7 +14,7 @@ from modeling_dca import DCAForCausalLM
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, image, weights, write_images, write_jsonl
 from training import causal_lm, image_classification
 from training.results import figures
-from training.results.card import METRICS, _verdict, origin, write_card
+from training.results.card import METRICS, verdict, origin, write_card
 from training.run.parsing import parse_run
 from training.text import task
 from training.text.fields import CausalLMArguments, TextDataArguments
@@ -162,12 +162,12 @@ LESS, MORE = ("eval_loss", "held-out loss", True), ("eval_accuracy", "held-out a
         (MORE, 0.5, 0.5, "`dca` and `standard` have the same held-out accuracy."),
     ],
 )
-def test_verdict(metric, own, other, sentence):
-    assert sentence in _verdict(metric, {"dca": {metric[0]: own}, "standard": {metric[0]: other}})
+def testverdict(metric, own, other, sentence):
+    assert sentence in verdict(metric, {"dca": {metric[0]: own}, "standard": {metric[0]: other}})
 
 
 @pytest.mark.parametrize(("own", "other", "better"), [(2.0, 3.0, "dca"), (3.0, 2.0, "standard")])
-def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
+def testverdict_of_a_card_follows_the_results(text_run, own, other, better):
     for folder, loss in ((text_run, own), (text_run / "standard", other)):
         results = json.loads((folder / "all_results.json").read_text())
         (folder / "all_results.json").write_text(json.dumps({**results, "eval_loss": loss}))
@@ -180,7 +180,7 @@ def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
     )
 
 
-def test_card_without_a_baseline_has_no_verdict(image_run):
+def test_card_without_a_baseline_has_noverdict(image_run):
     assert "better" not in card_of(image_run) and "Both models" not in card_of(image_run)
 
 

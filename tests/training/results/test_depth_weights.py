@@ -301,7 +301,7 @@ def test_title_of_losses_says_how_they_end(tmp_path, drawn):
     history = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}]
     other = [{"step": 2, "loss": 3.0, "eval_loss": 3.25}]
     draw_loss_curves({"standard": history, "dca": other}, tmp_path / "loss.png")
-    assert drawn[0].get_title() == "Loss held out, at the end: dca 3.250, standard 4.500"
+    assert drawn[0].get_title() == "Held-out loss at the end: dca 3.250, standard 4.500"
     lines = {line.get_label(): line.get_color() for line in drawn[0].lines}
     assert (
         lines["dca, held out"] == figures.COLORS["dca"] and lines["standard, training"] == figures.COLORS["standard"]
@@ -488,6 +488,12 @@ def test_picture_of_what_is_lost(tmp_path, drawn, outputs):
     columns = [label.get_text() for label in drawn[0].get_xticklabels()]
     shown = image.get_array()
     assert columns == [str(output) for output in outputs] and np.ma.count(shown) == len(rows)
+    most = max((row for row in rows if row["without"] != 0), key=lambda row: row["lost"])
+    if most["lost"] > 0:
+        assert drawn[0].get_title().endswith(f": {most['lost']:.3g} nats")
+        assert f"without output {most['without']}\n" in drawn[0].get_title()
+    else:
+        assert drawn[0].get_title() == "Nothing is lost without an output"
     for row in rows:
         name = {"all": "all blocks", "output": "the model's output"}.get(row["block"], f"block {row['block']}")
         assert shown[names.index(name), columns.index(str(row["without"]))] == pytest.approx(row["lost"])

@@ -192,7 +192,7 @@ def test_adapters_need_their_package(llama, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [FROZEN, ADAPTERS], ids=["frozen", "adapters"])
 def test_models_that_are_shared_out_are_refused(llama, capsys, monkeypatch, arguments):
     monkeypatch.setattr("training.run.tuning.uses_fsdp", lambda training: True)
-    assert "is not for FSDP" in refusal(capsys, causal_lm.main, TEXT_RUN, *arguments)
+    assert "is not for models that are shared out" in refusal(capsys, causal_lm.main, TEXT_RUN, *arguments)
 
 
 def test_unmerged_checkpoint_is_not_evaluated(llama, adapted, capsys):

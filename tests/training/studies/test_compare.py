@@ -200,6 +200,26 @@ def test_table_has_the_figures(made_up, figures, capsys):
     assert "nan" not in page and "None" not in page
 
 
+def test_figures_are_drawn_again_from_their_record(made_up, capsys, figures):
+    call(compare.main, *made_up_runs("plain", "deep"), "--baseline=plain", "--output_dir=result")
+    before = snapshot(Path("result"))
+    pictures = [name for name in before if name.endswith(".png")]
+    assert len(pictures) == 3
+    for name in pictures:
+        Path("result", name).unlink()
+    call(compare.main, "--redraw", "result")
+    assert snapshot(Path("result")) == before
+    Path("other").mkdir()
+    for content, words in ((None, "cannot be drawn again: No such file"), ("[]", "is not of this command")):
+        if content is not None:
+            Path("other/comparison.json").write_text(content)
+        there = snapshot(made_up)
+        assert words in failure(capsys, compare.main, "--redraw", "other")
+        assert snapshot(made_up) == there
+    for arguments in ((), ("runs/plain/seed-0", "--redraw", "result")):
+        assert "name a study, finished runs, or with --redraw" in failure(capsys, compare.main, *arguments).lower()
+
+
 def test_baseline_that_is_never_reached(made_up, figures):
     call(compare.main, *made_up_runs("plain", "deep"), "--baseline=deep", "--output_dir=result")
     header, table = rows("result")

@@ -1,12 +1,16 @@
 """The trial of the gate's forms: models side by side are the models that they stand for, each trained for itself."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from modeling_dca import DCAConfig, DCAForCausalLM
+from tests.training.tiny import call, failure
+from training import gate_trial as command
 from training.studies import gate_trial
 from training.variants.registry import VARIANTS
 
@@ -127,3 +131,53 @@ def test_a_trial_from_its_data_to_its_report(tmp_path, monkeypatch):
     )
     best = min(np.mean([run["loss"] for run in result["runs"] if run["rate"] == rate]) for rate in (0.003, 0.01))
     assert f"{best:.3f} ±" in lines[5]
+
+
+EVIDENCE = Path(__file__).parents[3] / "model_cards" / "evidence" / "gate"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_figure_of_the_results(tmp_path, monkeypatch, dark):
+    """Its lines and titles are the figures of the table."""
+    drawn, subplots = [], gate_trial.plt.subplots
+    monkeypatch.setattr(gate_trial.plt, "subplots", lambda *a, **k: drawn.append(subplots(*a, **k)) or drawn[-1])
+    call(command.main, "figure", EVIDENCE, tmp_path / "new" / "results.png", *(["--dark"] if dark else []))
+    with Image.open(tmp_path / "new" / "results.png") as picture:
+        assert picture.width > 1000
+        red, green, blue = picture.convert("RGB").getpixel((0, 0))
+        assert max(red, green, blue) < 50 if dark else min(red, green, blue) > 200
+    (figure, panels) = drawn[0]
+    assert "not the paper's scale" in figure.get_suptitle() and "3 seeds" in figure.get_suptitle()
+    table = gate_trial.report(EVIDENCE)
+    for axes, width, best in zip(panels[0], (128, 64), ("-0.067", "-0.148")):
+        assert axes.get_title() == f"6 layers x {width}: DCA {best} nats, each at its best of 3 rates"
+        own = table.split(f"x {width}\n")[1].split("## ")[0]
+        lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        assert list(lines) == ["transformer", "DCA", "DCA without gates"]
+        for name, label in gate_trial.DRAWN.items():
+            row = next(row for row in own.splitlines() if row.startswith(f"| {name} |"))
+            assert [f"{loss:.3f}" for loss in lines[label].get_ydata()] == [
+                cell.split(" ± ")[0].strip() for cell in row.split("|")[2:5]
+            ]
+            if name == "normalised, rms":
+                assert f"| {best} (" in row
+
+
+def test_committed_figures_are_those_of_the_results(tmp_path):
+    for name, options in (("results", ()), ("results-dark", ("--dark",))):
+        call(command.main, "figure", EVIDENCE, tmp_path / f"{name}.png", *options)
+        committed = EVIDENCE.parents[1] / "figures" / f"{name}.png"
+        with Image.open(tmp_path / f"{name}.png") as now, Image.open(committed) as before:
+            assert now.size == before.size  # (the pixels depend on fonts)
+            assert {key: value for key, value in before.text.items() if key == "Title"} == {"Title": now.text["Title"]}
+
+
+def test_figure_of_no_results(tmp_path, capsys):
+    line = failure(capsys, command.main, "figure", tmp_path, tmp_path / "results.png")
+    assert "holds no results: name the OUTPUT_DIR of an earlier `train`." in line
+    content = json.loads((EVIDENCE / "64-standard.json").read_text())
+    (tmp_path / "64-standard.json").write_text(json.dumps(content))
+    line = failure(capsys, command.main, "figure", tmp_path, tmp_path / "results.png")
+    assert "holds no results of 'normalised, rms' at a width of 64: train it first." in line
+    line = failure(capsys, command.main, "figure", EVIDENCE, tmp_path / "results.movie")
+    assert "The figure cannot be written to" in line
