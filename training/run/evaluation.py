@@ -19,7 +19,7 @@ from training.run.fields import check_one_gpu
 from training.run.parallel import processes_per_batch
 from training.run.task import Task
 from training.support.errors import UserError, innermost_message, told
-from training.support.files import write_whole
+from training.support.files import read_json, write_whole
 from training.support.parser import Parser
 from training.support.tables import align
 from training.variants.registry import VARIANTS
@@ -95,6 +95,9 @@ def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, descr
     defaults, precision, config, task, model_class = {}, {}, None, None, None
     data_classes = dict(zip(("data", "data (of images)"), (each.data_class for each in tasks)))
     if named:
+        file = Path(argv[0], "config.json")
+        if file.exists():  # of which some releases of transformers do not say what is wrong
+            read_json(file)
         with told(argv[0], "evaluated"):
             config = AutoConfig.from_pretrained(argv[0])
         task, model_class = find_task(tasks, config, argv[0])
