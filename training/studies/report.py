@@ -69,7 +69,10 @@ def read_member(member: Member) -> dict[str, Any]:
     sittings = read_json(member.sittings) if member.sittings.exists() else {}
     documents = {}
     if (of_documents := member.folder / DOCUMENT_LOSSES).exists():
-        documents = {each["document"]: [each["tokens"], each["loss"]] for each in read_json(of_documents)}
+        documents = {
+            each["document"]: [each["tokens"], each["loss"]]
+            for each in read_json(of_documents, kind=list, remedy=again)
+        }
     training = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     seen = arguments.logging_steps <= SPIKE_LOGGING_STEPS
     return {
@@ -340,8 +343,8 @@ def redraw(folder: Path) -> None:
     Raises:
         [`UserError`]: the folder holds none, or cannot be written.
     """
+    content = read_json(folder / RAW, "runs", "baseline", "task", remedy="name the folder of a comparison")
     try:
-        content = read_json(folder / RAW)
         tuned = content.get("gains") or {}
         if tuned and "groups" not in content:
             tuned = {None: tuned}

@@ -14,7 +14,7 @@ from modeling_dca import DCAForCausalLM
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, call, image, weights, write_images, write_jsonl
 from training import causal_lm, image_classification
 from training.results import figures
-from training.results.card import METRICS, verdict, origin, write_card
+from training.results.card import METRICS, origin, verdict, write_card
 from training.run.parsing import parse_run
 from training.text import task
 from training.text.fields import CausalLMArguments, TextDataArguments

@@ -210,7 +210,11 @@ def test_figures_are_drawn_again_from_their_record(made_up, capsys, figures):
     call(compare.main, "--redraw", "result")
     assert snapshot(Path("result")) == before
     Path("other").mkdir()
-    for content, words in ((None, "cannot be drawn again: No such file"), ("[]", "is not of this command")):
+    for content, words in (
+        (None, "other/comparison.json cannot be read (No such file or directory)"),
+        ("[]", "other/comparison.json is damaged"),
+        ('{"runs": [1], "baseline": "plain", "task": "text-generation"}', "is not of this command"),
+    ):
         if content is not None:
             Path("other/comparison.json").write_text(content)
         there = snapshot(made_up)
