@@ -7,7 +7,9 @@ Attention, feed-forward module, norms, positions and their initial weights are t
 same seed. What a scheme learns is in [`Connection`]s, in plain PyTorch.
 """
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -149,6 +151,9 @@ class Output(nn.Module):
 
 # What a run can set
 
+#: The types of settings, as errors call them.
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+
 
 def setting(default: Any, help: str, least: float | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "least": least})
@@ -169,21 +174,14 @@ class Scheme:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), field.type
-            named = f"`{field.name}` of `variant_fields` is {value!r}"
-            if isinstance(value, str):  # YAML 1.1 does not take 1e-3 for a number
-                try:
-                    value = float(value)
-                except ValueError:
-                    raise ValueError(f"{named}; it must be {_in_words(kinds)}.") from None
-            if isinstance(value, float) and float in _types(kinds) and value != value:
-                raise ValueError(f"{named}; it must be {_in_words(kinds)}.")
-            if type(value) is int and float in _types(kinds):
-                value = float(value)
-            if type(value) not in _types(kinds):
-                raise ValueError(f"{named}; it must be {_in_words(kinds)}.")
-            least = field.metadata["least"]
-            if value is not None and least is not None and not least <= value < float("inf"):
+            value, kinds = getattr(self, field.name), getattr(field.type, "__args__", (field.type,))
+            named, least = f"`{field.name}` of `variant_fields` is {value!r}", field.metadata["least"]
+            if float in kinds and type(value) in (int, str):
+                with contextlib.suppress(ValueError):
+                    value = float(value)  # YAML 1.1 does not take 1e-3 for a number
+            if type(value) not in kinds:
+                raise ValueError(f"{named}; it must be {' or '.join(WORDS[kind] for kind in kinds)}.")
+            if value is not None and least is not None and not least <= value < math.inf:
                 raise ValueError(f"{named}; it must be at least {least}, and finite.")
             setattr(self, field.name, value)
 
@@ -200,15 +198,6 @@ class Scheme:
     def learning_rate_of(self, parameter: str) -> float:
         """The learning rate of a connection's parameter, by its name in it, as a multiple of the run's."""
         return self.connection_learning_rate
-
-
-def _types(kinds: Any) -> tuple[type, ...]:
-    return getattr(kinds, "__args__", (kinds,))
-
-
-def _in_words(kinds: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
-    return " or ".join(words[kind] for kind in _types(kinds))
 
 
 def read_settings(scheme_class: type[Scheme], fields: dict[str, Any]) -> Scheme:

@@ -632,7 +632,7 @@ def test_settings_stand_in_the_file_of_a_run(room, capsys):
         (["--variant=mudd", "--variant_fields={deep: 1}"], ["`deep` of `variant_fields` is 1", "true or false"]),
         (["--variant=mudd", "--variant_fields={dynamic_weight_decay: -1}"], ["is -1", "at least 0"]),
         (["--variant=mudd", "--variant_fields={connection_learning_rate: .inf}"], ["is inf", "finite"]),
-        (["--variant=mudd", "--variant_fields={static_weight_decay: .nan}"], ["is nan", "a number"]),
+        (["--variant=mudd", "--variant_fields={static_weight_decay: .nan}"], ["is nan", "finite"]),
         (["--variant=denseformer", "--variant_fields={period: 7}"], ["`period` is 7", "2 blocks"]),
         (["--variant=denseformer", "--variant_fields={dilation: 0}"], ["is 0", "at least 1"]),
         (["--variant=laurel_lr", "--variant_fields={k: 2}"], ["unknown field 'k'"]),
