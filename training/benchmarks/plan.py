@@ -249,8 +249,10 @@ def main():
         PlanArguments, "training.benchmarks.plan", "What a run of a language model costs, before it is paid for."
     )
     parser.add_argument("configuration", nargs="?", metavar="RUN.yaml", help="the file of a run of a language model")
-    arguments, rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    config, fields = read_model(arguments, rest.configuration)
+    given = vars(parser.parse_args())
+    file = given.pop("configuration")
+    arguments = PlanArguments(**given)
+    config, fields = read_model(arguments, file)
     device = find_device(arguments.device)
     layout = read_layout(arguments, config, fields)
     shape = f"{config.num_hidden_layers} layers x {config.hidden_size}, {name_of(config)}"
