@@ -93,6 +93,18 @@ def test_a_pipeline_has_nothing_to_warn_of(tmp_path, byte_tokenizer, caplog, rec
     assert warnings["dca"] <= warnings["llama"]
 
 
+def test_generation_takes_a_tokenizer(byte_tokenizer):
+    """As transformers' server gives it, and who stops at a string must."""
+    model = tiny_model(vocab_size=300).eval()
+    inputs = byte_tokenizer("def f", return_tensors="pt")
+    plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, tokenizer=byte_tokenizer), plain)
+    start = inputs["input_ids"].shape[1]
+    stop = {"stop_strings": [byte_tokenizer.decode(plain[0, start : start + 2])], "tokenizer": byte_tokenizer}
+    stopped = model.generate(**inputs, max_new_tokens=6, do_sample=False, **stop)
+    assert torch.equal(stopped, plain[:, : start + 2])
+
+
 def test_a_pipeline_of_vllm_is_refused_in_one_sentence():
     model = tiny_model()
     assert model.supports_pp_plan is False
