@@ -911,6 +911,8 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks into its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
         """As in transformers, but for `config.cache_restart_length`."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)  # what `generate` needs them for, it does itself
         restart, cache = self.config.cache_restart_length, kwargs.get(CACHE_NAME)
         if restart is not None and cache is not None and input_ids.shape[1] > restart >= cache.get_seq_length():
             kwargs |= {CACHE_NAME: None, "next_sequence_length": None}

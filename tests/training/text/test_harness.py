@@ -70,3 +70,15 @@ def test_places_do_not_overlap():
     assert len(found) == 5 and document.startswith("".join(before + after for before, after in found))
     with pytest.raises(Exception, match="has 0 places"):
         items_of(["too short"], 1, 0)
+
+
+def test_a_word_to_fill_in_can_be_told_from_its_context():
+    words = [f"word{index}" for index in range(400)]
+    for start in range(0, 400, 40):
+        words[start + 5] = words[start + 35] = "known"
+    items = items_of([" ".join(words)], 10, 0)["held_out_cloze"]
+    # The first word of the continuation is new, and so are the next two.
+    assert {item["word"] for item in items} == {" known"}
+    assert {item["context"] for item in items} == {
+        ("" if start == 0 else " ") + " ".join(words[start : start + 35]) for start in range(0, 400, 40)
+    }
