@@ -192,6 +192,18 @@ def test_any_text_is_data(saved, bokeh):
     assert "title='hit'" not in re.sub(r"<script.*?</script>", "", Path("page.html").read_text(), flags=re.DOTALL)
 
 
+def test_any_token_is_data(tmp_path, bokeh):
+    """The same where all of it is one token, and in the name of the model."""
+    found = []
+    for name, token in (("model", "token"), ("</title><script>alert(1)</script>", HOSTILE)):
+        draws = draws_of(2, 2)
+        data = page.page_data(name, DCAConfig(num_hidden_layers=2), page.Example({}, "token", [token, "x"]), draws)
+        page.write_page(data, draws, None, tmp_path / "page.html")
+        assert read_page(tmp_path / "page.html") == json.loads(json.dumps(data))
+        found.append([id for id, _ in Scripts((tmp_path / "page.html").read_text(encoding="utf-8")).found])
+    assert found[0] == found[1]
+
+
 def test_name_of_a_model_is_text(saved, bokeh):
     Path("dca").rename("<img src=x>&")
     assert shown("<img src=x>&")["model"] == "<img src=x>&"
