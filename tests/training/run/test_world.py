@@ -246,7 +246,7 @@ def gradients(folder, rank=0, num_processes=1):
         input_ids=tokens[:, part],
         position_ids=torch.arange(16)[part].expand(3, -1),
         labels=tokens[:, part],
-        shift_labels=targets[:, part],
+        shift_labels=targets[:, part].contiguous(),
         num_items_in_batch=torch.tensor(3 * 15),
     ).loss
     loss.backward()
