@@ -64,6 +64,10 @@ def check_launcher(world_size: int, device: torch.device, fsdp: bool) -> None:
     sizes = launcher_sizes()
     if not sizes:
         return
+    if not hasattr(ParallelismConfig, "sp_size"):
+        raise ValueError(
+            "The launcher has a `parallelism_config`, which needs accelerate 1.12 or later: leave it out."
+        )
     named = "The launcher's `parallelism_config` has {!r} as `parallelism_config_{}_size`".format
     total = 1
     for size in sizes.values():
