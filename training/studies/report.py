@@ -286,9 +286,9 @@ def describe_training(runs: list[dict]) -> list[str]:
 
 def grouped(runs: list[dict], baseline: str) -> dict[str | None, dict[str, list[dict]]]:
     """The runs by group and variant, the baseline first."""
-    groups = {run["group"]: {} for run in runs}
+    groups = {run.get("group"): {} for run in runs}
     for run in sorted(runs, key=lambda run: run["variant"] != baseline):
-        groups[run["group"]].setdefault(run["variant"], []).append(run)
+        groups[run.get("group")].setdefault(run["variant"], []).append(run)
     return groups
 
 
