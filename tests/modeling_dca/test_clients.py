@@ -26,7 +26,8 @@ CLASSES = [
 @pytest.mark.parametrize("name", CLASSES)
 def test_transformers_has_the_classes_by_name(name):
     """transformers' server, TRL and vLLM look up there what `architectures` in `config.json` says."""
-    assert getattr(transformers, name) is getattr(modeling_dca, name)
+    # (Not the `transformers` above, which this file may have from before transformers replaced its own module.)
+    assert getattr(sys.modules["transformers"], name) is getattr(modeling_dca, name)
 
 
 def test_programs_hold_the_classes_whenever_they_import_transformers():
