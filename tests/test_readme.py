@@ -1,5 +1,6 @@
 """The READMEs for users: every block of code in them does what it says."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -9,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.training.conftest import caches  # noqa: F401 (which all tests use that see it)
-from tests.training.hub_server import HubServer, User
+from tests.training.hub_server import Commit, HubServer, Repository, User
 from tests.training.tiny import call
 from training import causal_lm, image_classification
 
@@ -54,9 +56,23 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return completed
 
 
-def test_python_blocks_run_one_after_the_other(checkout):
+def tiny_source(folder: Path, tokenizer_folder: Path) -> dict[str, bytes]:
+    """The files of a model of random weights that stands for the real one of the README."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_python_blocks_run_one_after_the_other(checkout, tmp_path):
     code = "\n".join(text for language, text in BLOCKS["README.md"] if language == "python")
+    (source,) = re.findall(r'source = "(.*)"', code)
     with HubServer({TOKEN: User("your-name")}) as hub:
+        files = tiny_source(tmp_path, checkout / "runs/demo/text")
+        hub.repositories[source] = Repository(False, [Commit(hashlib.sha1(b"tiny").hexdigest(), "tiny", files)])
+        hub.store(hashlib.sha256(files["model.safetensors"]).hexdigest(), files["model.safetensors"])
         run(checkout, "-c", code, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
         pushed = hub.repositories["your-name/your-model"].commits[-1].files
     assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_dca.py"} <= set(pushed)
@@ -87,4 +103,5 @@ def test_shell_command_runs(line, checkout):
 
 
 def test_no_block_is_left_out():
-    assert {language for page in PAGES for language, _ in BLOCKS[page]} == {"bash", "python", "bibtex"}
+    # (What is "py" is a part of a program on several devices: `tests/modeling_dca/test_pipeline.py` has the whole.)
+    assert {language for page in PAGES for language, _ in BLOCKS[page]} == {"bash", "python", "bibtex", "py"}

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_callback import ProgressCallback
 
+import modeling_dca
 from modeling_dca import DCABaseConfig
 from training.results.card import link_page
 from training.results.depth_weights import (
@@ -45,6 +46,15 @@ def check_alike(configs: Sequence[tuple[str, PreTrainedConfig]]) -> None:
     """
     kinds = []
     for checkpoint, config in configs:
+        variants = [
+            name
+            for name in config.architectures or ()
+            if isinstance(config, DCABaseConfig) and not hasattr(modeling_dca, name)
+        ]
+        if variants:
+            raise UserError(
+                f"{checkpoint!r} is a {variants[0]}, a variant whose residuals are others: name a DCA model."
+            )
         if not isinstance(config, DCABaseConfig) or config.residual_scheme == "standard":
             raise UserError(
                 f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."

@@ -356,7 +356,7 @@ def test_text_too_long_for_a_page(saved, bokeh, capsys, monkeypatch):
     monkeypatch.setattr(page, "MOST_GATES", 3 * (1 + 2 + 3 + 4) * 5)
     shown("dca", "aaaaa" if len(AutoTokenizer.from_pretrained("dca")("aaaaa")["input_ids"]) == 5 else "a")
     line = failure(capsys, command.main, "dca", "--page=page.html", f"--text={TEXT}")
-    assert "tokens, and a page of 'dca' holds 5 at most: give a smaller one." in line
+    assert "tokens, and a page of 'dca' holds 5 at most: give a smaller text." in line
 
 
 def test_page_is_replaced_and_kept_on_a_full_disk(saved, bokeh, capsys, monkeypatch):
