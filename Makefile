@@ -135,7 +135,7 @@ data/smollm2: $(VENV)/.training
 
 retrofit-demo: data/smollm2
 	test -e runs/smollm2 || $(BIN)/python -m training.retrofit data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2 --last_k 2 --verify
-	$(BIN)/python -m training.causal_lm configuration/demo/retrofit.yaml $(call resume,demo/retrofit)
+	$(BIN)/python -m training.causal_lm configuration/retrofit/demo.yaml $(call resume,retrofit/demo)
 
 # The second text of the studies in configuration/evidence: the English documentation of Linux, as Debian ships it (or any
 # folder that holds it as text). Every 60th document is held out.

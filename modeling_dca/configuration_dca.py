@@ -210,7 +210,8 @@ class DCABaseConfig(PreTrainedConfig):
     @classmethod
     def own_fields(cls) -> set[str]:
         """The names of the fields that are not transformers' own, which every model has."""
-        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        return {name for name in names if not name.startswith("_")}
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

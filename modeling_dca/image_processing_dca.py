@@ -2,7 +2,7 @@
 
 import numpy as np
 from PIL import Image
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
 
 
 #: How much of red, green and blue is in grey, as Pillow has it (ITU-R 601).

@@ -28,6 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -60,6 +61,7 @@ from modeling_dca import (
     DCAForSequenceClassification,
     DCAForTokenClassification,
     DCAModel,
+    DCAVisionBackbone,
     DCAVisionConfig,
     DCAVisionModel,
     generalized_residual,
@@ -1241,7 +1243,8 @@ def test_saved_model_is_loaded_by_the_auto_class(tmp_path, model_class):
 def test_saved_model_tells_where_the_code_of_every_head_is(tmp_path, model_class):
     heads, fields = HEADS, {"vocab_size": 8}
     if model_class in VISION_HEADS:
-        heads, fields = VISION_HEADS, {"image_size": 4, "patch_size": 4}
+        heads = {**VISION_HEADS, DCAVisionBackbone: AutoBackbone}
+        fields = {"image_size": 4, "patch_size": 4}
     config = model_class.config_class(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, **fields)
     model_class(config).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())

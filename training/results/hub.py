@@ -77,7 +77,7 @@ def published_files(run: Path) -> list[str]:
     # A folder with a configuration of its own holds another model: the baseline, say.
     other_models = [f"{Path(path).parent}/*" for path in paths if path.endswith("/config.json")]
     # A page that the card does not link to is of other weights: of those before the run went on.
-    card = (run / "README.md").read_text(encoding="utf-8")
+    card = read_whole(run / "README.md", str, kind=str)
     paths = [path for path in paths if not path.endswith(".html") or f"({path})" in card]
     return list(filter_repo_objects(paths, allow_patterns=PUBLISHED, ignore_patterns=NOT_PUBLISHED + other_models))
 
@@ -182,7 +182,7 @@ def public_name(value, run: Path | None = None):
 
 def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
     """The model card, whose code loads the model from the Hub where that of the run loads it from its folder."""
-    card = (run / "README.md").read_text(encoding="utf-8")
+    card = read_whole(run / "README.md", str, kind=str)
     record = read_record(run / RECORD) if (run / RECORD).exists() else {}
     folder = Path(record.get("training", {}).get("output_dir", run))
     # The title is the folder's, and in cards of earlier versions its path.

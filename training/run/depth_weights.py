@@ -46,6 +46,10 @@ def check_alike(configs: Sequence[tuple[str, PreTrainedConfig]]) -> None:
     """
     kinds = []
     for checkpoint, config in configs:
+        if not isinstance(config, DCABaseConfig) or config.residual_scheme == "standard":
+            raise UserError(
+                f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
+            )
         variants = [
             name
             for name in config.architectures or ()
@@ -54,10 +58,6 @@ def check_alike(configs: Sequence[tuple[str, PreTrainedConfig]]) -> None:
         if variants:
             raise UserError(
                 f"{checkpoint!r} is a {variants[0]}, a variant whose residuals are others: name a DCA model."
-            )
-        if not isinstance(config, DCABaseConfig) or config.residual_scheme == "standard":
-            raise UserError(
-                f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
             )
         entries = config.num_hidden_layers + 1
         entries = min(entries, config.max_stack_entries or entries)

@@ -352,7 +352,7 @@ def redraw(folder: Path) -> None:
         draw_figures(groups, content["baseline"], content["task"], folder, tuned)
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison.") from error
 
 

@@ -146,9 +146,12 @@ def test_no_step_begins_after_the_last_minute(steps, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_killed_leaves_what_was_measured_and_no_process(steps, tmp_path, how):
     steps(first=(good, 1), slow=(slow, 100), last=(good, 1))
-    process = multiprocessing.get_context("fork").Process(
-        target=run_steps, args=(GPUArguments(minutes=5, device="cpu"), tmp_path)
-    )
+
+    def run():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # (which what runs in the background ignores)
+        run_steps(GPUArguments(minutes=5, device="cpu"), tmp_path)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     wait_for(lambda: (tmp_path / "slow.log").exists() and "result" in read(tmp_path)["steps"]["slow"])
     os.kill(process.pid, how)

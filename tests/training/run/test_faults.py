@@ -898,8 +898,8 @@ def test_both_processes_end_when_a_checkpoint_is_damaged(room):
     flip(room / "run" / "checkpoint-6" / "optimizer.pt")
     (first, second) = two_processes(RESUME)
     assert first[0] == second[0] == 2
-    assert "optimizer.pt has changed" in error_of(first[1])
-    assert "Another process of this run has ended" in error_of(second[1])
+    for _, said in (first, second):  # the first process decides for all
+        assert "optimizer.pt has changed" in error_of(said)
 
 
 def children(process: int) -> list[int]:
