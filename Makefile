@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo retrofit-demo test test-all test-oldest test-versions test-xla test-clients test-vllm gpu gpu-data lint format clean
 
 help:
-	@echo "make demo      train a small DCA language model and image classifier (about 5 minutes on 2 cores)"
+	@echo "make demo      train a small DCA language model and image classifier (about 7 minutes on 2 cores)"
 	@echo "make retrofit-demo  make a real language model of 135M parameters DCA, and train what was added for some minutes"
 	@echo "make test      run the fast tests"
 	@echo "make test-all  run the slow tests, too"
