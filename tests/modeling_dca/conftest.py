@@ -1,12 +1,5 @@
-import os
-
 import pytest
 import torch
-
-
-if not torch.cuda.is_available():
-    # Triton's kernels run on the CPU then; they look at this when they are defined.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,6 +27,12 @@ def device(request):
     return request.param
 
 
+def test_there_is_a_device_to_test_on():
+    """What imports the kernels before `tests/conftest.py` has them interpreted would have all of these tests skipped."""
+    pytest.importorskip("triton")
+    assert torch.cuda.is_available() or grn_triton.obstacle(torch.device("cpu")) is None
+
+
 def to_device(device, stack, delta, gate):
     return [entry.to(device) for entry in stack], delta.to(device), None if gate is None else gate.to(device)
 
