@@ -193,7 +193,7 @@ TEXT = {
     "gpt_bigcode-heads": ("gpt_bigcode", SIZES | {"multi_query": False, "scale_attn_weights": False}),
     "gptj": ("gptj", SIZES | {"rotary_dim": 4}),
     "gptj-n_inner": ("gptj", SIZES | {"rotary_dim": 8, "n_inner": 40, "activation_function": "relu"}),
-    "codegen": ("codegen", SIZES | {"rotary_dim": 6, "num_attention_heads": 2}),
+    "codegen": ("codegen", SIZES | {"rotary_dim": 6, "num_attention_heads": 4}),
     "nemotron": ("nemotron", GROUPED | {"head_dim": 8}),
     "nemotron-biases": (
         "nemotron",
