@@ -28,7 +28,7 @@ from tests.training.tiny import (
     write_images,
     write_room,
 )
-from training import causal_lm, evaluate, image_classification
+from training import causal_lm, evaluate, image_classification, retrofit
 from training.run.tuning import tune
 from training.studies.study import read_study
 from training.text.tokenizer import train_tokenizer
@@ -292,3 +292,17 @@ def test_every_variant_of_the_study_trains(source):
     first = [each[0] for each in losses.values()]
     # The same model on the same batch, whatever of it is trained.
     assert first == pytest.approx([first[0]] * 4, rel=1e-5)
+
+
+def test_demo_trains_what_was_added_and_tells_the_loss_before_and_after(source):
+    shutil.copytree(ROOT / "configuration" / "retrofit", source / "configuration" / "retrofit")
+    call(retrofit.main, "runs/retrofit/smollm2-source", "runs/smollm2", "--last_k=2")
+    small = ["--dataset=text.jsonl", "--eval_dataset=held_out.jsonl", "--max_steps=3", "--block_size=32", "--use_cpu"]
+    call(causal_lm.main, "configuration/retrofit/demo.yaml", *small, "--report_to=none")
+    folder = Path("runs/retrofit/demo")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry][0] == 0
+    assert "eval_loss" in json.loads((folder / "all_results.json").read_text())
+    before, after = (DCAForCausalLM.from_pretrained(each).state_dict() for each in ("runs/smollm2", folder))
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"delta", "gate"}
