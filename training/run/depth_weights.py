@@ -50,11 +50,7 @@ def check_alike(configs: Sequence[tuple[str, PreTrainedConfig]]) -> None:
             raise UserError(
                 f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
             )
-        variants = [
-            name
-            for name in config.architectures or ()
-            if isinstance(config, DCABaseConfig) and not hasattr(modeling_dca, name)
-        ]
+        variants = [name for name in config.architectures or () if not hasattr(modeling_dca, name)]
         if variants:
             raise UserError(
                 f"{checkpoint!r} is a {variants[0]}, a variant whose residuals are others: name a DCA model."

@@ -238,6 +238,8 @@ def sample_text(model_class: type[PreTrainedModel], folder: Path, prompt: str, s
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     model = model_class.from_pretrained(folder)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    if room < 1:
+        return prompt
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokens = model.generate(

@@ -660,6 +660,11 @@ def test_run_ends_with_both_models_figures_and_what_they_write(room, capsys):
         assert sample.startswith(ast.literal_eval(prompt).partition("\n")[0])
 
 
+def test_run_ends_where_no_position_is_left_to_write_on(room, capsys):
+    call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--max_position_embeddings=4", "--max_steps=1")
+    assert "The run is complete" in capsys.readouterr().out
+
+
 def test_losses_of_documents(room):
     call(causal_lm.main, TEXT_RUN, "--output_dir=run", "--baseline=standard", "--document_losses")
     model = DCAForCausalLM.from_pretrained(room / "run")
