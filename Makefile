@@ -152,6 +152,27 @@ data/linux-doc:
 	rm -r $@.unfinished/package $@.unfinished/*.deb
 	mv $@.unfinished $@
 
+# The pictures of the study on images: 60,000 and 10,000 of ten kinds of clothes (Xiao et al., 2017; MIT licence), as Debian ships
+# them, in the official split.
+define FASHION_MNIST
+import gzip, pathlib, sys
+import datasets, numpy
+folder, names = pathlib.Path(sys.argv[1]), "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split()
+features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+for split, prefix in (("train", "train"), ("test", "t10k")):
+    read = lambda kind, start: numpy.frombuffer(gzip.open(next(folder.rglob(f"{prefix}-{kind}*.gz"))).read(), "uint8", offset=start)
+    columns = {"image": list(read("images", 16).reshape(-1, 28, 28)), "label": read("labels", 8)}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+endef
+export FASHION_MNIST
+
+data/fashion-mnist: $(VENV)/.training
+	rm -rf $@.unfinished && mkdir -p $@.unfinished/package
+	cd $@.unfinished && apt-get download dataset-fashion-mnist && dpkg-deb --extract dataset-fashion-mnist_*.deb package
+	$(BIN)/python -c "$$FASHION_MNIST" $@.unfinished
+	rm -r $@.unfinished/package $@.unfinished/*.deb
+	mv $@.unfinished $@
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -26,8 +26,9 @@ that had the lowest held-out loss; what all gain at equal tokens, time and param
 
 The runs are then in `runs/<path of the file below configuration>/[<group>/]<variant>/seed-<seed>`, with their logs in `logs`
 beside them. Those that are whole are kept, also those that ended because they diverged, and those that were cut off are
-resumed, so that the same command can always be given again. `--recorded` takes runs with the same fields from the
-`comparison.json` of another comparison instead of training them again: to add to one whose runs are no longer at hand.
+resumed, so that the same command can always be given again. The `comparison.json` that it writes is there as soon as one run has
+ended, and grows with each. `--recorded` takes runs with the same fields, and trials of `tune`, from the `comparison.json` of
+another comparison or of this one instead of training them again: to add to one whose runs are no longer at hand.
 """
 
 import shlex
@@ -45,7 +46,12 @@ def main():
     parser = Parser(None, "training.compare", __doc__)
     parser.add_argument("runs", metavar="STUDY.yaml | RUN", nargs="*", type=Path, help="a study, or finished runs")
     parser.add_argument("--output_dir", type=Path, help="the folder of the table and figures (default: of the study)")
-    parser.add_argument("--jobs", type=int, default=1, help="how many runs to train at a time (default: %(default)s)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="how many runs to train at a time; 0 compares those that are whole (default: %(default)s)",
+    )
     parser.add_argument(
         "--baseline", help="the variant to compare with, of finished runs (default: standard, if there)"
     )
@@ -59,15 +65,37 @@ def main():
         type=Path,
         help="draw the figures in the folders of earlier comparisons again, from their comparison.json, and do nothing else",
     )
+    parser.add_argument(
+        "--forest",
+        metavar="PICTURE",
+        type=Path,
+        help="with --redraw: draw the differences of all of them in one picture",
+    )
+    parser.add_argument(
+        "--step_rounds",
+        type=int,
+        default=0,
+        help="measure in so many rounds, in turns, how long a training step of each variant takes, on a machine that does "
+        "nothing else; times are then those, and kept for later (default: times are those of the runs)",
+    )
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.redraw):
         parser.error("name a study, finished runs, or with --redraw the folders of earlier comparisons")
-    for folder in arguments.redraw or ():
-        redraw(folder)
+    if arguments.forest and not arguments.redraw:
+        parser.error("--forest goes with --redraw, which names the comparisons to draw together")
     if arguments.redraw:
+        redraw(arguments.redraw, arguments.forest)
         return
     line = shlex.join(["python", "-m", "training.compare", *sys.argv[1:]])
-    compare(arguments.runs, arguments.output_dir, arguments.jobs, arguments.baseline, arguments.recorded, line)
+    compare(
+        arguments.runs,
+        arguments.output_dir,
+        arguments.jobs,
+        arguments.baseline,
+        arguments.recorded,
+        arguments.step_rounds,
+        line,
+    )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from modeling_dca import DCAConfig, DCAForCausalLM, grn_triton
-from training.benchmarks.measure import interleave, seconds, summarize
 from training.benchmarks.models import BASELINE, MEASURES, PROMPT_TOKENS, Candidate, build_models
 from training.benchmarks.operation import COPY, FLA, Operation, measure_operation
+from training.support.timing import interleave, seconds, summarize
 
 
 ROOT = Path(__file__).parents[2]

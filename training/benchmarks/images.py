@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from modeling_dca import DCAForImageClassification, DCAVisionConfig
 from training.benchmarks import report
-from training.benchmarks.measure import interleave, seconds, spread
 from training.images.augmentation import mixed_cross_entropy
 from training.images.fields import ImageDataArguments
 from training.images.reading import ImageExamples, ImageFiles, collate
@@ -34,6 +33,7 @@ from training.support.errors import UserError, command
 from training.support.machine import describe_machine
 from training.support.parser import Parser
 from training.support.tables import align
+from training.support.timing import interleave, seconds, spread
 
 
 #: Height and width of the files, the most frequent in ImageNet, and their number of classes.

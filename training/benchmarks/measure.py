@@ -1,68 +1,19 @@
-"""How anything is measured: round by round, so that what else happens on the machine meets all alike."""
+"""What a benchmark measures beside the time: compilation, bytes kept, peak memory."""
 
 import ctypes
 import re
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from training.support.timing import seconds
 
 
 #: What resets the peak of the process's resident memory; Linux alone has it.
 PEAK_RESET = Path("/proc/self/clear_refs")
-
-Subject = TypeVar("Subject")
-
-
-def interleave(
-    title: str,
-    subjects: dict[str, Subject],
-    meter: Callable[[Subject], float],
-    rounds: int,
-    warmup: int = 0,
-) -> dict[str, list[float]]:
-    """
-    Measure each of `subjects` once in each round.
-
-    Args:
-        title: what the progress bar says.
-        subjects: what is measured, by name.
-        meter: takes one measurement.
-        rounds: how many rounds count.
-        warmup: how many rounds before them do not.
-
-    Returns:
-        The `rounds` values of each subject.
-    """
-    values = {name: [] for name in subjects}
-    with tqdm(total=(warmup + rounds) * len(subjects), desc=title, leave=False) as bar:
-        for number in range(-warmup, rounds):
-            for name, subject in subjects.items():
-                bar.set_postfix_str(name)
-                value = meter(subject)
-                if number >= 0:
-                    values[name].append(value)
-                bar.update()
-    return values
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """How long `run` takes; on a GPU, until its stream has done it."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def compile_seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -116,26 +67,3 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 def _resident_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB$", status, flags=re.MULTILINE)[1])
-
-
-def summarize(values: dict[str, list[float]], baseline: str, speed: bool) -> dict[str, dict]:
-    """
-    Medians over the rounds, of the values and of their ratios to the baseline's of the same round.
-
-    Args:
-        values: those of each round, by name.
-        baseline: the name that the others are compared with.
-        speed: the values are times, and the ratio is that of speeds: above 1 is faster than the baseline. Otherwise
-            it is that of the values: above 1 is more than the baseline.
-    """
-    summary = {}
-    for name, own in values.items():
-        pairs = zip(own, values[baseline])
-        ratios = [base / value if speed else value / base for value, base in pairs]
-        summary[name] = {"values": own, "median": median(own), **spread("ratio", ratios)}
-    return summary
-
-
-def spread(name: str, values: list[float]) -> dict[str, float | list[float]]:
-    """The median of some values, called `name`, with the values and the least and greatest of them."""
-    return {f"{name}s": values, name: median(values), "spread": [min(values), max(values)]}

@@ -11,7 +11,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from modeling_dca import DCAConfig, DCAForCausalLM, GeneralizedResidual
-from training.benchmarks.measure import compile_seconds, kept_bytes, peak_bytes, seconds
+from training.benchmarks.measure import compile_seconds, kept_bytes, peak_bytes
+from training.support.timing import seconds
 from training.variants.registry import VARIANTS
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from modeling_dca.grn import ALL_GRN_FUNCTIONS, generalized_residual
-from training.benchmarks.measure import interleave, seconds, spread
+from training.support.timing import interleave, seconds, spread
 
 
 #: Queries, keys and values.

@@ -16,7 +16,7 @@ import torch
 
 from modeling_dca.configuration_dca import nearest_name
 from training.benchmarks import report
-from training.benchmarks.measure import PEAK_RESET, interleave, summarize
+from training.benchmarks.measure import PEAK_RESET
 from training.benchmarks.models import (
     BASELINE,
     HEAD_DIM,
@@ -35,6 +35,7 @@ from training.results.record import RUNS_FOLDER
 from training.support.errors import UserError, command
 from training.support.machine import describe_machine
 from training.support.parser import Parser
+from training.support.timing import interleave, summarize
 
 
 #: What can be asked for, and what it is.

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -494,5 +495,50 @@ def draw_loss_over_step_time(gains: dict[str | None, dict[str, dict]], baseline:
         axes.set_ylabel(f"held-out loss less that of {baseline} (nats), better below")
         axes.grid(alpha=0.3)
         _label(axes, points)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_differences(studies: dict[str, list[tuple[str, dict[str, Any]]]], label: str, file: Path) -> None:
+    """
+    Draw differences to a baseline with their intervals, a row each (a forest plot): what lies on the left of the dashed line is better
+    than the baseline, and what does not touch the line is told from chance by its interval.
+
+    Args:
+        studies: by the title of each study, the rows: a name, and `variant`, `mean`, `half_width` and `pooled_half_width`
+            (either may be `None`), and `seeds`.
+        label: what is drawn.
+        file: where to save the picture.
+    """
+    rows = [(title, *row) for title, of_study in studies.items() for row in of_study]
+    lines = sum(map(len, studies.values())) + sum(bool(title) and bool(studies[title]) for title in studies)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * lines), layout="constrained")
+    height, names, last = 0, [], ""
+    better = sum(cell["mean"] < 0 for _, _, cell in rows)
+    styles = styles_of(["standard", *(cell["variant"] for _, _, cell in rows)])  # the baseline keeps its colour
+    for title, name, cell in rows:
+        if title != last:
+            names.append((height, title, "bold"))
+            height, last = height + 1, title
+        style = styles[cell["variant"]]
+        for half, width in ((cell["half_width"], 1), (cell["pooled_half_width"], 4)):
+            if half is not None:
+                axes.errorbar(cell["mean"], height, xerr=half, color=style["color"], elinewidth=width, alpha=0.6)
+        axes.plot(cell["mean"], height, color=style["color"], marker=style["marker"], linestyle="", zorder=3)
+        names.append((height, f"{name} ({cell['seeds']} {'seed' if cell['seeds'] == 1 else 'seeds'})", "normal"))
+        height += 1
+    axes.axvline(0, color=COLORS["standard"], linestyle="--", linewidth=0.8)
+    # Two or three seeds alone have intervals that would make one point of all else.
+    ends = [cell["mean"] + sign * (cell["pooled_half_width"] or 0) for _, _, cell in rows for sign in (-1, 1)]
+    low, high = min(*ends, 0), max(*ends, 0)
+    axes.set_xlim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
+    axes.set_ylim(height - 0.5, -0.5)
+    axes.set_yticks([at for at, _, _ in names], [name for _, name, _ in names])
+    for tick, (_, _, weight) in zip(axes.get_yticklabels(), names):
+        tick.set_fontweight(weight)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"{label}; better on the left")
+    axes.set_title(f"{better} of {len(rows)} differences are below zero", fontsize=11)
+    axes.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=150)
     plt.close(figure)

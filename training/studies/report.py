@@ -8,6 +8,7 @@ from typing import Any
 from training.results.card import METRICS, count_parameters, scheme_name
 from training.results.figures import (
     draw_compared_curves,
+    draw_differences,
     draw_loss_over_parameters,
     draw_loss_over_step_time,
     draw_loss_over_time,
@@ -24,9 +25,10 @@ from training.studies.statistics import (
     has_diverged,
     summarize,
 )
+from training.studies.step_times import timed
 from training.studies.study import COMMANDS, Comparison, Member, Trial, best_values
 from training.support.errors import UserError
-from training.support.files import read_json
+from training.support.files import read_json, write_whole
 from training.support.tables import align
 from training.text.document_losses import DOCUMENT_LOSSES
 
@@ -35,7 +37,9 @@ TABLE, RAW = "README.md", "comparison.json"
 #: What a run tells of how long it took.
 OF_A_TRAINING = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 CURVES, OVER_TIME, OVER_PARAMETERS = "loss_curves.png", "loss_over_time.png", "loss_over_parameters.png"
-OVER_STEP_TIME = "loss_over_step_time.png"
+OVER_STEP_TIME, DIFFERENCES = "loss_over_step_time.png", "differences.png"
+#: All pictures that a comparison may have.
+PICTURES = (CURVES, OVER_TIME, OVER_PARAMETERS, OVER_STEP_TIME, DIFFERENCES)
 
 
 def read_member(member: Member) -> dict[str, Any]:
@@ -138,15 +142,15 @@ def make_table(summary: dict[str | None, dict[str, dict]], baseline: str, task: 
                 row.append("" if apart is None or variant == baseline else f"{apart['mean']:+.4f}{half}")
         row += [with_spread(figures["speed"], 0), duration(figures["seconds"]["mean"])]
         reached = figures["reached"]
+        seeds = f"{reached['seeds']} of {reached['of_seeds']} seeds"
         if not reached["of_seeds"]:
             row += ["", ""]
-        elif not reached["seeds"]:
-            row += ["not reached"] * 2
+        elif reached["steps"] is None:
+            row += [f"only by {seeds}" if reached["seeds"] else "not reached"] * 2
         else:
-            times = len(reached["seeds"])
-            part = "" if times == reached["of_seeds"] else f"; {times} of {reached['of_seeds']} seeds"
-            row.append(f"{reached['steps']['mean']:,.0f} ({reached['steps_ratio']['mean']:.2f}{part})")
-            row.append(f"{duration(reached['seconds']['mean'])} ({reached['seconds_ratio']['mean']:.2f}{part})")
+            part = f"; {seeds}" if reached["seeds"] < reached["of_seeds"] else ""
+            row.append(f"{reached['steps']:,.0f} ({reached['steps_ratio']:.2f}{part})")
+            row.append(f"{duration(reached['seconds'])} ({reached['seconds_ratio']:.2f}{part})")
         rows.append(row)
     return align(header, rows)
 
@@ -222,10 +226,13 @@ def make_tuning_table(trials: list[Trial]) -> str:
         rows.setdefault((trial.group, trial.variant), []).append(trial)
     cells = []
     for key, of_variant in rows.items():
+        losses = [
+            "" if trial.loss is None else "diverged" if math.isinf(trial.loss) else f"{trial.loss:.4f}"
+            for trial in of_variant
+        ]
         chosen = grid.index(best_values(of_variant))
         edge = " (the end of the grid)" if len(grid) > 2 and chosen in (0, len(grid) - 1) else ""
-        losses = ["diverged" if math.isinf(trial.loss) else f"{trial.loss:.4f}" for trial in of_variant]
-        cells.append([label_of(*key), *losses, names[chosen] + edge])
+        cells.append([label_of(*key), *losses, names[chosen] + edge if all(losses) else "not known yet"])
     return align(["", *names, "chosen"], cells)
 
 
@@ -236,7 +243,7 @@ TUNING_NOTE = (
 
 
 def tuning_record(trials: list[Trial]) -> list[dict[str, Any]]:
-    """The trials in JSON; those that diverged have no loss."""
+    """The trials that have ended, in JSON; those that diverged have no loss."""
     return [
         {
             "group": each.group,
@@ -244,8 +251,10 @@ def tuning_record(trials: list[Trial]) -> list[dict[str, Any]]:
             "seed": each.member.seed,
             **each.values,
             "eval_loss": None if math.isinf(each.loss) else each.loss,
+            "named": each.member.run.named,
         }
         for each in trials
+        if each.loss is not None
     ]
 
 
@@ -298,12 +307,14 @@ def draw_figures(
     task: str,
     folder: Path,
     tuned: dict[str | None, dict[str, dict]],
+    cells: list[dict[str, Any]],
 ) -> dict[str, str]:
     """
     Draw the figures of a comparison into a folder, and return what each shows, by its file.
 
     Args:
         tuned: the `gains` of each group, of variants that are tuned alike.
+        cells: the `differences`.
     """
     figures = {
         CURVES: "Training and held-out loss over the steps; the bands reach from the lowest to the highest seed."
@@ -333,59 +344,148 @@ def draw_figures(
         draw_loss_over_step_time(tuned, baseline, folder / OVER_STEP_TIME)
     else:
         (folder / OVER_STEP_TIME).unlink(missing_ok=True)
+    if len(cells) > 1 and all(cell["pooled_half_width"] is not None for cell in cells):
+        figures[DIFFERENCES] = (
+            f"Differences to {baseline} at the end, better on the left. Thick bars are the pooled {CONFIDENCE:.0%} confidence intervals, "
+            "thin ones those of the seeds of a row alone."
+        )
+        named = [(label_of(cell["group"], cell["variant"]), cell) for cell in cells]
+        draw_differences({"": named}, f"{METRICS[task][0][1]} less that of {baseline}", folder / DIFFERENCES)
+    else:
+        (folder / DIFFERENCES).unlink(missing_ok=True)
     return figures
 
 
-def redraw(folder: Path) -> None:
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """What the `comparison.json` of a folder holds."""
+    return read_json(folder / RAW, "runs", "baseline", "task", remedy="name the folder of a comparison")
+
+
+def redraw(folders: list[Path], forest: Path | None) -> None:
     """
-    Draw the figures of a comparison again, from its `comparison.json`.
+    Draw the figures of comparisons again, from their `comparison.json`.
+
+    Args:
+        forest: a picture of the differences of all of them, if it is wanted.
 
     Raises:
-        [`UserError`]: the folder holds none, or cannot be written.
+        [`UserError`]: a folder holds none, or a picture cannot be written.
     """
-    content = read_json(folder / RAW, "runs", "baseline", "task", remedy="name the folder of a comparison")
-    try:
-        tuned = content.get("gains") or {}
-        if tuned and "groups" not in content:
-            tuned = {None: tuned}
-        groups = grouped(content["runs"], content["baseline"])
-        draw_figures(groups, content["baseline"], content["task"], folder, tuned)
-    except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison.") from error
+    rows = {}
+    for folder in folders:
+        content = read_comparison(folder)
+        try:
+            tuned = content.get("gains") or {}
+            if tuned and "groups" not in content:
+                tuned = {None: tuned}
+            runs = timed(content["runs"], content.get("step_times"))
+            cells = content.get("differences") or []
+            draw_figures(
+                grouped(runs, content["baseline"]), content["baseline"], content["task"], folder, tuned, cells
+            )
+            rows[content["title"]] = [(label_of(cell["group"], cell["variant"]), cell) for cell in cells]
+        except OSError as error:
+            raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison."
+            ) from error
+    if forest is not None:
+        if not any(rows.values()):
+            raise UserError(f"{', '.join(map(str, folders))} have no differences to draw: name more comparisons.")
+        try:
+            draw_differences(rows, "held-out loss less that of the baseline (nats)", forest)
+        except (OSError, ValueError) as error:
+            raise UserError(f"`forest` is {str(forest)!r}, which cannot be written: {error}.") from error
 
 
-def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str, str], folder: Path, line: str) -> str:
-    """Write the tables, the figures and everything in JSON into a folder, and return the table."""
-    diverged = [member for member in comparison.members if member.divergence()]
-    task = COMMANDS[comparison.members[0].command].name
-    metrics = METRICS[task]
-    groups = grouped(runs, comparison.baseline)
-    keys = [key for key, _, _ in metrics]
+def record_of(
+    comparison: Comparison,
+    runs: list[dict],
+    failed: dict[str, str],
+    line: str,
+    step_times: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    What `comparison.json` says of a comparison.
+
+    Args:
+        runs: what `read_member` made of those that are whole.
+        failed: what went wrong, by the names of other runs.
+        line: the command that asks for it.
+        step_times: of `measure_step_times`; without them, times are those of the runs.
+    """
+    metrics = METRICS[COMMANDS[comparison.members[0].command].name]
+    of_groups = {group: [] for group in dict.fromkeys(run["group"] for run in runs)}
+    for run in timed(runs, step_times):
+        of_groups[run["group"]].append(run)
     summary = {
-        group: summarize([run for run in runs if run["group"] == group], comparison.baseline, keys) for group in groups
+        group: summarize(of_group, comparison.baseline, [key for key, _, _ in metrics])
+        for group, of_group in of_groups.items()
     }
-    table = make_table(summary, comparison.baseline, task)
     tuned = {}
     if comparison.trials:
-        of_groups = {group: [run for run in runs if run["group"] == group] for group in groups}
         tuned = {group: gains(of_group, comparison.baseline) for group, of_group in of_groups.items()}
         tuned = {group: gained for group, gained in tuned.items() if gained}
-    figures = draw_figures(groups, comparison.baseline, task, folder, tuned)
+    cells = differences(of_groups, comparison.baseline, metrics[0][0])
+    return {
+        "title": comparison.title,
+        "command": line,
+        "task": COMMANDS[comparison.members[0].command].name,
+        "baseline": comparison.baseline,
+        "metrics": {key: label for key, label, _ in metrics},
+        "confidence": CONFIDENCE,
+        **({"variants": summary[None]} if None in summary else {"groups": summary}),
+        **({"differences": cells} if cells else {}),
+        **({"gains": tuned.get(None, tuned)} if tuned else {}),
+        **({"tuning": tuning_record(comparison.trials)} if comparison.trials else {}),
+        **({"step_times": step_times} if step_times else {}),
+        "diverged": {member.name: member.divergence() for member in comparison.members if member.divergence()},
+        "failed": failed,
+        "runs": runs,
+    }
+
+
+def write_comparison(comparison: Comparison, record: dict[str, Any], folder: Path) -> str:
+    """
+    Write the tables, the figures and everything in JSON into a folder.
+
+    Args:
+        record: of [`record_of`].
+
+    Returns:
+        The table.
+    """
+    task, runs, baseline = record["task"], record["runs"], comparison.baseline
+    diverged = [member for member in comparison.members if member.name in record["diverged"]]
+    summary = record["groups"] if "groups" in record else {None: record["variants"]}
+    tuned = record.get("gains") or {}
+    if tuned and None in summary:
+        tuned = {None: tuned}
+    cells, step_times = record.get("differences") or [], record.get("step_times")
+    table = make_table(summary, baseline, task)
+    groups = grouped(timed(runs, step_times), baseline)
+    figures = draw_figures(groups, baseline, task, folder, tuned, cells)
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     counts = ", ".join(
-        f"{label_of(group, variant)} {len(summary[group][variant]['seeds'])}"
-        for group in summary
-        for variant in summary[group]
+        f"{label_of(group, variant)} {len(figures['seeds'])}"
+        for group, variants in summary.items()
+        for variant, figures in variants.items()
     )
+    measured = "Times are of the training steps alone: tokens (or images) by their speed."
+    if step_times:
+        threads = step_times["machine"]["threads"]
+        measured = (
+            f"Times are steps times what a step takes: the median of {step_times['rounds']} rounds, in which the variants took turns "
+            f"with nothing beside them ({threads} {'thread' if threads == 1 else 'threads'})."
+        )
     notes = [
         f"Seeds: {', '.join(map(str, seeds))} (runs: {counts}). ± after a figure is the standard deviation over the seeds. "
-        f"The differences to {comparison.baseline} are between runs of the same seed, ± half of the {CONFIDENCE:.0%} confidence "
+        f"The differences to {baseline} are between runs of the same seed, ± half of the {CONFIDENCE:.0%} confidence "
         "interval of their mean (Student's t).",
-        f'"Steps to {comparison.baseline}\'s loss" are those after which the held-out loss first was no more than the final '
-        f"one of {comparison.baseline} with the same seed, with straight lines between the evaluations; in brackets is the "
-        f"ratio to what {comparison.baseline} itself took. Times are of the training steps alone: tokens (or images) by their speed.",
+        f'"Steps to {baseline}\'s loss" are those after which the held-out loss first was no more than the final '
+        f"one of {baseline} with the same seed, with straight lines between the evaluations, in the median of the seeds; one that "
+        f"never was counts as later than all others. In brackets is the ratio to what {baseline} itself took. {measured}",
     ]
     if task == "image-classification":
         notes.append("A smaller batch at the end of an epoch is counted as a whole one.")
@@ -397,19 +497,16 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         named = ", ".join(f"`{name}` {value}" for name, value in data.items())
         datas.setdefault(named, []).append(member.group)
     sections = [f"# {comparison.title}", table, *notes]
-    key, compared_label, _ = metrics[0]
-    cells = differences(
-        {group: [run for run in runs if run["group"] == group] for group in groups}, comparison.baseline, key
-    )
     if any(cell["pooled_half_width"] is not None for cell in cells):
         sections += [
             "## How sure the differences are",
             make_differences_table(cells),
-            differences_note(cells, comparison.baseline, compared_label),
+            differences_note(cells, baseline, METRICS[task][0][1]),
         ]
     sections += [f"![{text}]({file})\n\n{text}" for file, text in figures.items()]
     if tuned:
-        sections += ["## Gains", make_gains_table(tuned, comparison.baseline), gains_note(comparison.baseline)]
+        sections += ["## Gains", make_gains_table(tuned, baseline), gains_note(baseline)]
+    if comparison.trials:
         sections += ["## How they were tuned", make_tuning_table(comparison.trials), TUNING_NOTE]
     if diverged or all(each["spikes"] is not None for each in runs):
         sections += [
@@ -420,11 +517,12 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
             f"became NaN or infinite, or if the mean loss of its last {SPIKE_WINDOW} steps is more than {DIVERGENCE:g} nats "
             "above the lowest one of as many steps before. Only runs that became NaN or infinite have no part in the table above.",
         ]
-    if failed:
-        sections += ["## Runs that failed", "\n".join(f"- {name}: {error}" for name, error in failed.items())]
+    if record["failed"]:
+        failed = [f"- {name}: {error}" for name, error in record["failed"].items()]
+        sections += ["## Runs that failed", "\n".join(failed)]
     sections += [
         "## How it was made",
-        f"```bash\n{line}\n```",
+        f"```bash\n{record['command']}\n```",
         "\n".join(
             f"- Data{'' if len(datas) == 1 else ' of ' + ', '.join(dict.fromkeys(of))}: {data}."
             for data, of in datas.items()
@@ -433,20 +531,9 @@ def write_comparison(comparison: Comparison, runs: list[dict], failed: dict[str,
         f"All figures, of every run too, are in [`{RAW}`]({RAW}).",
     ]
     (folder / TABLE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    content = {
-        "title": comparison.title,
-        "command": line,
-        "task": task,
-        "baseline": comparison.baseline,
-        "metrics": {key: label for key, label, _ in metrics},
-        "confidence": CONFIDENCE,
-        **({"variants": summary[None]} if None in summary else {"groups": summary}),
-        **({"differences": cells} if cells else {}),
-        **({"gains": tuned.get(None, tuned)} if tuned else {}),
-        **({"tuning": tuning_record(comparison.trials)} if tuned else {}),
-        "diverged": {member.name: member.divergence() for member in diverged},
-        "failed": failed,
-        "runs": runs,
-    }
-    (folder / RAW).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_record(record, folder)
     return table
+
+
+def write_record(record: dict[str, Any], folder: Path) -> None:
+    write_whole(folder / RAW, json.dumps(record, indent=1))

@@ -8,23 +8,24 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 from training.results.record import RECORD
-from training.studies.report import (
-    CURVES,
-    OVER_PARAMETERS,
-    OVER_STEP_TIME,
-    OVER_TIME,
-    RAW,
-    TABLE,
-    read_member,
-    write_comparison,
+from training.studies.report import PICTURES, RAW, TABLE, read_member, record_of, write_comparison, write_record
+from training.studies.step_times import measure_step_times
+from training.studies.study import (
+    Comparison,
+    Member,
+    check_folder,
+    read_recorded,
+    read_runs,
+    read_study,
+    take_recorded,
 )
-from training.studies.study import Member, check_folder, read_recorded, read_runs, read_study
 from training.support.errors import UserError
 from training.support.files import output_folder, read_json
 from training.support.machine import describe_machine
@@ -52,12 +53,15 @@ def last_error(log: Path, offset: int) -> str:
     return errors[-1].removeprefix("error: ").strip() if errors else "it said nothing"
 
 
-def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
+def train_missing(members: list[Member], jobs: int, keep: Callable[[], None]) -> dict[str, str]:
     """
-    Train the runs that are not whole, `jobs` at a time.
+    Train the runs that are not whole, `jobs` at a time, or none of them where that is 0.
 
     A run's log is locked while it is trained, by the process that trains it: no other comparison can meddle with the
     run, not even where this one was killed and has left it behind.
+
+    Args:
+        keep: is called when a run has ended.
 
     Returns:
         What went wrong, by the name of the run.
@@ -72,7 +76,7 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
         if not member.is_whole() and member.divergence() is None
     ]
     print(f"{len(members)} runs, {len(members) - len(waiting)} of them whole.", flush=True)
-    if not waiting:
+    if not waiting or not jobs:
         return {}
     machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sitting = {
@@ -119,6 +123,7 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
                 else:
                     failed[member.name] = f"{last_error(member.log, offset)} (exit status {process.returncode})"
                     print(f"{ended} failed after {seconds:,.0f} s: {failed[member.name]}", flush=True)
+                keep()
             time.sleep(0.1)
     finally:
         if running:
@@ -130,71 +135,110 @@ def train_missing(members: list[Member], jobs: int) -> dict[str, str]:
     return failed
 
 
-def tune(trials: list[Member], jobs: int) -> None:
+def tune(trials: list[Member], jobs: int, keep: Callable[[], None]) -> None:
     """
     Train the runs by which the variants of a study are tuned, as far as they are not whole.
 
     Raises:
-        [`UserError`]: one of them failed, or is another than the study asks for now.
+        [`UserError`]: one of them failed.
     """
-    for member in trials:
-        check_folder(member)
-    failed = train_missing(trials, jobs)
+    failed = train_missing(trials, jobs, keep)
     if failed:
         name, error = next(iter(failed.items()))
         others = f" ({len(failed) - 1} more failed, see above)" if len(failed) > 1 else ""
         raise UserError(f"The trial {name} failed{others}, and without it the variants are not tuned alike: {error}")
 
 
+def read_whole_runs(comparison: Comparison, recorded: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of those runs of a comparison that are whole, or `recorded` by their names."""
+    return [
+        recorded.get(member.name) or read_member(member)
+        for member in comparison.members
+        if member.name in recorded or member.is_whole()
+    ]
+
+
+def read_step_times(folder: Path) -> dict[str, Any] | None:
+    """The times of a training step that an earlier comparison in a folder has, if there is one."""
+    if not (folder / RAW).exists():
+        return None
+    return read_json(folder / RAW, remedy="move it away").get("step_times")
+
+
 def compare(
-    named: list[Path], output_dir: Path | None, jobs: int, baseline: str | None, recorded: Path | None, line: str
+    named: list[Path],
+    output_dir: Path | None,
+    jobs: int,
+    baseline: str | None,
+    recorded: Path | None,
+    step_rounds: int,
+    line: str,
 ) -> None:
     """
     Train what a study lacks, and write the comparison of its runs; or of runs that are finished.
 
+    Its `comparison.json` is written whenever a run has ended, so that what was trained until then is on record.
+
     Args:
         named: the YAML file of the study, or the folders of the runs.
         output_dir: the folder of the table and figures; if none, that of the study.
-        jobs: how many runs to train at a time.
+        jobs: how many runs to train at a time; with 0, those that are whole are compared.
         baseline: the variant to compare with, of finished runs.
         recorded: the `comparison.json` of an earlier comparison, whose runs are not trained again.
+        step_rounds: in how many rounds the time of a training step is measured afterwards, if it is.
         line: the command that asks for it.
 
     Raises:
         [`UserError`]: one of these cannot be, or a run failed.
     """
-    if jobs < 1:
-        raise UserError(f"`jobs` is {jobs}; it must be at least 1.")
+    if jobs < 0:
+        raise UserError(f"`jobs` is {jobs}; it must be at least 0.")
+    if step_rounds < 0:
+        raise UserError(f"`step_rounds` is {step_rounds}; it must be at least 0.")
     study = named[0].suffix in (".yaml", ".yml")
-    if study:
-        if len(named) > 1 or baseline is not None:
-            raise UserError("A study is compared alone, with its own `baseline`: leave the rest out.")
-        comparison = read_study(named[0])
-        if comparison.trials:
-            tune([trial.member for trial in comparison.trials], jobs)
-            comparison = read_study(named[0])  # with the values that were best
-    else:
-        if recorded is not None:
-            raise UserError("`--recorded` goes with a study: name its YAML file instead of runs.")
-        comparison = read_runs(named, baseline)
-    folder = output_dir or comparison.folder
-    figures = read_recorded(recorded, comparison.members, folder / RAW) if recorded else {}
-    own = [member for member in comparison.members if member.name not in figures]
-    for member in own if study else ():
+    if study and (len(named) > 1 or baseline is not None):
+        raise UserError("A study is compared alone, with its own `baseline`: leave the rest out.")
+    if recorded is not None and not study:
+        raise UserError("`--recorded` goes with a study: name its YAML file instead of runs.")
+    earlier = read_recorded(recorded) if recorded else None
+
+    def read():
+        """The comparison, with the values that were best as far as they are known, and the figures on record."""
+        comparison = read_study(named[0], earlier.trials if earlier else ())
+        figures = take_recorded(earlier, comparison, (output_dir or comparison.folder) / RAW) if earlier else {}
+        for member in missing(comparison, figures):
+            check_folder(member)
+        return comparison, figures
+
+    def missing(comparison, figures):
+        return [member for member in comparison.members if member.name not in figures]
+
+    def keep():
+        runs = read_whole_runs(comparison, figures)
+        write_record(record_of(comparison, runs, failed, line, step_times), folder)
+
+    comparison, figures = read() if study else (read_runs(named, baseline), {})
+    folder, failed = output_dir or comparison.folder, {}
+    trials = [trial.member for trial in comparison.trials if trial.recorded is None]
+    for member in trials:
         check_folder(member)
-    output_folder(folder, (TABLE, CURVES, OVER_TIME, OVER_PARAMETERS, OVER_STEP_TIME), (folder / RAW).exists)
-    failed = {}
+    if not jobs and not read_whole_runs(comparison, figures):
+        raise UserError("None of the runs is whole, which leaves nothing to compare: train them, with --jobs 1.")
+    output_folder(folder, (TABLE, *PICTURES), (folder / RAW).exists)
+    step_times = read_step_times(folder)
+    if trials:
+        tune(trials, jobs, keep)
+        comparison, figures = read()
     if study:
-        failed = train_missing(own, jobs)
-    runs = [
-        figures.get(member.name) or read_member(member)
-        for member in comparison.members
-        if member.name in figures or member.is_whole()
-    ]
+        failed = train_missing(missing(comparison, figures), jobs, keep)
+    runs = read_whole_runs(comparison, figures)
     if not runs and not failed:
         raise UserError("All of the runs diverged, which leaves nothing to compare: lower the learning rate.")
+    if runs and step_rounds:
+        step_times = measure_step_times(comparison, step_rounds)
     if runs:
-        print(f"\n{write_comparison(comparison, runs, failed, folder, line)}\n")
+        record = record_of(comparison, runs, failed, line, step_times)
+        print(f"\n{write_comparison(comparison, record, folder)}\n")
         print(f"The comparison is in {folder}: {TABLE}, {RAW} and figures.")
     if failed:
         name, error = next(iter(failed.items()))

@@ -36,6 +36,15 @@ def steps_to_reach(held_out: list[list[float]], loss: float) -> float | None:
     return None
 
 
+def censored_median(values: list[float]) -> float | None:
+    """
+    The median of values of which some are not known, only that they lie above all others (`inf`): a run that ended before
+    it had got there. `None` where the median is one of these, or there are no values.
+    """
+    median = float(np.median(values)) if values else math.inf
+    return median if math.isfinite(median) else None
+
+
 def count_spikes(training: list[list[float]]) -> int:
     """How many spikes the logged training losses have, points of step and loss."""
     spikes, last = 0, -math.inf
@@ -106,21 +115,19 @@ def summarize(runs: list[dict], baseline: str, metrics: list[str]) -> dict[str, 
             figures[f"{key}_difference"] = difference(
                 {seed: run[key] for seed, run in of_seed.items()}, {seed: run[key] for seed, run in reference.items()}
             )
-        shared = [seed for seed in of_seed if seed in reference]
-        reached = {"seeds": [], "steps": [], "seconds": [], "steps_ratio": [], "seconds_ratio": []}
-        for seed in shared:
+        reached = {"steps": [], "seconds": [], "steps_ratio": [], "seconds_ratio": []}
+        for seed in (seed for seed in of_seed if seed in reference):
             run, other = of_seed[seed], reference[seed]
             steps = steps_to_reach(run["held_out"], other["eval_loss"])
-            if steps is None:
-                continue
+            steps = math.inf if steps is None else steps
             seconds = steps * run["seconds"] / run["steps"]
-            reached["seeds"].append(seed)
             reached["steps"].append(steps)
             reached["seconds"].append(seconds)
             reached["steps_ratio"].append(steps / own[seed])
             reached["seconds_ratio"].append(seconds / (own[seed] * other["seconds"] / other["steps"]))
-        figures["reached"] = {
-            key: values if key == "seeds" or not values else spread(values) for key, values in reached.items()
-        } | {"of_seeds": len(shared)}
+        figures["reached"] = {key: censored_median(values) for key, values in reached.items()} | {
+            "seeds": sum(map(math.isfinite, reached["steps"])),
+            "of_seeds": len(reached["steps"]),
+        }
         summary[variant] = figures
     return summary

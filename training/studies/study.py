@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -106,10 +107,13 @@ class Trial:
     variant: str
     values: dict[str, Any]
     member: Member
+    recorded: float | None = None  # the loss, where an earlier comparison has it
 
     @property
     def loss(self) -> float | None:
         """The held-out loss, infinite where the run diverged, and none where it is not whole."""
+        if self.recorded is not None:
+            return self.recorded
         if self.member.divergence():
             return math.inf
         return read_json(self.member.folder / "all_results.json")["eval_loss"] if self.member.is_whole() else None
@@ -161,9 +165,12 @@ def parse_member(group: str | None, variant: str, command_name: str, folder: Pat
     return Member(group, variant, folder, command_name, run, arguments)
 
 
-def read_study(file: Path) -> Comparison:
+def read_study(file: Path, earlier: Sequence[dict[str, Any]] = ()) -> Comparison:
     """
     The comparison that a YAML file asks for.
+
+    Args:
+        earlier: the records of trials of an earlier comparison, as [`tuning_record`] made them.
 
     Raises:
         [`UserError`]: with what is wrong with the file, or a field of a variant.
@@ -228,7 +235,11 @@ def read_study(file: Path) -> Comparison:
         tried = " ".join(f"{name} {value}" for name, value in values.items())
         output = Path(runs_folder, TUNING_FOLDER, group or "", variant, tried.replace("/", "-"))
         member = member_of(tune["seed"], group, variant, values, f"{variant} with {tried}", output)
-        trials.append(Trial(group, variant, values, member))
+        trial = Trial(group, variant, values, member)
+        for record in earlier:
+            if identity(record["named"]) == identity(member.run.named):
+                trial.recorded = math.inf if record["eval_loss"] is None else record["eval_loss"]
+        trials.append(trial)
     members = []
     # A seed at a time, so that a study that is cut off has the same seeds of all variants, or nearly so.
     for seed, group, variant in itertools.product(seeds, groups, variants):
@@ -383,45 +394,67 @@ def check_folder(member: Member) -> None:
                 )
 
 
-def read_recorded(file: Path, members: list[Member], written: Path) -> dict[str, dict[str, Any]]:
-    """
-    The figures of those runs that an earlier comparison has, by the names that they have now. A run is the same where
-    all of its fields are, wherever its folder was and whatever its variant and group were called.
+def identity(named: dict[str, dict]) -> dict[str, dict]:
+    """The fields that were named for a run, but for its folder: two runs with the same ones are the same."""
+    return {**named, "training": {**named["training"], "output_dir": None}}
 
-    Args:
-        file: the `comparison.json` of the earlier comparison.
-        written: that of the new one.
+
+class Recorded(NamedTuple):
+    """What an earlier comparison knows: its runs, and the trials by which its variants were tuned."""
+
+    file: Path
+    runs: list[dict[str, Any]]
+    trials: list[dict[str, Any]]
+
+
+def read_recorded(file: Path) -> Recorded:
+    """
+    What a `comparison.json` holds.
 
     Raises:
-        [`UserError`]: the file is none, has none of the runs, or has others and would be written over.
+        [`UserError`]: the file is none.
     """
-
-    def fields(named):
-        training = {name: value for name, value in named["training"].items() if name != "output_dir"}
-        return {**named, "training": training}
-
     content = read_json(file, "runs", remedy="name the `comparison.json` of an earlier comparison")
     try:
-        runs = [(fields(run["named"]), run) for run in content["runs"]]
+        trials = [trial for trial in content.get("tuning", ()) if "named" in trial]  # not so before release 0.3
+        for each in (*content["runs"], *trials):
+            identity(each["named"])
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"`recorded` is {str(file)!r}, which is no `comparison.json` of `training.compare`."
         ) from error
-    recorded = {}
-    for member in members:
-        for named, run in runs:
-            if named == fields(member.run.named):
-                recorded[member.name] = {**run, "group": member.group, "variant": member.variant}
-    if not recorded:
+    return Recorded(file, content["runs"], trials)
+
+
+def take_recorded(recorded: Recorded, comparison: Comparison, written: Path) -> dict[str, dict[str, Any]]:
+    """
+    The figures of those runs of a comparison that an earlier one has, by the names that they have now. A run is the same where
+    all of its fields are, wherever its folder was and whatever its variant and group were called.
+
+    Args:
+        written: the `comparison.json` that will be written.
+
+    Raises:
+        [`UserError`]: the earlier comparison shares nothing with this one, is of another release, or has runs that would be
+            written over and lost.
+    """
+    file, found = recorded.file, {}
+    for member in comparison.members:
+        for run in recorded.runs:
+            if identity(run["named"]) == identity(member.run.named):
+                found[member.name] = {**run, "group": member.group, "variant": member.variant}
+    trials = [trial for trial in comparison.trials if trial.recorded is not None]
+    if not found and not trials:
         raise UserError(
             f"{file} has none of the runs of this study: name the `comparison.json` of one that shares some."
         )
-    if len(recorded) < len(runs) and file.resolve() == written.resolve():
+    taken = len(found) + len(trials)
+    if taken < len(recorded.runs) + len(recorded.trials) and file.resolve() == written.resolve():
         raise UserError(
             f"{file} has runs that this study has not, and would be written over: name another `output_dir`."
         )
-    metrics = [key for key, _, _ in METRICS[COMMANDS[members[0].command].name]]
-    missing = [key for run in recorded.values() for key in (*FIGURES, *metrics) if key not in run]
+    metrics = [key for key, _, _ in METRICS[COMMANDS[comparison.members[0].command].name]]
+    missing = [key for run in found.values() for key in (*FIGURES, *metrics) if key not in run]
     if missing:
         raise UserError(f"{file} is of another release, as a run of it lacks {missing[0]!r}: leave `--recorded` out.")
-    return recorded
+    return found

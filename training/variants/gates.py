@@ -88,3 +88,18 @@ def random_gate(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("residual.gate"):
             parameter.normal_(std=model.config.initializer_range)
+
+
+def no_gate(model: PreTrainedModel) -> None:
+    """DCA with `b` alone: the gates are gone."""
+    network = model.base_model
+    for module in (*network.layers, network):
+        module.residual.gate = None
+
+
+def three_norms(model: PreTrainedModel) -> None:
+    """The residual sum, of which queries, keys and values have a norm each, and nothing else of DCA."""
+    no_gate(model)
+    network = model.base_model
+    for module in (*network.layers, network):
+        module.residual.delta.requires_grad_(False)  # at its start, 0, it is the sum

@@ -17,7 +17,7 @@ from training.variants.attention_residuals import AttentionResiduals, BlockAtten
 from training.variants.decay import DecayOfB
 from training.variants.denseformer import DenseFormer
 from training.variants.entries import choose_entries
-from training.variants.gates import bias_inside_gate, dead_gate, random_gate, raw_gate
+from training.variants.gates import bias_inside_gate, dead_gate, no_gate, random_gate, raw_gate, three_norms
 from training.variants.hyper_connections import DynamicHyperConnections, HyperConnections, ManifoldHyperConnections
 from training.variants.laurel import LaurelLR, LaurelPA, LaurelRW
 from training.variants.mudd import MUDD
@@ -74,6 +74,8 @@ VARIANTS = {
     "raw_gate": Variant(partial(altered, "RawGate", raw_gate)),
     "bias_inside_gate": Variant(partial(altered, "BiasInsideGate", bias_inside_gate)),
     "random_gate": Variant(partial(altered, "RandomGate", random_gate)),
+    "no_gate": Variant(partial(altered, "NoGate", no_gate)),
+    "three_norms": Variant(partial(altered, "ThreeNorms", three_norms)),
     "last_4": Variant(partial(altered, "LastFour", partial(choose_entries, 0, 4))),
     "input_and_last_3": Variant(partial(altered, "InputAndLastThree", partial(choose_entries, 1, 3))),
     "decay_b_to_0": Variant(callbacks=(DecayOfB(to_zero=True),)),

@@ -16,10 +16,11 @@ from modeling_dca import DCAForCausalLM
 from modeling_dca.grn import ALL_GRN_FUNCTIONS
 from tests.training.tiny import call, failure, snapshot
 from training.benchmarks import operation, run
-from training.benchmarks.measure import PEAK_RESET, interleave, kept_bytes, peak_bytes, seconds, summarize
+from training.benchmarks.measure import PEAK_RESET, kept_bytes, peak_bytes
 from training.benchmarks.models import MEASURES, NEW_TOKENS, PROMPT_TOKENS, PUBLISHED, SCHEMES, Candidate, build_models
 from training.benchmarks.operation import COPY, Operation, bandwidth_shares, measure_operation, pass_bytes
 from training.benchmarks.run import compare_with_published, main
+from training.support.timing import interleave, seconds, summarize
 
 
 CPU = torch.device("cpu")

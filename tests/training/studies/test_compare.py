@@ -163,14 +163,20 @@ def test_figures_are_those_computed_by_hand(made_up):
     # 1280 tokens at 100 and 80 a second.
     assert plain["seconds"]["mean"] == pytest.approx(12.8) and deep["seconds"]["mean"] == pytest.approx(16)
     assert raw("result")["runs"][0]["wall_time"] == 10
-    # Half way between the two evaluations, but for seed 2.
-    assert plain["reached"]["steps"]["values"] == [20, 20, 20]
+    # Half way between the two evaluations, but for seed 2, which never gets there.
+    assert plain["reached"]["steps"] == 20 and plain["reached"]["seeds"] == 3
     reached = deep["reached"]
-    assert reached["seeds"] == [0, 1] and reached["of_seeds"] == 3
-    assert reached["steps"]["values"] == pytest.approx([15, 15])
-    assert reached["steps_ratio"]["mean"] == pytest.approx(0.75)
-    assert reached["seconds"]["values"] == pytest.approx([12, 12])
-    assert reached["seconds_ratio"]["mean"] == pytest.approx(12 / 12.8)
+    assert reached["seeds"] == 2 and reached["of_seeds"] == 3
+    assert reached["steps"] == pytest.approx(15) and reached["steps_ratio"] == pytest.approx(0.75)
+    assert reached["seconds"] == pytest.approx(12) and reached["seconds_ratio"] == pytest.approx(12 / 12.8)
+
+
+@pytest.mark.parametrize(
+    ("values", "median"),
+    [([3.0, math.inf, 1.0], 3.0), ([1.0, math.inf], None), ([math.inf] * 3, None), ([], None), ([1.0, 2.0], 1.5)],
+)
+def test_median_of_values_of_which_some_lie_beyond(values, median):
+    assert statistics.censored_median(values) == median
 
 
 def test_table_has_the_figures(made_up, figures, capsys):
@@ -209,6 +215,12 @@ def test_figures_are_drawn_again_from_their_record(made_up, capsys, figures):
         Path("result", name).unlink()
     call(compare.main, "--redraw", "result")
     assert snapshot(Path("result")) == before
+    shutil.copytree("result", "again")
+    call(compare.main, "--redraw", "result", "again", "--forest", "forest.png")
+    with Image.open("forest.png") as forest:
+        assert min(forest.size) >= 250  # two titles, a row each
+    assert "`forest`" in failure(capsys, compare.main, "--redraw", "result", "--forest", "gone/forest.png")
+    assert "--forest goes with --redraw" in failure(capsys, compare.main, "runs/plain/seed-0", "--forest=a.png")
     Path("other").mkdir()
     for content, words in (
         (None, "other/comparison.json cannot be read (No such file or directory)"),
@@ -229,7 +241,7 @@ def test_baseline_that_is_never_reached(made_up, figures):
     header, table = rows("result")
     # (The final losses are 3.5, 4.1 and 4.5; the other comes to 4.0, 4.2 and 4.4.)
     found = dict(zip(header[1:], table["plain"]))
-    assert found["to deep"] == "+0.1667 ± 0.7589" and found["steps to deep's loss"].endswith("; 1 of 3 seeds)")
+    assert found["to deep"] == "+0.1667 ± 0.7589" and found["steps to deep's loss"] == "only by 1 of 3 seeds"
     shutil.rmtree("runs/plain/seed-2")
     shutil.rmtree("runs/deep/seed-2")
     runs = [f"runs/{name}/seed-{seed}" for name in ("deep", "plain") for seed in (0, 1)]
@@ -658,6 +670,58 @@ def test_threads_that_the_user_set_are_kept(room, started, monkeypatch):
     assert "threads 3" in (line := describe_training(raw("runs/study")["runs"])[0]) and "2 runs at a time" in line
 
 
+def test_record_grows_with_each_run(room, started, monkeypatch, capsys):
+    write_study()
+    train = running.start
+
+    def start(member, *arguments):
+        if member.name == "standard, seed 1":
+            raise KeyboardInterrupt
+        return train(member, *arguments)
+
+    monkeypatch.setattr(running, "start", start)
+    with pytest.raises(SystemExit):
+        call(compare.main, "study.yaml")
+    found = raw("runs/study")
+    assert [(run["variant"], run["seed"]) for run in found["runs"]] == [("standard", 0), ("2-DCA", 0)]
+    assert not Path("runs/study/README.md").exists()
+    # What is whole is compared, and nothing is trained.
+    monkeypatch.setattr(running, "start", no_start)
+    call(compare.main, "study.yaml", "--jobs=0")
+    assert raw("runs/study") == found | {"command": "python -m training.compare study.yaml --jobs=0"}
+    assert list(rows("runs/study")[1]) == ["standard", "2-DCA"]
+    # On another machine, it goes on from the record.
+    shutil.move("runs/study", "kept")
+    monkeypatch.setattr(running, "start", train)
+    started.clear()
+    call(compare.main, "study.yaml", "--recorded=kept/comparison.json", "--output_dir=kept")
+    assert [name for name, _ in started] == ["standard, seed 1", "2-DCA, seed 1"]
+    assert [run for run in raw("kept")["runs"] if run["seed"] == 0] == found["runs"]
+
+
+def test_steps_are_timed_apart_from_the_runs(room, started, capsys):
+    write_study(seeds=[0])
+    call(compare.main, "study.yaml", "--step_rounds=2")
+    found = raw("runs/study")
+    times = {each["variant"]: each for each in found["step_times"]["variants"]}
+    assert list(times) == ["standard", "2-DCA"] and times["standard"]["ratio"] == 1 and times["2-DCA"]["ratio"] > 0
+    for name, figures in found["variants"].items():
+        (run,) = [run for run in found["runs"] if run["variant"] == name]
+        assert figures["seconds"]["mean"] == pytest.approx(4 * times[name]["seconds"])
+        assert figures["speed"]["mean"] == pytest.approx(run["examples"] / (4 * times[name]["seconds"]))
+    page = Path("runs/study/README.md").read_text()
+    assert "the median of 2 rounds" in page
+    # They are kept, and left aside where they are not of all variants.
+    call(compare.main, "study.yaml")
+    assert raw("runs/study")["step_times"] == found["step_times"]
+    assert raw("runs/study")["variants"] == found["variants"]
+    write_study(seeds=[0], variants={**STUDY["variants"], "DCA": {"residual_scheme": "dca"}})
+    call(compare.main, "study.yaml")
+    found = raw("runs/study")
+    for run in found["runs"]:
+        assert found["variants"][run["variant"]]["seconds"]["values"] == [run["seconds"]]
+
+
 def test_image_study(room, figures, started):
     write_images(room / "images", count=40)
     fields = {**STUDY["fields"], "dataset": "images"}
@@ -808,7 +872,9 @@ def test_what_is_in_the_way_is_left_alone(room, monkeypatch, capsys, spoil, word
         ([TEXT_RUN], ["text.yaml has an unknown key"]),
         (["."], [". is not the folder of a run"]),
         (["study.yaml", "runs/plain/seed-0"], ["A study is compared alone"]),
-        (["study.yaml", "--jobs=0"], ["`jobs` is 0"]),
+        (["study.yaml", "--jobs=-1"], ["`jobs` is -1"]),
+        (["study.yaml", "--jobs=0"], ["None of the runs is whole", "--jobs 1"]),
+        (["study.yaml", "--step_rounds=-1"], ["`step_rounds` is -1"]),
         (["runs/plain/seed-0", "runs/plain/seed-0"], ["are both plain, seed 0"]),
         (["runs/plain/seed-0", "--recorded=comparison.json"], ["`--recorded` goes with a study"]),
         (["runs/plain/seed-0", "--baseline=x"], ["`baseline` is 'x'"]),

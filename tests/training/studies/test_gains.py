@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,20 @@ def test_study_that_is_tuned(room, started):
     del started[:]
     call(compare.main, "rivals.yaml")
     assert started == []
+    shutil.move("runs", "gone")
+    Path("record").mkdir()
+    shutil.copy("gone/rivals/comparison.json", "record")
+    call(compare.main, "rivals.yaml", "--recorded=record/comparison.json", "--output_dir=record")
+    again = json.loads(Path("record/comparison.json").read_text())
+    assert started == [] and {**again, "command": ""} == {**found, "command": ""}
+    # On record are all of the trials of one variant, and some of another.
+    less = {**found, "runs": [], "tuning": found["tuning"][:4]}
+    Path("record/comparison.json").write_text(json.dumps(less))
+    write_study(seeds=[1])
+    call(compare.main, "rivals.yaml", "--recorded=record/comparison.json", "--output_dir=record")
+    assert [name for name, *_ in started] == [name for name, *_ in trials[4:]] + [name for name, *_ in reported[:3]]
+    shutil.move("gone", "runs")
+
     write_study(tune={"seed": 0, "fields": {"learning_rate": [1e-7]}}, seeds=[1])
     assert {member.run.training.learning_rate for member in read_study(Path("rivals.yaml")).members} == {1e-7}
 

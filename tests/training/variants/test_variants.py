@@ -79,6 +79,26 @@ def test_altered_gates_against_a_computation_by_hand(gate_class, scheme):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["no_gate", "three_norms"])
+def test_parts_of_dca(name):
+    """Of both, the model starts as the standard transformer; of one, `b` learns, of the other nothing of the residuals."""
+    torch.manual_seed(0)
+    model = VARIANTS[name].model(DCAForCausalLM)(DCAConfig(**SIZES))
+    names = {each.rpartition(".")[2] for each, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "gate" not in names and ("delta" in names) == (name == "no_gate")
+    plain = DCAForCausalLM(DCAConfig(**SIZES, residual_scheme="standard"))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for own, norms in zip(plain.model.layers, model.model.layers):
+        own.load_state_dict(norms.state_dict(), strict=False)
+    norms = [each for each, _ in model.named_parameters() if "norm" in each and "layers.0" in each]
+    assert len(norms) == 4  # of queries, keys and values, and of the feed-forward module
+    input_ids = torch.randint(0, SIZES["vocab_size"], (2, 8))
+    torch.testing.assert_close(model(input_ids).logits, plain(input_ids).logits, rtol=1e-4, atol=1e-5)
+    loss = model(input_ids, labels=input_ids).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize("gate_class", [DeadGate, RawGate, BiasInsideGate])
 def test_gates_at_their_start(gate_class):
     """All are the plain sum, and all but the dead one learn."""
