@@ -160,6 +160,7 @@ def build_models(
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
     variants: Sequence[str] = (),
+    grn_implementation: str = "auto",
 ) -> dict[str, nn.Module]:
     """
     The models by name, or those of `names`, on `device`, with random weights of type `dtype`.
@@ -182,6 +183,7 @@ def build_models(
     }
     llama = LlamaConfig(**shape)
     dca = {**shape, "gated_mlp": True, "norm_type": "rms_norm", "norm_eps": llama.rms_norm_eps}
+    dca["grn_implementation"] = grn_implementation
     configs = {
         BASELINE: llama,
         "standard": DCAConfig(**dca, residual_scheme="standard"),

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from modeling_dca.configuration_dca import nearest_name
+from modeling_dca.grn import ALL_GRN_FUNCTIONS
 from training.benchmarks import report
 from training.benchmarks.measure import PEAK_RESET
 from training.benchmarks.models import (
@@ -65,6 +66,11 @@ class BenchmarkArguments:
     dtype: Literal["float32", "bfloat16"] = _field("float32", "Type of weights and all else; there is no autocast.")
     device: Literal["cpu", "cuda"] = _field("cpu", "Where to measure.")
     compile: bool = _field(False, "Compile training step and prefill.")
+    grn_implementation: str = _field(
+        "auto",
+        "How DCA's generalized residuals are computed. Compiled, 'eager' lets the compiler see into them: faster steps, and a "
+        "compilation that takes longer with each entry.",
+    )
     rounds: int = _field(5, f"Rounds that count; for the operation alone {OPERATION_ROUNDS} times as many.")
     warmup: int = _field(2, "Rounds before them that do not count.")
     compile_rounds: int = _field(1, "Rounds for compile time; each takes minutes.")
@@ -92,6 +98,11 @@ class BenchmarkArguments:
         for name in self.variants:
             if name not in SCHEMES:
                 raise UserError(f"`variants` names {name!r}; {nearest_name(name, ['all', *SCHEMES])}")
+        implementations = ["auto", *ALL_GRN_FUNCTIONS.valid_keys()]
+        if self.grn_implementation not in implementations:
+            raise UserError(
+                f"`grn_implementation` is {self.grn_implementation!r}; {nearest_name(self.grn_implementation, implementations)}"
+            )
         if "compile_time" in self.only and not self.compile:
             raise UserError("`only` names 'compile_time' without `compile`: pass --compile, too.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -107,6 +118,7 @@ class BenchmarkArguments:
         if self.output_dir is None:
             shape = f"{self.layers}x{self.hidden}-{self.batch}x{self.seq}-{self.dtype}"
             ends = "-compiled" * self.compile + "-variants" * bool(self.variants)
+            ends += f"-{self.grn_implementation}" * (self.grn_implementation != "auto")
             self.output_dir = f"{RUNS_FOLDER}/benchmarks/{self.device}-{shape}{ends}"
 
 
@@ -155,7 +167,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict:
     entry_shape = (arguments.batch, arguments.seq, arguments.hidden)
     results = {
         "title": f"{arguments.layers} layers x {arguments.hidden}, {arguments.batch} x {arguments.seq} tokens, "
-        f"{arguments.dtype}, {device}{', compiled' if arguments.compile else ''}",
+        f"{arguments.dtype}, {device}{', compiled' if arguments.compile else ''}"
+        + f", residuals by {arguments.grn_implementation!r}"
+        * (arguments.grn_implementation != "auto"),
         "command": shlex.join(["python", "-m", "training.benchmarks.run", *sys.argv[1:]]),
         "arguments": dataclasses.asdict(arguments),
         "machine": describe_machine(device),
@@ -168,7 +182,9 @@ def benchmark(arguments: BenchmarkArguments) -> dict:
     torch.manual_seed(0)
     if arguments.only != ["operation"]:
         shape = (arguments.vocab, arguments.hidden, arguments.layers)
-        models = build_models(*shape, dtype, variants=arguments.variants)
+        models = build_models(
+            *shape, dtype, variants=arguments.variants, grn_implementation=arguments.grn_implementation
+        )
         results["parameters"] = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         input_ids = torch.randint(arguments.vocab, entry_shape[:2], device=device)
         candidates = {name: Candidate(model, input_ids, arguments.compile) for name, model in models.items()}

@@ -272,6 +272,12 @@ def test_compiled_run(folder, not_published):
     assert all(len(model["values"]) == 1 and model["median"] > 0 for model in compile_time.values())
 
 
+def test_residuals_are_computed_as_named(folder):
+    models = build_models(16, 64, 1, torch.float32, grn_implementation="eager")
+    assert {models[name].config.grn_implementation for name in ("standard", "2-DCA", "full DCA")} == {"eager"}
+    assert run.BenchmarkArguments(grn_implementation="eager").output_dir.endswith("-eager")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -284,6 +290,7 @@ def test_compiled_run(folder, not_published):
         ("--only prefil", "`only` names 'prefil'; did you mean 'prefill'?"),
         ("--only compile_time", "`only` names 'compile_time' without `compile`: pass --compile, too."),
         ("--output_dir file", "`output_dir` is 'file', which cannot be made (File exists): name another folder."),
+        ("--grn_implementation egaer", "`grn_implementation` is 'egaer'; did you mean 'eager'?"),
         ("--device cuda", "`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu."),
     ],
 )
