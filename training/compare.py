@@ -4,6 +4,7 @@ Compare runs with each other, over several seeds:
     python -m training.compare configuration/evidence/STUDY.yaml   # trains what is missing
     python -m training.compare RUN RUN ...                         # of runs that are finished
     python -m training.compare --redraw FOLDER ...                 # the figures of earlier comparisons, again
+    python -m training.compare --forest PICTURE FOLDER ...         # their differences in one picture
 
 A study's YAML file names the configuration that its runs share, the fields in which its variants differ, and the seeds:
 
@@ -35,7 +36,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from training.studies.report import redraw
+from training.studies.report import draw_forest, redraw
 from training.studies.running import compare
 from training.support.errors import command
 from training.support.parser import Parser
@@ -69,7 +70,7 @@ def main():
         "--forest",
         metavar="PICTURE",
         type=Path,
-        help="with --redraw: draw the differences of all of them in one picture",
+        help="draw the differences of several comparisons, whose folders are named in the place of runs, and do nothing else",
     )
     parser.add_argument(
         "--step_rounds",
@@ -81,10 +82,12 @@ def main():
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.redraw):
         parser.error("name a study, finished runs, or with --redraw the folders of earlier comparisons")
-    if arguments.forest and not arguments.redraw:
-        parser.error("--forest goes with --redraw, which names the comparisons to draw together")
+    for folder in arguments.redraw or ():
+        redraw(folder)
     if arguments.redraw:
-        redraw(arguments.redraw, arguments.forest)
+        return
+    if arguments.forest:
+        draw_forest(arguments.runs, arguments.forest)
         return
     line = shlex.join(["python", "-m", "training.compare", *sys.argv[1:]])
     compare(

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 from modeling_dca import DCAConfig, DCAForCausalLM
 from training.results.figures import WIDTH, plt, styles_of
+from training.studies.differences import differences
+from training.studies.report import differences_note, make_differences_table, write_record
 from training.support.errors import UserError
 from training.support.files import read_json
 from training.text.blocks import PackedBlocks
@@ -338,8 +340,29 @@ def best_rates(losses: dict[str, dict]) -> dict[str, float]:
     return {name: min(of, key=lambda rate: np.mean(list(of[rate].values()))) for name, of in losses.items()}
 
 
+def compare(folder: Path) -> dict[str, Any]:
+    """The differences to the transformer, each variant at its best rate, as `training.compare` tells them of a study."""
+    groups = {}
+    for width, means in read_results(folder).items():
+        rates = best_rates(means)
+        groups[f"{LAYERS} x {width}"] = [
+            {"variant": name, "seed": seed, "eval_loss": loss}
+            for name in VARIANTS
+            if name in means
+            for seed, loss in means[name][rates[name]].items()
+        ]
+    return {
+        "title": "The form of the gate",
+        "baseline": "standard",
+        "differences": differences(groups, "standard", "eval_loss"),
+    }
+
+
 def report(folder: Path) -> str:
-    """Held-out loss by width, variant and rate: the mean over the seeds, their spread, and the difference at the best rate."""
+    """
+    Held-out loss by width, variant and rate: the mean over the seeds, their spread, and the difference at the best rate; and how
+    sure the differences are, which are left in the folder, too.
+    """
     lines = []
     for width, means in read_results(folder).items():
         best = best_rates(means)
@@ -359,6 +382,11 @@ def report(folder: Path) -> str:
                 difference = f"{np.mean(pairs):+.3f} ({', '.join(f'{pair:+.3f}' for pair in pairs)})"
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {difference} |")
         lines.append("")
+    compared = compare(folder)
+    write_record(compared, folder)
+    cells = compared["differences"]
+    lines += ["## How sure the differences are", "", make_differences_table(cells), ""]
+    lines += [differences_note(cells, compared["baseline"], "held-out loss (nats per token)"), ""]
     return "\n".join(lines)
 
 
@@ -400,8 +428,8 @@ def draw(folder: Path, file: Path, dark: bool) -> None:
                 for rate, each in zip(rates, points):
                     axes.plot([rate] * len(each), each, **alone)
             rates = best_rates(means)
-            differences = [means[ours][rates[ours]][seed] - loss for seed, loss in means[base][rates[base]].items()]
-            gains.append(f"{np.mean(differences):+.3f}")
+            apart = [means[ours][rates[ours]][seed] - loss for seed, loss in means[base][rates[base]].items()]
+            gains.append(f"{np.mean(apart):+.3f}")
             axes.set_title(
                 f"{LAYERS} layers x {width}: DCA {gains[-1]} nats, each at its best of {len(means[base])} rates",
                 fontsize=10,

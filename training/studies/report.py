@@ -356,47 +356,41 @@ def draw_figures(
     return figures
 
 
-def read_comparison(folder: Path) -> dict[str, Any]:
-    """What the `comparison.json` of a folder holds."""
-    return read_json(folder / RAW, "runs", "baseline", "task", remedy="name the folder of a comparison")
-
-
-def redraw(folders: list[Path], forest: Path | None) -> None:
+def redraw(folder: Path) -> None:
     """
-    Draw the figures of comparisons again, from their `comparison.json`.
-
-    Args:
-        forest: a picture of the differences of all of them, if it is wanted.
+    Draw the figures of a comparison again, from its `comparison.json`.
 
     Raises:
-        [`UserError`]: a folder holds none, or a picture cannot be written.
+        [`UserError`]: the folder holds none, or cannot be written.
+    """
+    content = read_json(folder / RAW, "runs", "baseline", "task", remedy="name the folder of a comparison")
+    try:
+        tuned = content.get("gains") or {}
+        if tuned and "groups" not in content:
+            tuned = {None: tuned}
+        groups = grouped(timed(content["runs"], content.get("step_times")), content["baseline"])
+        draw_figures(groups, content["baseline"], content["task"], folder, tuned, content.get("differences") or [])
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison.") from error
+
+
+def draw_forest(folders: list[Path], file: Path) -> None:
+    """
+    Draw the differences of several comparisons in one picture.
+
+    Raises:
+        [`UserError`]: a folder holds no comparison with differences, or the picture cannot be written.
     """
     rows = {}
     for folder in folders:
-        content = read_comparison(folder)
-        try:
-            tuned = content.get("gains") or {}
-            if tuned and "groups" not in content:
-                tuned = {None: tuned}
-            runs = timed(content["runs"], content.get("step_times"))
-            cells = content.get("differences") or []
-            draw_figures(
-                grouped(runs, content["baseline"]), content["baseline"], content["task"], folder, tuned, cells
-            )
-            rows[content["title"]] = [(label_of(cell["group"], cell["variant"]), cell) for cell in cells]
-        except OSError as error:
-            raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison."
-            ) from error
-    if forest is not None:
-        if not any(rows.values()):
-            raise UserError(f"{', '.join(map(str, folders))} have no differences to draw: name more comparisons.")
-        try:
-            draw_differences(rows, "held-out loss less that of the baseline (nats)", forest)
-        except (OSError, ValueError) as error:
-            raise UserError(f"`forest` is {str(forest)!r}, which cannot be written: {error}.") from error
+        content = read_json(folder / RAW, "title", "differences", remedy="name the folder of a comparison")
+        rows[content["title"]] = [(label_of(cell["group"], cell["variant"]), cell) for cell in content["differences"]]
+    try:
+        draw_differences(rows, "held-out loss less that of the baseline (nats)", file)
+    except (OSError, ValueError) as error:  # (a ValueError where the name ends as no picture's does)
+        raise UserError(f"`forest` is {str(file)!r}, which cannot be written: {error}.") from error
 
 
 def record_of(

@@ -216,11 +216,12 @@ def test_figures_are_drawn_again_from_their_record(made_up, capsys, figures):
     call(compare.main, "--redraw", "result")
     assert snapshot(Path("result")) == before
     shutil.copytree("result", "again")
-    call(compare.main, "--redraw", "result", "again", "--forest", "forest.png")
+    call(compare.main, "--forest", "forest.png", "result", "again")
     with Image.open("forest.png") as forest:
         assert min(forest.size) >= 250  # two titles, a row each
-    assert "`forest`" in failure(capsys, compare.main, "--redraw", "result", "--forest", "gone/forest.png")
-    assert "--forest goes with --redraw" in failure(capsys, compare.main, "runs/plain/seed-0", "--forest=a.png")
+    for file in ("gone/forest.png", "forest.words"):
+        assert "`forest`" in failure(capsys, compare.main, "--forest", file, "result")
+    assert "runs/plain/comparison.json cannot be" in failure(capsys, compare.main, "--forest=a.png", "runs/plain")
     Path("other").mkdir()
     for content, words in (
         (None, "other/comparison.json cannot be read (No such file or directory)"),
