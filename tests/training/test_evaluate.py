@@ -293,7 +293,7 @@ def test_run_from_before_the_split_had_a_seed_is_evaluated_on_what_it_held_out(r
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], ["'nowhere' is no folder", "Hub"]),
+        (["nowhere"], ["'nowhere' is not a local folder", "Hub"]),
         (["text.jsonl"], ["'text.jsonl'"]),
         ([], ["CHECKPOINT"]),
         (["run", "--batch_size=0"], ["`batch_size` is 0"]),

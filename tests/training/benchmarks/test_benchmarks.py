@@ -236,7 +236,7 @@ def test_only_some_measures_without_the_published_model(folder, not_published, c
     before = snapshot(folder)
     arguments = [*TINY.split(), "--only", "prefill", "--output_dir", "results"]
     assert failure(capsys, main, *arguments) == (
-        "error: `output_dir` is 'results', which holds results: name another folder, or pass --overwrite to replace them."
+        "error: `output_dir` is 'results', which holds results: choose another, or pass --overwrite to replace them."
     )
     assert snapshot(folder) == before
     call(main, *arguments, "--overwrite")
@@ -282,7 +282,7 @@ def test_compiled_run(folder, not_published):
         ("--layer 2", "Unrecognized arguments: --layer 2"),
         ("--only prefil", "`only` names 'prefil'; did you mean 'prefill'?"),
         ("--only compile_time", "`only` names 'compile_time' without `compile`: pass --compile, too."),
-        ("--output_dir file", "`output_dir` is 'file', which cannot be made (File exists): name another folder."),
+        ("--output_dir file", "`output_dir` is 'file', which cannot be created (File exists): choose another folder."),
         ("--device cuda", "`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu."),
     ],
 )

@@ -294,7 +294,7 @@ def test_shut_gates_are_zero():
         (["dca", "--page=page.html", "--text=a", "--device=none"], "'dca' cannot be shown"),
         (["standard", "--page=page.html", "--text=a"], "'standard' has no generalized residuals"),
         (["llama", "--page=page.html", "--text=a"], "'llama' has no generalized residuals"),
-        (["gone", "--page=page.html", "--text=a"], "'gone' is no folder"),
+        (["gone", "--page=page.html", "--text=a"], "'gone' is not a local folder"),
         (["nan", "--page=page.html", "--text=a"], "'nan' has weights that are NaN or infinite"),
         (["learned", "--page=page.html", "--text=aaaaaaaaaaaa"], "takes no more than 4"),
     ],

@@ -428,7 +428,7 @@ def test_push_that_fails_leaves_the_model_of_the_push_before(hub, vision_run, tm
     ("token", "repo_id", "words"),
     [
         pytest.param(None, "writer/no_token", ["no access token", "hf auth login", "HF_TOKEN"], id="no_token"),
-        pytest.param(WRONG_TOKEN, "writer/wrong_token", ["does not accept", "status 401"], id="wrong_token"),
+        pytest.param(WRONG_TOKEN, "writer/wrong_token", ["rejected", "status 401"], id="wrong_token"),
         pytest.param(READ_TOKEN, "writer/read_token", ["write access", "status 403"], id="token_that_only_reads"),
         pytest.param(ODD_TOKEN, "writer/odd_token", ["characters"], id="token_that_cannot_be_sent"),
         pytest.param(TOKEN, "somebody/new", ["write access", "somebody"], id="name_of_another_user"),
@@ -752,7 +752,7 @@ def runs_in(folder, monkeypatch):
         (["--hub_model_id=somebody/model"], TOKEN, ["write access", "status 403"]),
         (["--hub_model_id=somebody/new"], TOKEN, ["write access", "somebody"]),
         (["--hub_model_id=writer/public"], READ_TOKEN, ["write access", "status 403"]),
-        (["--hub_model_id=writer/public"], WRONG_TOKEN, ["does not accept", "status 401"]),
+        (["--hub_model_id=writer/public"], WRONG_TOKEN, ["rejected", "status 401"]),
         (["--hub_model_id=writer/public"], ODD_TOKEN, ["characters"]),
         (["--hub_model_id=writer/public"], "", ["no access token"]),
         (["--hub_model_id=writer/public", "--hub_revision=v1"], TOKEN, ["'v1'", "is no branch"]),

@@ -719,7 +719,7 @@ def test_damaged_sources(room, capsys):
         (["llama", "out", "--verify", "--text="], "`text` has no tokens"),
         (["vit", "out", "--verify", "--text=deep"], "has no tokenizer"),
         (["llama", "out", "--max_shard_size=5XB"], "Unit 'XB' not supported"),
-        (["runs/nothing/here", "out"], "neither a folder nor a model on the Hub"),
+        (["runs/nothing/here", "out"], "neither a local folder nor a model on the Hub"),
         (["nobody/nothing", "out"], "the Hub cannot be reached"),
     ],
 )
@@ -771,8 +771,8 @@ def test_from_the_hub(sources, tmp_path):
         *["STATUS 2"] * 3,
     ], completed.stderr
     unknown, private, revision = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
-    assert "'reader/none' is neither a folder nor a model on the Hub" in unknown
-    assert "'writer/private' is neither a folder nor a model on the Hub" in private
+    assert "'reader/none' is neither a local folder nor a model on the Hub" in unknown
+    assert "'writer/private' is neither a local folder nor a model on the Hub" in private
     assert "does not have the revision" in revision
     assert TOKEN not in completed.stdout + completed.stderr
     assert not (tmp_path / "none").exists()
