@@ -689,7 +689,11 @@ def test_checkpoints_that_cannot_be_measured(saved, capsys, checkpoints, words):
         ("result/depth_spreads.png", "mine", "which has a depth_spreads.png that this command did not write"),
         ("result/depth_weights.json", "mine", "which has a depth_weights.json that this command did not write"),
         ("result/depth_weights.json", "{}", "which has a depth_weights.json that this command did not write"),
-        ("result/depth_weights.json", "[]", "which has a depth_weights.json that this command did not write"),  # a run's
+        (
+            "result/depth_weights.json",
+            "[]",
+            "which has a depth_weights.json that this command did not write",
+        ),  # a run's
         ("result/depth_weights.json", "3", "which has a depth_weights.json that this command did not write"),
         ("result/depth_weights.json/mine", "", "which has a depth_weights.json that this command did not write"),
         ("result/without.json", "{}", "which has a without.json that this command did not write"),

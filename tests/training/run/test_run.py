@@ -271,7 +271,7 @@ def test_what_is_no_checkpoint_of_the_run_is_not_resumed(room, capsys, checkpoin
     call(causal_lm.main, TEXT_RUN, "--output_dir=run")
     call(causal_lm.main, TEXT_RUN, "--output_dir=other", "--seed=2", "--max_steps=2")
     arguments = (TEXT_RUN, "--output_dir=run", f"--resume_from_checkpoint={checkpoint}")
-    assert f"'{checkpoint}', which is no checkpoint" in refusal(capsys, causal_lm.main, *arguments)
+    assert f"'{checkpoint}', which is not a checkpoint" in refusal(capsys, causal_lm.main, *arguments)
 
 
 def spoil(patch, step, change):

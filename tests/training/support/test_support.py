@@ -74,7 +74,9 @@ def test_folder_that_is_written_into(tmp_path):
     assert checked() == folder
     (folder / "raw.json").write_text("mine")
     for own in (lambda: False, lambda: {}["title"], lambda: int("x")):
-        with pytest.raises(UserError, match="which has a raw.json that this command did not write: choose another folder"):
+        with pytest.raises(
+            UserError, match="which has a raw.json that this command did not write: choose another folder"
+        ):
             checked(own)
     assert checked(lambda: True) == checked(lambda: True, overwrite=True) == folder
     with pytest.raises(UserError, match="which holds results: choose another, or pass --overwrite"):
