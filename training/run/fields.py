@@ -89,6 +89,11 @@ def check_one_gpu(arguments: TrainingArguments) -> None:
         )
 
 
+def with_default(name: str, default: Any) -> Any:
+    """A field of [`~transformers.TrainingArguments`] with another default, and the same help."""
+    return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
 @dataclasses.dataclass
 class RunArguments(TrainingArguments):
     """The fields of [`~transformers.TrainingArguments`], and those that every run of this project has."""

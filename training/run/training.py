@@ -19,11 +19,13 @@ from training.results.depth_weights import measure_depth_weights
 from training.results.record import DIVERGED
 from training.results.summary import summarize_run
 from training.run.checkpoints import checkpoint_to_resume, told_if_not_written
+from training.run.checks import check_model, check_optimizer, check_trainer, check_variant, config_of_baseline
 from training.run.fields import Run, RunArguments
+from training.run.folder import check_output_folder
 from training.run.initial import initial_model
-from training.run.parallel import divide
+from training.run.parallel import check_divided, divide
 from training.run.trainer import RunTrainer
-from training.run.tuning import tune
+from training.run.tuning import check_tuning, tune
 from training.support.errors import UserError, innermost_message
 from training.support.files import read_json
 from training.variants.registry import VARIANTS
@@ -74,6 +76,30 @@ def run_models(
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         print(f"\n{summarize_run(models, note['task'], note.get('prompt'), samples)}")
+
+
+def check_run(
+    run: Run, model_class: type[PreTrainedModel], block_size: int | None = None
+) -> tuple[DCABaseConfig | None, type[PreTrainedModel], list[TrainerCallback]]:
+    """
+    Check all of a run that does not depend on its data, before anything is done for it.
+
+    Args:
+        block_size: the number of tokens of an example, `None` for images.
+
+    Returns:
+        The configuration of the baseline, or `None`; the class of the model to train; and the callbacks of its variant.
+    """
+    baseline = config_of_baseline(run)
+    check_variant(run)
+    check_tuning(run)
+    model_class, callbacks = model_and_callbacks(run, model_class)
+    check_model(model_class, run.config, run.training.device)
+    check_divided(run.config, run.training.tp_size, block_size)
+    check_optimizer(run.training)
+    check_trainer(run.training)
+    check_output_folder(run.training)
+    return baseline, model_class, callbacks
 
 
 def model_and_callbacks(

@@ -296,7 +296,7 @@ def test_shut_gates_are_zero():
         (["llama", "--page=page.html", "--text=a"], "'llama' has no generalized residuals"),
         (["gone", "--page=page.html", "--text=a"], "'gone' is not a local folder"),
         (["nan", "--page=page.html", "--text=a"], "'nan' has weights that are NaN or infinite"),
-        (["learned", "--page=page.html", "--text=aaaaaaaaaaaa"], "takes no more than 4"),
+        (["learned", "--page=page.html", "--text=aaaaaaaaaaaa"], "takes at most 4"),
     ],
     ids=lambda value: (
         None

@@ -134,7 +134,7 @@ def test_no_text_becomes_a_special_token(make):
 
 
 def test_text_that_can_only_be_read_as_a_special_token_is_refused():
-    with pytest.raises(UserError, match="has 'b' in its text, which its tokenizer can only read as its special token"):
+    with pytest.raises(UserError, match="has 'b' in its text, which the tokenizer can only read as a special token"):
         plain_tokens(word_level("b"), ["a b a"])
 
 
