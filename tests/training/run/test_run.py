@@ -654,7 +654,7 @@ def test_run_ends_with_both_models_figures_and_what_they_write(room, capsys):
             DCAForCausalLM, folder, "def f(", 0
         )
     assert "This is one run with one seed." in said
-    samples = re.findall(r"^(\S+) goes on from ('.*'):\n\n(.*)", said, flags=re.MULTILINE)
+    samples = re.findall(r"^(\S+) continues ('.*'):\n\n(.*)", said, flags=re.MULTILINE)
     assert [name for name, _, _ in samples] == ["dca", "standard"]
     for _, prompt, sample in samples:
         assert sample.startswith(ast.literal_eval(prompt).partition("\n")[0])

@@ -607,7 +607,7 @@ def test_settings_stand_in_the_file_of_a_run(room, capsys):
     line = refusal(capsys, causal_lm.main, TEXT_RUN, *others)
     assert "`variant_fields`" in line and "resume it with that" in line
     # What takes it for a model to be used tells that it is none.
-    assert "altered for a study ('hyper_connections')" in refusal(capsys, publish.main, "run", "me/model")
+    assert "a variant for a study ('hyper_connections')" in refusal(capsys, publish.main, "run", "me/model")
     assert "no generalized residuals" in refusal(capsys, depth_weights.main, "run", "--output_dir=weights")
 
 
