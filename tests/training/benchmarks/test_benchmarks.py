@@ -246,7 +246,7 @@ def test_only_some_measures_without_the_published_model(folder, not_published, c
 def test_no_peak_memory_where_the_system_does_not_tell(folder, not_published, monkeypatch, capsys):
     monkeypatch.setattr(run, "PEAK_RESET", folder / "missing")
     assert failure(capsys, main, "--only", "peak_memory") == (
-        f"error: `only` names 'peak_memory', which the CPU has on Linux alone ({folder / 'missing'}): leave it out."
+        f"error: `only` names 'peak_memory', which on the CPU needs Linux ({folder / 'missing'}): leave it out."
     )
     assert "peak_memory" not in run.BenchmarkArguments().only
     assert run.BenchmarkArguments(compile=True).only[:2] == ["compile_time", "training_step"]
