@@ -558,7 +558,7 @@ def test_decay_in_a_run(room, monkeypatch):
 def test_optimizer_without_such_groups_is_refused():
     model = model_of("resformer")
     others = torch.optim.AdamW(model.lm_head.parameters())
-    with pytest.raises(UserError, match="`optim` is a AdamW, which cannot give the connections"):
+    with pytest.raises(UserError, match="`optim` is a AdamW, which does not support separate learning rates"):
         set_connection_groups(others, model)
     before = [dict(group) for group in others.param_groups]
     set_connection_groups(others, model_of(None))
