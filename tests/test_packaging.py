@@ -7,6 +7,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 import yaml
 
 
@@ -93,10 +94,44 @@ def test_pre_commit_runs_the_linter_that_is_pinned():
     assert all(hook["additional_dependencies"] == [pinned] for hook in hooks)
 
 
-def test_every_link_of_the_pages_leads_somewhere():
-    for page in ("CONTRIBUTING.md", "modeling_dca/CLIENTS.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(([^)#]+)", text):
-            assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), (page, link)
-        for target in re.findall(r"make ([a-z-]+)", text):
-            assert target in targets(), (page, target)
+ROOMS = ("configuration", "model_cards", "modeling_dca", "tests", "training")
+FILES = {
+    file.relative_to(ROOT).as_posix()
+    for file in (*ROOT.glob("*.*"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.*")))
+}
+#: What is named in pages and comments and made by a command.
+MADE = {"run.yaml"}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in plain}
+
+
+def is_there(name: str, folder: Path) -> bool:
+    """Whether a name is that of a file, as seen from a folder, or the end of a path in some room."""
+    return (folder / name).exists() or any(f"/{file}".endswith(f"/{name}") for file in FILES)
+
+
+@pytest.mark.parametrize("page", sorted(file for file in FILES if file.endswith(".md")))
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    folder = (ROOT / page).parent
+    for link in re.findall(r"(?<=\]\()[^)\s]+|(?<=src=\")[^\"]+|(?<=srcset=\")[^\"]+", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    for name in re.findall(r"`([\w./-]+\.(?:cff|jinja|md|py|sbatch|toml|txt|yaml))`", text):
+        assert name in MADE or is_there(name, folder), name
+
+
+def test_every_file_that_a_configuration_names_exists():
+    for file in (ROOT / "configuration").rglob("*.yaml"):
+        comments = "\n".join(re.findall(r"#.*", file.read_text(encoding="utf-8")))
+        for name in re.findall(r"[\w./-]+\.(?:md|py|yaml)\b", comments):
+            assert name in MADE or is_there(name, file.parent), (file, name)

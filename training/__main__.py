@@ -1,11 +1,11 @@
-"""`python -m training`: the commands, a line each."""
+"""`python -m training` lists the commands."""
 
 import ast
 from pathlib import Path
 
 
 def commands() -> dict[str, str]:
-    """What is run as `python -m NAME`, by its name, with the first sentence of what it says of itself."""
+    """The modules that run as `python -m NAME`, with the first sentence of their docstrings."""
     root = Path(__file__).parent
     found = {}
     for file in sorted(root.rglob("*.py"), key=lambda file: (len(file.parts), file)):

@@ -1,9 +1,9 @@
 """
-Train a language model with one part of DCA altered, for studies of what that part is good for:
+Train a language model with one part of DCA altered, for studies of that part:
 
     python -m training.altered CONFIGURATION.yaml --alteration NAME [--field value ...]
 
-This is `training.causal_lm`, whose `--variant` has here a second name.
+This is `training.causal_lm` with another name for `--variant`.
 """
 
 import sys

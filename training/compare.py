@@ -1,35 +1,34 @@
 """
 Compare runs with each other, over several seeds:
 
-    python -m training.compare configuration/evidence/STUDY.yaml   # trains what is missing
-    python -m training.compare RUN RUN ...                         # of runs that are finished
-    python -m training.compare --redraw FOLDER ...                 # the figures of earlier comparisons, again
-    python -m training.compare --forest PICTURE FOLDER ...         # their differences in one picture
+    python -m training.compare configuration/evidence/STUDY.yaml   # trains the missing runs
+    python -m training.compare RUN RUN ...                         # compares finished runs
+    python -m training.compare --redraw FOLDER ...                 # draws the figures of earlier comparisons again
+    python -m training.compare --forest PICTURE FOLDER ...         # draws the differences of several comparisons
 
 A study's YAML file names the configuration that its runs share, the fields in which its variants differ, and the seeds:
 
-    configuration: ../demo/text.yaml  # as seen from the folder of this file; a variant may name its own
-    fields: {max_steps: 1000}         # for all variants, by their names on the command line
+    configuration: ../demo/text.yaml  # relative to the folder of this file; a variant may name its own
+    fields: {max_steps: 1000}         # for all variants, by the names on the command line
     baseline: standard                # the variant that the others are compared with
     seeds: [0, 1, 2]
     variants:
       standard: {residual_scheme: standard}
       2-DCA: {residual_scheme: dca, last_k: 2}
 
-and, if it likes, a `title`; the `command` that trains them (`causal_lm`, if not given, `image_classification`, or `altered`);
-`groups`, named as the variants are, each with its fields: all variants are then trained in each, and compared with the
-baseline of their own group; `runs_of`, the file of another study, whose runs are its own where they are the same; and `tune`,
+Optional keys are a `title`; the `command` that trains the runs (`causal_lm`, the default, `image_classification`, or
+`altered`); `groups`, a mapping like `variants`: all variants are trained in each group, and compared with the baseline of their
+own group; `runs_of`, the file of another study, whose runs are reused if they are the same; and `tune`,
 
     tune: {seed: 0, fields: {learning_rate: [0.003, 0.006, 0.012]}}
 
-with which each variant is first trained with each of these values alike, on a seed that is none of `seeds`, and then with those
-that had the lowest held-out loss; what all gain at equal tokens, time and parameters is then told, too.
+With `tune`, each variant is first trained with each of these values, on a seed that is not among `seeds`, and then with those
+that had the lowest held-out loss; the report then includes the gains at equal tokens, time and parameters.
 
-The runs are then in `runs/<path of the file below configuration>/[<group>/]<variant>/seed-<seed>`, with their logs in `logs`
-beside them. Those that are whole are kept, also those that ended because they diverged, and those that were cut off are
-resumed, so that the same command can always be given again. The `comparison.json` that it writes is there as soon as one run has
-ended, and grows with each. `--recorded` takes runs with the same fields, and trials of `tune`, from the `comparison.json` of
-another comparison or of this one instead of training them again: to add to one whose runs are no longer at hand.
+The runs are in `runs/<path of the file below configuration>/[<group>/]<variant>/seed-<seed>`, with their logs in `logs` beside
+them. Complete and diverged runs are kept, and interrupted ones are resumed, so that the same command can be repeated at any
+time. `comparison.json` is updated whenever a run ends. `--recorded` takes runs with the same fields, and trials of `tune`, from the
+`comparison.json` of this or another comparison instead of training them again, to continue where the runs are no longer available.
 """
 
 import shlex
@@ -51,33 +50,33 @@ def main():
         "--jobs",
         type=int,
         default=1,
-        help="how many runs to train at a time; 0 compares those that are whole (default: %(default)s)",
+        help="number of runs to train at a time; 0 compares the complete ones (default: %(default)s)",
     )
     parser.add_argument(
-        "--baseline", help="the variant to compare with, of finished runs (default: standard, if there)"
+        "--baseline", help="the variant to compare with, for finished runs (default: standard, if present)"
     )
     parser.add_argument(
-        "--recorded", type=Path, help="the comparison.json of an earlier comparison; runs that it has are not trained"
+        "--recorded", type=Path, help="the comparison.json of an earlier comparison, whose runs are not trained again"
     )
     parser.add_argument(
         "--redraw",
         metavar="FOLDER",
         nargs="+",
         type=Path,
-        help="draw the figures in the folders of earlier comparisons again, from their comparison.json, and do nothing else",
+        help="only draw the figures in the folders of earlier comparisons again, from their comparison.json",
     )
     parser.add_argument(
         "--forest",
         metavar="PICTURE",
         type=Path,
-        help="draw the differences of several comparisons, whose folders are named in the place of runs, and do nothing else",
+        help="only draw the differences of earlier comparisons in one picture; name their folders instead of runs",
     )
     parser.add_argument(
         "--step_rounds",
         type=int,
         default=0,
-        help="measure in so many rounds, in turns, how long a training step of each variant takes, on a machine that does "
-        "nothing else; times are then those, and kept for later (default: times are those of the runs)",
+        help="rounds in which the training step of each variant is timed, in turns, on an otherwise idle machine; the results "
+        "replace the times of the runs, now and later (default: no timing)",
     )
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.redraw):

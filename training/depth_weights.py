@@ -1,21 +1,21 @@
 """
-What the blocks of trained models draw from each earlier output (paper, figure 10), and what the loss is without it:
+Measure how much the blocks of trained models draw from each earlier output (paper, figure 10), and the loss without it:
 
     python -m training.depth_weights CHECKPOINT [CHECKPOINT ...] --output_dir FOLDER [--times_size] [--without ENTRY]
     python -m training.depth_weights CHECKPOINT --page FILE.html (--text "..." | --image FILE)
 
-The first writes `depth_weights.json`, `depth_weights.png` and `depth_spreads.png` into the folder, of all checkpoints together (those of
-several seeds, say). What is drawn is the whole weight `b + relu(w . n(f))` in the mean over held-out tokens: the first figure
-maps its mean over features, by block and output, for queries, keys and values; the second has the band beside it that holds
-90 % of the features. `--without` writes `without.json` and `without.png`, too, and a table.
+The first form writes `depth_weights.json`, `depth_weights.png` and `depth_spreads.png` to the folder, over all checkpoints
+together (for example several seeds). They show the weight `b + relu(w . n(f))` as the mean over held-out tokens: the first
+figure maps its mean over features, by block and output, for queries, keys and values; the second adds the band that holds 90 %
+of the features. `--without` also writes `without.json` and `without.png`, and prints a table.
 
-The data is that which `training.evaluate` takes: in the folder of a run all that this run held out, by its `run.yaml`. The
-fields of `training.evaluate` (`--eval_dataset FILE`, `--batch_size 32`, `--device cpu`, ...; its `--help` after a checkpoint
-lists them) say otherwise, for all checkpoints; they stand after these.
+The data is that of `training.evaluate`: for the folder of a run, its own held-out data. The fields of `training.evaluate`
+(`--eval_dataset FILE`, `--batch_size 32`, `--device cpu`, ...; its `--help` after a checkpoint lists them) change it for all
+checkpoints, and follow these.
 
-The second writes a page to explore: what each block draws for each token of the text, or patch of the image, from each earlier
-output. It is one file that needs no network, and is made with bokeh (`pip install bokeh`). Its figures are in it as JSON. A page
-in the folder of a run is linked to by its card.
+The second form writes an interactive page: how much each block draws from each earlier output, for each token of the text, or
+patch of the image. It is a single file that needs no network, made with bokeh (`pip install bokeh`), and contains its data as
+JSON. If it is in the folder of a run, the model card links to it.
 """
 
 import sys
@@ -30,9 +30,9 @@ from training.text.task import LANGUAGE_MODELS
 
 
 TASKS = (LANGUAGE_MODELS, IMAGE_CLASSIFIERS)
-#: Fields of `training.evaluate` that mean nothing here.
+#: Fields of `training.evaluate` that do not apply here.
 OTHERS = {"output", "overwrite", "metrics"}
-#: Those that mean something where only a page is written.
+#: Those that apply if only a page is written.
 OF_PAGES = {"device", "dtype", "tokenizer"}
 
 
@@ -46,7 +46,7 @@ def main():
         '[--page FILE.html (--text "..." | --image FILE)] [--field value ...]',
     )
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="folder or Hub id of a DCA model")
-    parser.add_argument("--output_dir", type=Path, help="where figures and numbers go")
+    parser.add_argument("--output_dir", type=Path, help="the folder for figures and numbers")
     parser.add_argument(
         "--times_size",
         action="store_true",
@@ -55,16 +55,15 @@ def main():
     parser.add_argument(
         "--without",
         metavar="ENTRY",
-        help="measure how much the held-out loss rises when each block, all blocks, and the model's output leave out the entry "
-        "that holds this output (0: the model's input); 'all' takes each output in turn; outputs that an entry merges (k-DCA) "
-        "are left out together",
+        help="measure the rise of the held-out loss when each block, all blocks, or the model's output leave out the entry that "
+        "holds this output (0: the model's input), or with 'all' each output in turn; outputs that an entry merges (k-DCA) are "
+        "left out together",
     )
     parser.add_argument(
         "--page",
         metavar="FILE.html",
         type=Path,
-        help="write a page that shows, for each token of --text or patch of --image, what each block draws; it is one file and "
-        "needs no network",
+        help="write a page, a single file that needs no network, with the weights for each token of --text or patch of --image",
     )
     parser.add_argument("--text", help="the text of the page")
     parser.add_argument("--image", metavar="FILE", help="the image of the page")
@@ -75,20 +74,20 @@ def main():
         if arguments.page is None:
             parser.error("the following arguments are required: --output_dir or --page")
         if arguments.times_size or arguments.without is not None:
-            parser.error("--times_size and --without are of the figures in --output_dir, which is missing")
-        unknown |= named - OF_PAGES  # there is no other data
+            parser.error("--times_size and --without need --output_dir, which is missing")
+        unknown |= named - OF_PAGES  # a page uses no data set
     if unknown:
         parser.error(f"unrecognized arguments: --{min(unknown)}")
     if arguments.page is None and (arguments.text, arguments.image) != (None, None):
-        parser.error("--text and --image are what --page shows, which is missing")
+        parser.error("--text and --image need --page, which is missing")
     if arguments.page is not None and len(arguments.checkpoints) > 1:
-        parser.error(f"--page shows one model, and {len(arguments.checkpoints)} are named")
+        parser.error(f"--page shows one model, but {len(arguments.checkpoints)} are given")
     asked = [
         parse_evaluation([checkpoint, *fields], TASKS, "training.depth_weights", __doc__)
         for checkpoint in arguments.checkpoints
     ]
     for each in asked:
-        each["arguments"].metrics = []  # the run's, which are not asked for
+        each["arguments"].metrics = []  # (those of the run are not needed)
     if arguments.page is not None:
         explore(asked[0], arguments.page, text=arguments.text, image=arguments.image)
     if arguments.output_dir is not None:

@@ -3,10 +3,10 @@ Evaluate a checkpoint on held-out data:
 
     python -m training.evaluate CHECKPOINT [--dataset ... --batch_size 32 --output FILE.json ...]
 
-CHECKPOINT is the folder or Hub id of any causal language model or image classifier of this family or of transformers, and
-its tokenizer or image processor is used. In the folder of a run it is evaluated on that run's own held-out data, with
-what the run came to, unless told otherwise. `--eval_dataset FILE` alone evaluates on all of a file or folder. `--help`
-after a checkpoint lists its fields.
+CHECKPOINT is the folder or Hub id of any causal language model or image classifier, DCA or not; its own tokenizer or image
+processor is used. By default, a checkpoint in the folder of a run is evaluated on the held-out data of that run, with the same
+results. With only `--eval_dataset FILE`, it is evaluated on all of a file or folder. `--help` after a checkpoint lists its
+fields.
 """
 
 import sys

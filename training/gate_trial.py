@@ -1,14 +1,14 @@
 """
-Choose the form of the gate of generalized residuals by measurement: many small language models, trained side by side.
+Compare forms of the gate of generalized residuals on many small language models that are trained side by side.
 
     python -m training.gate_trial data FILE.npz [--vocab_size 1024]
     python -m training.gate_trial train FILE.npz OUTPUT_DIR [--widths 128 64] [--variants NAME ...] [--minutes 5]
     python -m training.gate_trial report OUTPUT_DIR
     python -m training.gate_trial figure OUTPUT_DIR FILE.png [--dark]
 
-All learning rates and seeds of a variant are one batch of models, of parameters `(runs, ...)`: a GPU trains dozens of them in
-the time of one. The model is [`~modeling_dca.DCAForCausalLM`] (parameters have its names, and a slice of them loads into it), but for
-how a block's inputs are formed from its stack, which is what the variants differ in.
+All learning rates and seeds of a variant are one batch of models, with parameters `(runs, ...)`: a GPU trains dozens of them in
+the time of one. The model is [`~modeling_dca.DCAForCausalLM`] (a slice of the parameters loads into it), except for how a
+block's inputs are formed from its stack, in which the variants differ.
 """
 
 from pathlib import Path

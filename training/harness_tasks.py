@@ -1,10 +1,10 @@
 """
-Makes tasks for lm-evaluation-harness of the text that a run held out:
+Write tasks for lm-evaluation-harness from the held-out text of a run:
 
     python -m training.harness_tasks CHECKPOINT [--output_dir data/harness --items 300 ...]
 
-writes `held_out_cloze` (a word to fill in) and `held_out_choice` (one continuation of four), which `lm-eval` finds with
-`--include_path data/harness`. In the folder of a run the text is what that run held out; `--eval_dataset FILE` names another.
+It writes `held_out_cloze` (predict a word) and `held_out_choice` (choose one of four continuations), which `lm-eval` finds with
+`--include_path data/harness`. For the folder of a run, the text is its held-out data; `--eval_dataset FILE` sets another.
 """
 
 import sys

@@ -1,11 +1,11 @@
 """
-The paper's low-rank study (figures 1 and 5, theorems 4.1 to 4.3), on linear networks whose residuals are the library's own:
+Repeat the paper's low-rank study (figures 1 and 5, theorems 4.1 to 4.3) on linear networks with the library's residuals:
 
     python -m training.low_rank
     python -m training.low_rank --seeds 0 1 2 3 4 --output_dir FOLDER
 
-It trains the networks of figure 1, compares the bounds of theorem 4.2 with what gradient descent reaches, and leaves a
-page with tables and both figures, and all numbers in JSON.
+It trains the networks of figure 1, compares the bounds of theorem 4.2 with the results of gradient descent, and writes a page
+with tables and both figures, and all numbers as JSON.
 """
 
 import shlex

@@ -1,9 +1,9 @@
 """
-Publishes a finished run, or a converted model, on the Hugging Face Hub: `python -m training.publish RUN user/name`.
+Publish a finished run, or a converted model, on the Hugging Face Hub: `python -m training.publish RUN user/name`.
 
-The model goes up with its modelling code, so that whoever has transformers can load it, and in one commit, so that a
-push that breaks off leaves the repository as it was and can be run again. The run itself is only read, and what goes up
-tells nothing of the machine: no local path, no host name.
+The model is pushed with its modelling code, so that transformers can load it, and in one commit, so that an interrupted push
+leaves the repository unchanged and can be repeated. The run itself is only read. What is pushed reveals nothing about the
+machine: no local path, no host name.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def main():
     parser.add_argument(
         "--private", action="store_true", help="publish in a private repository; a public one is refused"
     )
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch, which is made if missing (default: main)")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch, which is created if missing (default: main)")
     arguments = parser.parse_args()
     publish(arguments.run, arguments.repo_id, arguments.private or None, arguments.revision)
 

@@ -94,7 +94,7 @@ def test_damaged_state_of_a_checkpoint_without_a_manifest(comparison, room, caps
 def test_a_record_has_its_sections(tmp_path, content):
     file = tmp_path / "run.yaml"
     file.write_text(content)
-    with pytest.raises(DamagedFile, match="run.yaml is damaged .*: put back what it was"):
+    with pytest.raises(DamagedFile, match="run.yaml is damaged .*: restore it"):
         read_record(file)
 
 

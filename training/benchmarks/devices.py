@@ -1,4 +1,4 @@
-"""What devices have, as their makers state it: memory, bandwidth, and links to other devices of the machine."""
+"""Memory, bandwidth and interconnect of devices, as their vendors state them."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from training.run.throughput import PEAK_FLOPS
 
 
 class Device(NamedTuple):
-    """A device: gigabytes of memory, terabytes a second from it, gigabytes a second to others of the machine, one way."""
+    """A device: memory in GB, its bandwidth in TB/s, and the link to other devices of the machine in GB/s, one way."""
 
     memory: float
     bandwidth: float
@@ -14,8 +14,7 @@ class Device(NamedTuple):
     source: str
 
 
-#: By the name that a device gives itself. Links are NVLink's or Infinity Fabric's, of all lanes together; PCIe's where there is
-#: no other.
+#: By the name of the device. Links are all lanes of NVLink or Infinity Fabric together, or PCIe if there is no other.
 DEVICES = {
     "NVIDIA A100-SXM4-40GB": Device(40, 1.555, 300, "NVIDIA A100 Tensor Core GPU, data sheet, 2021"),
     "NVIDIA A100-SXM4-80GB": Device(80, 2.039, 300, "NVIDIA A100 Tensor Core GPU, data sheet, 2021"),
@@ -33,5 +32,5 @@ DEVICES = {
 
 
 def peak_flops_of(name: str) -> float:
-    """Dense FLOPs a second of a device of `DEVICES` in 16 bits."""
+    """The dense 16-bit FLOPs per second of a device of `DEVICES`."""
     return PEAK_FLOPS[name]

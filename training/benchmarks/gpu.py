@@ -1,11 +1,11 @@
 """
-Everything that a GPU is wanted for, in minutes:
+All tests and benchmarks that need a GPU, in minutes:
 
     python -m training.benchmarks.gpu --minutes 9 [--only tests operation ...]
 
-The steps run in the order of what they are worth, each within its share of the minutes; one that fails or takes too long
-does not keep the others from running. Each figure is written as soon as it is there. With `--device cpu` all sizes are tiny:
-that shows that the steps work. `--help` lists all arguments.
+The most important steps run first, each within its share of the minutes. If one fails or takes too long, the others still
+run. Each result is written as soon as it is known. With `--device cpu` all sizes are tiny, to check that the steps work.
+`--help` lists all arguments.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from training.support.tables import align
 DATA = "data/gpu/text.npz"
 LOSSES = "loss.png"
 RESOURCES = ["kernel", "warps", "registers", "spilled", "bytes of shared memory"]
-#: With less than this many seconds, a step is not begun.
+#: With fewer seconds than this, a step is not started.
 LEAST = 2.0
 
 
@@ -48,20 +48,20 @@ def _field(default, help: str):
 
 @dataclasses.dataclass
 class GPUArguments:
-    """What to do, and for how long."""
+    """What to run, and for how long."""
 
-    minutes: float = _field(9.0, "How long all steps may take together.")
+    minutes: float = _field(9.0, "The time limit for all steps together.")
     device: Literal["cuda", "cpu"] = _field("cuda", "Where to run; on the CPU all sizes are tiny.")
     only: list[str] = dataclasses.field(
         default_factory=list,
-        metadata={"help": f"Which steps. {'; '.join(f'{name}: {step.help}' for name, step in STEPS.items())}."},
+        metadata={"help": f"The steps to run. {'; '.join(f'{name}: {step.help}' for name, step in STEPS.items())}."},
     )
     data: str | None = _field(
         None,
-        f"A file of token ids, as training.benchmarks.gpu_data writes it; {DATA} if not given. Without one, the tokens are "
-        "the bytes of Python's standard library.",
+        f"A file of token ids from training.benchmarks.gpu_data; by default {DATA}, or the bytes of Python's standard library "
+        "if there is none.",
     )
-    output_dir: str = _field(f"{RUNS_FOLDER}/benchmarks/gpu", "Where to write.")
+    output_dir: str = _field(f"{RUNS_FOLDER}/benchmarks/gpu", "The output folder.")
     overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
 
     def __post_init__(self):
@@ -73,14 +73,14 @@ class GPUArguments:
         if self.data is None:
             self.data = DATA if Path(DATA).exists() else None
         elif not Path(self.data).is_file():
-            raise UserError(f"`data` is {self.data!r}, which is no file: `make gpu-data` writes {DATA}.")
+            raise UserError(f"`data` is {self.data!r}, which is not a file: `make gpu-data` writes {DATA}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu to try the steps.")
         self.only = [name for name in STEPS if name in self.only or not self.only]
 
 
 def run_steps(arguments: GPUArguments, folder: Path) -> None:
-    """Run the steps, each in a process of its own, and write what comes of them into the results of `folder`."""
+    """Run each step in its own process, and write the results to `folder`."""
     started = time.monotonic()
     deadline = started + 60 * arguments.minutes
     machine = describe_machine(torch.device(arguments.device))
@@ -125,8 +125,8 @@ def run_steps(arguments: GPUArguments, folder: Path) -> None:
 
 def context_for(device: str) -> multiprocessing.context.BaseContext:
     """
-    How steps are started: forked from a server that has imported once what all of them import. Where an import has started
-    CUDA, which outlives no fork, each of them imports it itself.
+    How steps are started: forked from a server that has done the imports once. If an import initializes CUDA, which does not
+    survive a fork, each step does the imports itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.benchmarks.gpu_steps"])
@@ -172,7 +172,7 @@ def draw(curves: dict[str, list], file: Path) -> None:
 
 
 def tables(results: dict) -> str:
-    """What was found, in Markdown."""
+    """The results in Markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value is not None)
     parts = [f"# {results['title']}", f"`{results['command']}`", machine]
     for name, step in results["steps"].items():
@@ -210,14 +210,14 @@ def profile_tables(profiles: dict[str, dict]) -> list[str]:
         ]
         share = one["device_seconds"] / one["seconds"]
         parts.append(
-            f"{name}: {1e3 * one['seconds']:.1f} ms, in {share:.0%} of which a kernel runs; {one['launches']:,} launches."
+            f"{name}: {1e3 * one['seconds']:.1f} ms, with a kernel running for {share:.0%}; {one['launches']:,} launches."
         )
         parts.append(align(["kernel", "time", "launches"], rows))
     return parts
 
 
 def text_table(curves: dict[str, list] | None) -> list[str]:
-    """At a tenth of the figures: held-out loss and seconds of each model."""
+    """The held-out loss and the seconds of each model, at ten points of the training."""
     if not curves:
         return []
     every = max(1, len(next(iter(curves.values()))) // 10)
@@ -230,7 +230,7 @@ def text_table(curves: dict[str, list] | None) -> list[str]:
 
 @command
 def main():
-    description = "Everything that a GPU is wanted for, in minutes."
+    description = "All tests and benchmarks that need a GPU, in minutes."
     parser = Parser(GPUArguments, "training.benchmarks.gpu", description)
     arguments = GPUArguments(**vars(parser.parse_args()))
     folder = report.make_output_folder(arguments)

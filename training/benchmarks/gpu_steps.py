@@ -1,4 +1,4 @@
-"""What `python -m training.benchmarks.gpu` does on a GPU, step by step; each step is a process of its own."""
+"""The steps of `python -m training.benchmarks.gpu`, each of which is its own process."""
 
 import json
 import multiprocessing
@@ -35,22 +35,22 @@ GPU_TESTS = ROOT / "tests" / "modeling_dca"
 #: Packages that the machine lacks, as `make gpu-data` leaves them.
 PACKAGES = ROOT / "data" / "gpu" / "packages"
 
-#: In the order in which they are compiled, where there may not be time for all.
+#: In the order in which they are compiled, as time may not suffice for all.
 MODELS = (BASELINE, "2-DCA", "full DCA", "standard")
-#: With less free memory on the GPU than this, nothing is compiled beside the tests.
+#: With less free GPU memory than this, nothing is compiled during the tests.
 FREE_BYTES = 55 * 10**9
-#: What pytest prints of a test: in several processes and at the end, and in one process.
+#: The lines of pytest about a test: with several processes and at the end, and with one process.
 OUTCOMES = "(?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
 OUTCOME_FIRST = re.compile(rf"(\[gw\d+\] \[ *\d+%\] )?{OUTCOMES} (?P<test>tests/\S+?(::\w+(\[.*?\])?)?)( - .*)?\s*$")
 OUTCOME_LAST = re.compile(rf"(?P<test>tests/\S+::\w+(\[.*\])?) {OUTCOMES}\b")
 
 
-#: Processes that compile for each that trains, where many do at once.
+#: Compiler processes per training process, when many compile at once.
 COMPILE_THREADS = 4
 
 
 class Sizes(NamedTuple):
-    """How large everything is."""
+    """The sizes of all steps."""
 
     dtype: torch.dtype = torch.bfloat16
     # The operation alone: entries of its stack, elements of an entry, and widths.
@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
     copy_bytes: int | None = None
     # Models: the batch of each width.
     layers: int = 24
-    # To compile 24 takes a minute or more a model.
+    # (Compiling 24 layers takes a minute or more per model.)
     compiled_layers: int = 12
     batch: dict[int, int] = {1024: 8, 512: 16}
     seq: int = 1024
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
     new_tokens: int = 32
     decoded: tuple[int, ...] = (1, 8)
     backend: str = "inductor"
-    # Training on text: how often there is a figure, in steps, and how many blocks are held out for it.
+    # Training on text: the interval of evaluations in steps, and the number of held-out blocks.
     text_layers: int = 6
     text_width: int = 512
     text_block: int = 512
@@ -83,7 +83,7 @@ class Sizes(NamedTuple):
 
 SIZES = {
     "cuda": Sizes(),
-    # So small that all steps take less than a minute: they show that the steps work, and measure nothing.
+    # All steps take less than a minute: they only check that the steps work.
     "cpu": Sizes(
         dtype=torch.float32,
         entries=3,
@@ -114,11 +114,11 @@ SIZES = {
 
 class Record:
     """
-    The file of the results. It is whole at any time: it is replaced by the next one at once.
+    The file of results, which is replaced atomically.
 
     Args:
-        file: where it is.
-        content: with what it begins; if not given, it exists.
+        file: its path.
+        content: its initial content; by default that of the existing file.
     """
 
     def __init__(self, file: Path, content: dict | None = None):
@@ -143,13 +143,13 @@ class Record:
 
 class Task:
     """
-    A step while it runs: what it has to work with, and where its results go.
+    A running step.
 
     Args:
-        name: that of the step.
-        folder: that of the results.
+        name: the name of the step.
+        folder: the folder of the results.
         device: where the step runs.
-        deadline: when it is killed, by `time.monotonic`.
+        deadline: when the step is killed, by `time.monotonic`.
         data: the file of token ids, if there is one.
     """
 
@@ -165,13 +165,13 @@ class Task:
         return self.deadline - time.monotonic()
 
     def save(self, **figures) -> None:
-        """Writes figures of this step into the file of the results."""
+        """Writes results of this step to the file of results."""
         self.result |= figures
         self.record.update(self.name, result=self.result, errors=self.errors)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What fails in a part of a step is written down, and the step goes on."""
+        """Records an error in a part of a step, and continues with the step."""
         try:
             yield
         except Exception as error:
@@ -188,19 +188,19 @@ def sentence(error: BaseException) -> str:
 
 
 def run_step(name: str, *arguments) -> None:
-    """The process of a step: the head of a group of its own, which ends if the command that started it is gone."""
+    """The process of a step: the leader of its own process group, which ends when the command that started it is gone."""
     os.setsid()
     folder = arguments[0]
     sys.stdout = sys.stderr = open(folder / f"{name.replace(' ', '-')}.log", "w", buffering=1)  # noqa: SIM115
     for descriptor in (1, 2):
-        os.dup2(sys.stdout.fileno(), descriptor)  # that of processes which the step starts, too
-    tqdm.set_lock(threading.RLock())  # one between processes would be left behind by a step that is killed
+        os.dup2(sys.stdout.fileno(), descriptor)  # for the subprocesses of the step, too
+    tqdm.set_lock(threading.RLock())  # a killed step would leave a lock between processes behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.path.append(str(PACKAGES))
     task = Task(name, *arguments)
     try:
         torch.manual_seed(0)
-        # The models share code, of which each has compiled versions of its own.
+        # The models share code, which is compiled for each of them.
         with torch._dynamo.config.patch(recompile_limit=64):
             STEPS[name].run(task)
     except Exception as error:
@@ -211,7 +211,7 @@ def run_step(name: str, *arguments) -> None:
 
 
 def use(device: str) -> None:
-    """Fails where a process cannot use the device."""
+    """Fails if a process cannot use the device."""
     torch.zeros(1, device=device)
 
 
@@ -222,8 +222,8 @@ def _end_with_parent() -> None:
 
 def run_tests(task: Task) -> None:
     """
-    The tests marked `gpu`, or a few others where there is none. Meanwhile the other cores compile what later steps run, so
-    that those find it in the compiler's cache.
+    The tests marked `gpu`, or a few others without a GPU. Meanwhile the other cores compile the models of later steps into
+    the compiler's cache.
     """
     if task.device.type == "cuda":
         files = sorted(file for file in GPU_TESTS.glob("test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8"))
@@ -241,7 +241,7 @@ def run_tests(task: Task) -> None:
             arguments = (task.device, task.sizes, name, 15 * index)
             compiling.append(context.Process(target=compile_model, args=arguments))
             compiling[-1].start()
-        task.save(notes=["Beside the tests, other processes compiled what later steps run."])
+        task.save(notes=["During the tests, other processes compiled the models of later steps."])
     outcomes, written = {}, time.monotonic()
     try:
         with subprocess.Popen(
@@ -264,7 +264,7 @@ def run_tests(task: Task) -> None:
             other.kill()
     task.save(**count_outcomes(outcomes), complete=True)
     if process.returncode:
-        task.errors["pytest"] = f"It ended with status {process.returncode}; the log says why."
+        task.errors["pytest"] = f"It ended with status {process.returncode}; see the log."
 
 
 def outcome_of(line: str) -> tuple[str, str] | None:
@@ -274,13 +274,13 @@ def outcome_of(line: str) -> tuple[str, str] | None:
 
 
 def count_outcomes(outcomes: dict[str, str]) -> dict:
-    """How many tests had each outcome, and which failed; `outcomes` has one a test."""
+    """The number of tests by outcome, and the failed ones, from the outcome of each test."""
     counts = {outcome: list(outcomes.values()).count(outcome) for outcome in sorted(set(outcomes.values()))}
     return {"counts": counts, "failures": sorted(test for test, how in outcomes.items() if how in ("failed", "error"))}
 
 
 def compile_model(device: torch.device, sizes: Sizes, name: str, delay: float) -> None:
-    """Compile the training step of a model in all sizes; after a `delay` in seconds, when the memory of others is taken."""
+    """Compile the training step of a model in all sizes, after a `delay` in seconds, when the others have allocated memory."""
     time.sleep(delay)
     torch._inductor.config.compile_threads = COMPILE_THREADS
     of_graphs = (list(sizes.batch)[-1], {"mode": "reduce-overhead"})
@@ -301,12 +301,12 @@ def compile_model(device: torch.device, sizes: Sizes, name: str, delay: float) -
 
 
 def compile_options(sizes: Sizes, mode: str | None = None) -> dict:
-    """How models are compiled; the CPU has no modes."""
+    """The arguments for compiling a model; the CPU has no modes."""
     return {"compile": True, "backend": sizes.backend, "mode": mode if sizes.backend == "inductor" else None}
 
 
 def run_operation(task: Task) -> None:
-    """First our own kernels, at all widths, then what they are compared with, which may take longer to tune than there is time."""
+    """Our own kernels at all widths first, then what they are compared with, whose tuning may exceed the time."""
     sizes, operations, missing, resources, known = task.sizes, {}, {}, {}, set()
     own = "triton" if task.device.type == "cuda" else "cpu"
     for names in ((own,), sizes.operation_others, (FLA,)):
@@ -329,7 +329,7 @@ def run_operation(task: Task) -> None:
 
 
 def resources_of_kernels(module, known: set[int]) -> list[dict]:
-    """What each compiled variant of a module's kernels takes of a processor; those whose `id` is not `known` yet."""
+    """The resources of each compiled variant of a module's kernels whose `id` is not `known` yet."""
     found = []
     for name, kernel in vars(module).items():
         if not hasattr(kernel, "device_caches"):

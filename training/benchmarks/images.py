@@ -1,10 +1,10 @@
 """
-Measure whether the images come as fast as a vision transformer trains on them:
+Measure whether images are prepared as fast as a vision transformer trains on them:
 
     python -m training.benchmarks.images [--workers 1 8 --batch 16 --device cuda ...]
 
-The recipe for ImageNet on JPEG files of about its size, next to a training step of DCA's ViT-S/16. The files are in the
-cache of the operating system: a disk is not measured. `--help` lists all arguments.
+The ImageNet recipe on JPEG files of a similar size, next to a training step of DCA's ViT-S/16. The files are in the cache of
+the operating system: the disk is not measured. `--help` lists all arguments.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from training.support.tables import align
 from training.support.timing import interleave, seconds, spread
 
 
-#: Height and width of the files, the most frequent in ImageNet, and their number of classes.
+#: Height and width of the files, the most frequent ones in ImageNet, and the number of classes.
 FILE_SIZE = (375, 500)
 NUM_LABELS = 1000
 RECIPE = {"random_crop": True, "horizontal_flip": True, "rand_augment_operations": 2, "mixup_alpha": 0.2}
@@ -52,19 +52,19 @@ def _field(default, help: str):
 class ImageBenchmarkArguments:
     """What to measure, and where."""
 
-    images: int = _field(512, "Files in a round.")
-    batch: int = _field(16, "Images in a batch and a training step.")
+    images: int = _field(512, "Files per round.")
+    batch: int = _field(16, "Images per batch and training step.")
     workers: list[int] = dataclasses.field(
         default_factory=lambda: sorted({1, os.cpu_count() or 1}),
         metadata={"help": "Numbers of worker processes; by default one, and as many as the machine has cores."},
     )
     layers: int = _field(12, "Number of blocks.")
-    image_size: int = _field(224, "Height and width that the images are brought to.")
+    image_size: int = _field(224, "Height and width of the images after cropping.")
     device: str = _field("cpu", "Where the training step runs.")
     bf16: bool = _field(False, "Run the training step in bfloat16, as `--bf16` does in training.")
-    rounds: int = _field(5, "Rounds that count.")
-    warmup: int = _field(1, "Rounds before them that do not count.")
-    output_dir: str = _field(f"{RUNS_FOLDER}/benchmarks/images", "Where to write.")
+    rounds: int = _field(5, "Measured rounds.")
+    warmup: int = _field(1, "Warm-up rounds.")
+    output_dir: str = _field(f"{RUNS_FOLDER}/benchmarks/images", "The output folder.")
     overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ class ImageBenchmarkArguments:
 
 
 def write_files(folder: Path, count: int) -> Dataset:
-    """JPEG files of large shapes with some noise, in ImageNet's layout: as many bytes as photographs have (about 110 kB)."""
+    """JPEG files of large shapes with some noise, in ImageNet's layout and of the size of photographs (about 110 kB)."""
     generator, (height, width) = np.random.default_rng(0), FILE_SIZE
     (folder / "n00000000").mkdir()
     (folder / "n00000001").mkdir()
@@ -93,7 +93,7 @@ def write_files(folder: Path, count: int) -> Dataset:
 
 
 def pipelines(arguments: ImageBenchmarkArguments, data: Dataset) -> dict[str, Callable]:
-    """For each number of workers, what reads all of the images once."""
+    """For each number of workers, a function that reads all images once."""
     config = DCAVisionConfig(image_size=arguments.image_size, patch_size=16)
     recipe = ImageDataArguments(**RECIPE)
     examples = ImageExamples(
@@ -142,7 +142,7 @@ def training_step(arguments: ImageBenchmarkArguments) -> Callable[[], None]:
 
 
 def benchmark(arguments: ImageBenchmarkArguments) -> dict:
-    """Measure pipelines and training step in turns; returns the content of the results' file."""
+    """Measure pipelines and training step in turns, and return the content of the file of results."""
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -171,7 +171,7 @@ def benchmark(arguments: ImageBenchmarkArguments) -> dict:
 
 
 def verdict(rates: dict[str, float]) -> str:
-    """Which is the bottleneck, as a sentence; `rates` are images a second of each pipeline and of the training step."""
+    """A sentence on the bottleneck; `rates` are the images per second of each pipeline and of the training step."""
     name, best = max(((name, rate) for name, rate in rates.items() if name != STEP), key=lambda item: item[1])
     ratio = best / rates[STEP]
     return (
@@ -189,7 +189,7 @@ def table(results: dict) -> str:
 
 @command
 def main():
-    description = "Measure whether the images come as fast as a vision transformer trains on them."
+    description = "Measure whether images are prepared as fast as a vision transformer trains on them."
     parser = Parser(ImageBenchmarkArguments, "training.benchmarks.images", description)
     arguments = ImageBenchmarkArguments(**vars(parser.parse_args()))
     folder = report.make_output_folder(arguments)

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.support.timing import seconds
 
 
-#: What resets the peak of the process's resident memory; Linux alone has it.
+#: The file that resets the peak of the process's resident memory, on Linux only.
 PEAK_RESET = Path("/proc/self/clear_refs")
 
 
@@ -27,10 +27,10 @@ def compile_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 def kept_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
     """
-    The bytes that autograd keeps for the backward pass of what `forward` returns, those of `parameters` left out.
+    The bytes that autograd keeps for the backward pass of `forward`, without those of `parameters`.
 
-    Each storage counts once and whole, however many tensors share it. What a `torch.autograd.Function` keeps by other
-    means than `save_for_backward` is not seen.
+    Each storage counts once and whole, however many tensors share it. What a `torch.autograd.Function` keeps without
+    `save_for_backward` is not counted.
     """
     kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
@@ -48,20 +48,20 @@ def kept_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """
-    The most memory that `run` takes at any time, on top of what was taken before: what the allocator gave on a GPU,
-    and the resident memory of the process on the CPU, where there is no such counter (see `PEAK_RESET`).
+    The peak memory of `run`, on top of what was in use before: that of the allocator on a GPU, and the resident memory of the
+    process on the CPU (see `PEAK_RESET`).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    # Memory that is freed but not given back would be taken again unseen.
+    # Memory that is freed but not returned to the system could be reused without being counted.
     ctypes.CDLL(None).malloc_trim(0)
-    PEAK_RESET.write_text("5")  # the peak is now the present size
+    PEAK_RESET.write_text("5")  # sets the peak to the current size
     before = _resident_bytes("VmRSS")
     run()
-    return max(1, _resident_bytes("VmHWM") - before)  # a small step may find all its pages at hand
+    return max(1, _resident_bytes("VmHWM") - before)  # a small step may need no new pages
 
 
 def _resident_bytes(field: str) -> int:

@@ -1,4 +1,4 @@
-"""The models that are compared, all of one shape, and what is measured of them."""
+"""The models to compare, all of one shape, and the measures."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +16,7 @@ from training.support.timing import seconds
 from training.variants.registry import VARIANTS
 
 
-#: What all others are compared with.
+#: The model that all others are compared with.
 BASELINE = "Llama"
 #: The re-implementation on PyPI.
 PUBLISHED = "deep-cross-attention"
@@ -26,22 +26,22 @@ PUBLISHED_NOTE = (
 )
 PUBLISHED_MISSING = f"{PUBLISHED} is not installed: `pip install {PUBLISHED}` to measure it, too."
 
-#: Other residual schemes, in plain PyTorch, that can be measured, too.
+#: Other residual schemes that can be measured, in plain PyTorch.
 SCHEMES = [name for name, variant in VARIANTS.items() if variant.scheme is not None]
 SCHEMES_NOTE = (
-    "Other residual schemes than DCA are in plain PyTorch, without kernels of their own: what they cost eagerly is mostly the number of "
-    "their operations."
+    "Residual schemes other than DCA are in plain PyTorch, without their own kernels: their eager cost is mostly the number of "
+    "operations."
 )
 
 #: Width of a head.
 HEAD_DIM = 64
-# Enough for the decoding to outweigh the prompt.
+# Long enough for the decoding to dominate the prompt.
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 
 
 class Candidate:
     """
-    A model with its optimizer, and what is done with it.
+    A model with its optimizer, and the operations to measure.
 
     Args:
         model: takes `input_ids`, `labels` and `use_cache` as the models of transformers do.
@@ -57,7 +57,7 @@ class Candidate:
         self.prompt = input_ids.flatten().repeat(PROMPT_TOKENS)[None, :PROMPT_TOKENS]
         self.compiled = self.model
         if compile:
-            # The published model's graph may break; that of a transformers model may not.
+            # Only the published model may have graph breaks.
             self.compiled = torch.compile(model, fullgraph=not isinstance(model, PublishedModel), **options)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -89,15 +89,15 @@ class Candidate:
 
 
 class Measure(NamedTuple):
-    """What is measured of a model."""
+    """A measure of a model."""
 
     help: str
-    ratio_of: str  # what is compared with Llama's: "speed", "time" or "size"
+    ratio_of: str  # the quantity to compare with Llama: "speed", "time" or "size"
     meter: Callable[[Candidate], float]
 
     @property
     def unit(self) -> str:
-        """Of what the meter says; a speed is the inverse of it."""
+        """The unit of the meter; a speed is the inverse of its value."""
         return "bytes" if self.ratio_of == "size" else "seconds"
 
 
@@ -163,11 +163,11 @@ def build_models(
     grn_implementation: str = "auto",
 ) -> dict[str, nn.Module]:
     """
-    The models by name, or those of `names`, on `device`, with random weights of type `dtype`.
+    The models, or those of `names`, on `device`, with random weights of type `dtype`.
 
-    `variants` are other residual schemes, by the names that a run gives them, with their default settings on the standard transformer.
-    The published model is left out where it is not installed. The generalized residuals of DCA are not at their start,
-    the plain sum: their gates open and close.
+    `variants` are other residual schemes, by their names in a run, with their default settings on the standard transformer.
+    The published model is left out if it is not installed. The generalized residuals of DCA have random parameters, so that
+    their gates open and close.
     """
     shape = {
         "vocab_size": vocab,
@@ -178,7 +178,7 @@ def build_models(
         "num_key_value_heads": hidden // HEAD_DIM,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        # All decode the same number of tokens: nothing ends a text.
+        # All models decode the same number of tokens, as no token ends a text.
         "eos_token_id": None,
     }
     llama = LlamaConfig(**shape)

@@ -1,4 +1,4 @@
-"""Generalized residuals alone, and what share of the machine's copy bandwidth they reach."""
+"""Generalized residuals alone, and the share of the machine's copy bandwidth that they reach."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -18,21 +18,21 @@ from training.support.timing import interleave, seconds, spread
 OUTPUTS = 3
 #: Bytes of the tensor that is copied: more than any cache holds.
 COPY_BYTES = 512 * 2**20
-#: How the copy is called among the implementations.
+#: The name of the copy among the implementations.
 COPY = "copy"
 FLA = "fla.ops.attnres, one output"
 
 
 def pass_bytes(entries: int, entry_bytes: int, outputs: int = OUTPUTS) -> dict[str, int]:
     """
-    What a single pass over the stack reads and writes: forward the entries and the outputs, backward the entries, the
-    gradients of the outputs and those of the entries. (Parameters and their gradients are negligible.)
+    The bytes that a single pass over the stack reads and writes: the entries and the outputs in the forward pass, the
+    entries, the gradients of the outputs and those of the entries in the backward pass. (Parameters are negligible.)
     """
     return {"forward": (entries + outputs) * entry_bytes, "backward": (2 * entries + outputs) * entry_bytes}
 
 
 def bandwidth_shares(moved: int, times: list[float], copied: int, copy_times: list[float]) -> list[float]:
-    """In each round, bytes a second as a share of those of a copy that reads and writes `copied` bytes together."""
+    """For each round, the bandwidth relative to that of a copy that reads and writes `copied` bytes in total."""
     return [(moved / time) / (copied / copy_time) for time, copy_time in zip(times, copy_times)]
 
 
@@ -41,11 +41,11 @@ class Operation:
     The generalized residuals of the last block, for each implementation.
 
     Args:
-        entries: how many entries its stack has.
-        shape: that of an entry, `(batch, sequence, hidden_size)`.
-        dtype: that of the entries and the parameters.
-        device: where all of this is.
-        copy_bytes: those of the tensor that is copied; more than any cache holds if not given.
+        entries: the number of entries of the stack.
+        shape: the shape of an entry, `(batch, sequence, hidden_size)`.
+        dtype: the type of entries and parameters.
+        device: the device of all tensors.
+        copy_bytes: the size of the tensor that is copied; by default `COPY_BYTES`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Operation:
         self.target = torch.zeros_like(self.source)
 
     def implementations(self, names: Sequence[str] | None = None) -> tuple[dict[str, Callable], list[str]]:
-        """All that run here, or those of `names`, by name, and a sentence for each that does not."""
+        """The implementations that run here (of `names`, if given), and a sentence for each that does not."""
         found = {name: ALL_GRN_FUNCTIONS[name] for name in ALL_GRN_FUNCTIONS.valid_keys()}
         found["eager, compiled"] = torch.compile(generalized_residual, fullgraph=True, dynamic=False)
         if self.device.type == "cuda":
@@ -88,8 +88,7 @@ class Operation:
 
     def _attnres(self, stack: list[Tensor], delta: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
         """
-        Another operation on the same stack, its mean with weights of a softmax over the depth: as good a measure of what is
-        possible. It has one output.
+        Another operation on the same stack, for comparison: a mean with softmax weights over the depth. It has one output.
         """
         from fla.ops.attnres import fused_attnres
 
@@ -113,7 +112,7 @@ class Operation:
         return lambda: self.target.copy_(self.source)
 
     def _settle(self) -> None:
-        """The caches hold something else; a GPU is kept busy until it has been told all that is timed."""
+        """Flush the caches, and keep a GPU busy until everything to be timed is queued."""
         self.target.zero_()
         if self.device.type == "cuda":
             torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
@@ -126,14 +125,14 @@ def measure_operation(
     Times and shares of the copy bandwidth of all implementations, or those of `names`, forward and backward.
 
     Returns:
-        A dictionary for the results' file, and a sentence for each implementation that does not run here.
+        A dictionary for the file of results, and a sentence for each implementation that does not run here.
     """
     implementations, notes = operation.implementations(names)
     copied = 2 * operation.source.nbytes
     results = {"entries": len(operation.stack)}
     for direction in ("forward", "backward"):
         prepare = getattr(operation, direction)
-        # Each of them prepares what is timed, outside of the time.
+        # Each of them prepares what is timed, outside of the measurement.
         works = {COPY: operation.copy, **{name: partial(prepare, each) for name, each in implementations.items()}}
         times = interleave(
             f"{title}, {direction}", works, lambda work: seconds(work(), operation.device), rounds, warmup

@@ -1,11 +1,11 @@
 """
-What a run of a language model costs, before it is paid for:
+Estimate the cost of a run of a language model:
 
     python -m training.benchmarks.plan --layers 32 --hidden 4096 --devices 64 --tensor 8 --last_k 2
     python -m training.benchmarks.plan RUN.yaml --devices 8
 
-Parameters, memory of a device, the generalized residuals against the blocks, links, and what fits. Nothing is measured:
-the formulas are in `training/benchmarks/costs.md`.
+Parameters, memory per device, the generalized residuals relative to the blocks, communication, and what fits. Nothing is
+measured: the formulas are in `training/benchmarks/costs.md`.
 """
 
 import copy
@@ -26,10 +26,10 @@ from training.support.tables import align
 from training.text.task import LANGUAGE_MODELS
 
 
-#: The formulas, and where they are from.
+#: The formulas and their sources.
 PAGE = Path(__file__).with_name("costs.md")
 
-#: What can be filled of a device's memory: the rest is the allocator's, the libraries' and the links'.
+#: The usable share of a device's memory: the rest is for the allocator, libraries and communication.
 USABLE = 0.9
 
 
@@ -39,35 +39,33 @@ def _field(default, help: str):
 
 @dataclasses.dataclass
 class PlanArguments:
-    """The model (with a file, what differs from it), and how it is shared out."""
+    """The model (with a file, what differs from it), and its parallelism."""
 
     layers: int | None = _field(None, "Number of blocks (default: 12).")
-    hidden: int | None = _field(None, "Width (default: 512).")
-    heads: int | None = _field(None, "Query heads (default: 8).")
-    kv_heads: int | None = _field(None, "Key and value heads (default: as many).")
+    hidden: int | None = _field(None, "Width of the model (default: 512).")
+    heads: int | None = _field(None, "Number of query heads (default: 8).")
+    kv_heads: int | None = _field(None, "Number of key and value heads (default: as many).")
     intermediate: int | None = _field(None, "Width of the feed-forward modules (default: 4 x the model's).")
-    vocab: int | None = _field(None, "Tokens that the model knows (default: 32,000).")
+    vocab: int | None = _field(None, "Vocabulary size (default: 32,000).")
     residual_scheme: str | None = _field(None, "standard, grn_v1, grn_v2, grn_v3 or dca (default: dca).")
-    last_k: int | None = _field(None, "The k of k-DCA (default: all outputs are kept apart).")
+    last_k: int | None = _field(None, "The k of k-DCA (default: full DCA).")
     gated: bool | None = _field(None, "Whether feed-forward modules are gated (default: true).")
     tied: bool | None = _field(None, "Whether the embeddings are tied (default: false).")
-    seq: int | None = _field(None, "Tokens of a sequence (default: 2,048).")
-    batch: int | None = _field(None, "Sequences of a micro-batch on each device (default: 1).")
-    checkpointing: bool | None = _field(
-        None, "Whether blocks are computed again in the backward pass (default: false)."
-    )
-    float32: bool | None = _field(None, "Whether activations are float32 and not bfloat16 (default: false).")
+    seq: int | None = _field(None, "Tokens per sequence (default: 2,048).")
+    batch: int | None = _field(None, "Sequences per micro-batch on each device (default: 1).")
+    checkpointing: bool | None = _field(None, "Whether activations are checkpointed (default: false).")
+    float32: bool | None = _field(None, "Whether activations are float32 instead of bfloat16 (default: false).")
     devices: int = _field(1, "Number of devices.")
-    tensor: int = _field(1, "Devices that share each projection.")
-    by_sequence: bool = _field(False, "They share the stack, residuals and norms by sequence, too.")
-    pipeline: int = _field(1, "Stages of blocks.")
-    micro_batches: int = _field(1, "Micro-batches of a step (of a pipeline at least as many as stages).")
-    replicas: int = _field(1, "Copies of the model. What is left of the devices shares weights and optimizer (FSDP2).")
+    tensor: int = _field(1, "Tensor parallelism: devices that share each projection.")
+    by_sequence: bool = _field(False, "Also shard the stack, residuals and norms by sequence over these devices.")
+    pipeline: int = _field(1, "Pipeline stages.")
+    micro_batches: int = _field(1, "Micro-batches per step (at least one per pipeline stage).")
+    replicas: int = _field(1, "Replicas of the model. The remaining devices shard weights and optimizer (FSDP2).")
     device: str = _field("NVIDIA H100 80GB HBM3", f"The device, or a part of its name: {', '.join(DEVICES)}.")
-    utilization: float = _field(0.4, "What products reach of the device's FLOPs.")
+    utilization: float = _field(0.4, "The share of the device's FLOPs that matrix products reach.")
 
 
-# The name of an argument in a configuration, and in a run.
+# The names of the arguments in a configuration, and in a run.
 MODEL_FIELDS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -84,7 +82,7 @@ RUN_FIELDS = {"seq": "block_size", "batch": "per_device_train_batch_size", "chec
 
 
 def read_model(arguments: PlanArguments, file: str | None) -> tuple[DCAConfig, dict]:
-    """The configuration, and the fields of the layout that a run's file or the arguments tell."""
+    """The configuration, and the fields of the layout from a run's file or the arguments."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     if file is None:
         fields = {"gated_mlp": True} | {MODEL_FIELDS[name]: given[name] for name in MODEL_FIELDS if name in given}
@@ -98,7 +96,7 @@ def read_model(arguments: PlanArguments, file: str | None) -> tuple[DCAConfig, d
             "element": 4 if given.get("float32") else 2,
         }
     names = MODEL_FIELDS | RUN_FIELDS
-    # (On a CPU all types of a run are taken, whatever this machine has.)
+    # (`--use_cpu` allows any precision, whatever this machine has.)
     run = parse_run(
         [file, "--use_cpu", *(f"--{names[name]}={value}" for name, value in given.items() if name in names)],
         "training.benchmarks.plan",
@@ -115,7 +113,7 @@ def read_model(arguments: PlanArguments, file: str | None) -> tuple[DCAConfig, d
 
 
 def find_device(name: str) -> str:
-    """The name in `DEVICES` that `name` is, or is a part of."""
+    """The name in `DEVICES` that equals or contains `name`."""
     found = [known for known in DEVICES if name.lower() == known.lower()]
     found = found or [known for known in DEVICES if name.lower() in known.lower()]
     if len(found) != 1:
@@ -125,7 +123,7 @@ def find_device(name: str) -> str:
 
 
 def read_layout(arguments: PlanArguments, config: DCAConfig, fields: dict) -> Layout:
-    """The layout that the arguments ask for, checked."""
+    """The layout of the arguments, checked."""
     for name in ("devices", "tensor", "pipeline", "micro_batches", "replicas"):
         if getattr(arguments, name) < 1:
             raise UserError(f"`{name}` is {getattr(arguments, name)}; it must be at least 1.")
@@ -133,7 +131,7 @@ def read_layout(arguments: PlanArguments, config: DCAConfig, fields: dict) -> La
         if fields[name] < 1:
             raise UserError(f"`{name}` is {fields[name]}; it must be at least 1.")
     if not 0 < arguments.utilization <= 1:
-        raise UserError(f"`utilization` is {arguments.utilization}; it must lie above 0 and not above 1.")
+        raise UserError(f"`utilization` is {arguments.utilization}; it must be above 0 and at most 1.")
     groups = arguments.tensor * arguments.pipeline * arguments.replicas
     if arguments.devices % groups:
         raise UserError(
@@ -152,7 +150,7 @@ def read_layout(arguments: PlanArguments, config: DCAConfig, fields: dict) -> La
 
 
 def name_of(config: DCAConfig) -> str:
-    """What a residual scheme is called in tables."""
+    """The name of a residual scheme in tables."""
     names = {"standard": "the residual sum", "dca": "DCA"}
     name = names.get(config.residual_scheme, config.residual_scheme)
     return f"{config.last_k}-{name}" if config.last_k else ("full DCA" if name == "DCA" else name)
@@ -178,7 +176,7 @@ def _large(number: float) -> str:
 
 
 def describe(config: DCAConfig, layout: Layout, device: str, utilization: float) -> str:
-    """All that is counted, as text."""
+    """All estimates, as text."""
     limits = DEVICES[device]
     flops, bandwidth = utilization * peak_flops_of(device), limits.bandwidth * 1e12
     parts = []
@@ -195,22 +193,22 @@ def describe(config: DCAConfig, layout: Layout, device: str, utilization: float)
     parts.append("\nMemory of the fullest device, GiB")
     parts.append(align(["kind", "without checkpointing", "with"], rows))
     kept = costs.checkpointed_tensors(config)
-    parts.append(f"With checkpointing {kept} tensors of tokens x width are kept, the norm's output aside.")
+    parts.append(f"With checkpointing {kept} tensors of tokens x width are kept, apart from the norm's output.")
 
     forward, backward = costs.residual_bytes(config, layout.element)
     blocks = costs.block_flops(config, layout.seq)
     stack = layout.tensor if layout.by_sequence else 1
     seconds = (forward + backward) / stack / bandwidth
     of_projections = seconds / (blocks["projections"] / layout.tensor / flops)
-    parts.append("\nA token in all blocks, forward and backward")
+    parts.append("\nPer token in all blocks, forward and backward")
     rows = [
-        ["the residuals' bytes", f"{_large(forward + backward)}B"],
-        ["their FLOPs", f"{_large(costs.residual_flops(config))}FLOP"],
-        ["the projections' FLOPs", f"{_large(blocks['projections'])}FLOP"],
-        ["the attention's", f"{_large(blocks['attention'])}FLOP"],
-        ["the head's", f"{_large(blocks['head'])}FLOP"],
-        ["the residuals' time against the projections'", f"{of_projections:.1%}"],
-        ["a step's slowdown against the plain transformer", f"{costs.slowdown(config, layout, flops, bandwidth):.1%}"],
+        ["bytes of the residuals", f"{_large(forward + backward)}B"],
+        ["FLOPs of the residuals", f"{_large(costs.residual_flops(config))}FLOP"],
+        ["FLOPs of the projections", f"{_large(blocks['projections'])}FLOP"],
+        ["FLOPs of the attention", f"{_large(blocks['attention'])}FLOP"],
+        ["FLOPs of the head", f"{_large(blocks['head'])}FLOP"],
+        ["time of the residuals relative to the projections", f"{of_projections:.1%}"],
+        ["slowdown relative to the plain transformer", f"{costs.slowdown(config, layout, flops, bandwidth):.1%}"],
     ]
     parts.append(align(["", ""], rows))
 
@@ -218,13 +216,13 @@ def describe(config: DCAConfig, layout: Layout, device: str, utilization: float)
     standard = costs.link_bytes(_with_scheme(config, "standard", None), layout)
     rows = [[kind, _gib(number), _gib(standard[kind])] for kind, number in links.items() if number or standard[kind]]
     if rows:
-        parts.append("\nWhat a device sends in a step of one micro-batch, GiB")
+        parts.append("\nCommunication per device in a step of one micro-batch, GiB sent")
         parts.append(align(["for", name_of(config), "plain transformer"], rows))
     for index, number in enumerate(costs.cut_bytes(config, layout)):
         entries = number // (layout.tokens * config.hidden_size * layout.element)
-        parts.append(f"Cut {index + 1}: {entries} tensors, {number:,} bytes each way and micro-batch.")
+        parts.append(f"Cut {index + 1}: {entries} tensors, {number:,} bytes per direction and micro-batch.")
 
-    parts.append(f"\nWhat fits the {limits.memory:g} GB of {device}, of which {USABLE:.0%} are counted on")
+    parts.append(f"\nWhat fits into {USABLE:.0%} of the {limits.memory:g} GB of {device}")
     schemes = [("standard", None), ("dca", 2), ("dca", None), (config.residual_scheme, config.last_k)]
     rows = []
     for scheme, last_k in dict.fromkeys(schemes):
@@ -238,16 +236,14 @@ def describe(config: DCAConfig, layout: Layout, device: str, utilization: float)
             )
     parts.append(align(["residuals", "checkpointing", "GiB", "fits", "slowdown"], rows))
     parts.append(
-        f"Products at {utilization:.0%} of {peak_flops_of(device) / 1e12:g} TFLOP/s, {limits.bandwidth:g} TB/s from memory."
+        f"Matrix products at {utilization:.0%} of {peak_flops_of(device) / 1e12:g} TFLOP/s, {limits.bandwidth:g} TB/s memory."
     )
     return "\n".join(parts)
 
 
 @command
 def main():
-    parser = Parser(
-        PlanArguments, "training.benchmarks.plan", "What a run of a language model costs, before it is paid for."
-    )
+    parser = Parser(PlanArguments, "training.benchmarks.plan", "Estimate the cost of a run of a language model.")
     parser.add_argument("configuration", nargs="?", metavar="RUN.yaml", help="the file of a run of a language model")
     given = vars(parser.parse_args())
     file = given.pop("configuration")

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: tables for the terminal and in Markdown, JSON, and a plot."""
+"""The output of a benchmark: tables for the terminal and in Markdown, JSON, and a plot."""
 
 import json
 import math
@@ -29,13 +29,13 @@ def make_output_folder(arguments) -> Path:
     The folder for the results of a benchmark, from its arguments `output_dir` and `overwrite`.
 
     Raises:
-        `UserError`: it holds results already and `overwrite` is not set, or it cannot be made.
+        `UserError`: it holds results and `overwrite` is not set, or it cannot be created.
     """
     return output_folder(Path(arguments.output_dir), [RESULTS], lambda: True, arguments.overwrite)
 
 
 def tables(results: dict) -> list[str]:
-    """The tables of what was measured: of the models, their parameters, and one of the operation alone."""
+    """The tables of the measures, of the parameters, and of the operation alone."""
     rows = []
     for measure in results["measures"].values():
         for index, (name, model) in enumerate(measure["models"].items()):
@@ -95,7 +95,7 @@ def draw(results: dict, file: Path) -> None:
 
 
 def write(results: dict, folder: Path) -> str:
-    """Write the results into a folder, and return what the terminal is to show of them."""
+    """Write the results to a folder, and return the text for the terminal."""
     lines = [*results["notes"], "Medians over the rounds; the spread is from the least to the greatest of them."]
     text = "\n\n".join([*tables(results), "\n".join(f"- {line}" for line in lines)])
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value is not None)

@@ -39,11 +39,11 @@ from training.support.parser import Parser
 from training.support.timing import interleave, summarize
 
 
-#: What can be asked for, and what it is.
+#: The measures, with their help.
 HELP = {name: measure.help for name, measure in MEASURES.items()}
 HELP["operation"] = "generalized residuals alone, against the bandwidth of a copy"
 
-#: The operation is so short that more rounds cost little.
+#: The operation is short, so that more rounds cost little.
 OPERATION_ROUNDS = 4
 
 SMALLEST = {"layers": 1, "hidden": HEAD_DIM, "seq": 2, "batch": 1, "vocab": 2}
@@ -60,29 +60,29 @@ class BenchmarkArguments:
 
     layers: int = _field(12, "Number of blocks.")
     hidden: int = _field(512, f"Width of the model, a multiple of {HEAD_DIM}, the width of a head.")
-    seq: int = _field(128, "Tokens in a sequence.")
-    batch: int = _field(8, "Sequences in a training step and a prefill.")
-    vocab: int = _field(8192, "Tokens that the models know: of more, the output layer hides what blocks cost.")
-    dtype: Literal["float32", "bfloat16"] = _field("float32", "Type of weights and all else; there is no autocast.")
+    seq: int = _field(128, "Tokens per sequence.")
+    batch: int = _field(8, "Sequences per training step and prefill.")
+    vocab: int = _field(8192, "Vocabulary size. With a larger one, the output layer dominates the cost of the blocks.")
+    dtype: Literal["float32", "bfloat16"] = _field("float32", "Type of weights and activations, without autocast.")
     device: Literal["cpu", "cuda"] = _field("cpu", "Where to measure.")
     compile: bool = _field(False, "Compile training step and prefill.")
     grn_implementation: str = _field(
         "auto",
-        "How DCA's generalized residuals are computed. Compiled, 'eager' lets the compiler see into them: faster steps, and a "
-        "compilation that takes longer with each entry.",
+        "Implementation of DCA's generalized residuals. With --compile, 'eager' lets the compiler fuse them: steps are faster, and "
+        "compilation takes longer with each entry.",
     )
-    rounds: int = _field(5, f"Rounds that count; for the operation alone {OPERATION_ROUNDS} times as many.")
-    warmup: int = _field(2, "Rounds before them that do not count.")
-    compile_rounds: int = _field(1, "Rounds for compile time; each takes minutes.")
+    rounds: int = _field(5, f"Measured rounds; {OPERATION_ROUNDS} times as many for the operation alone.")
+    warmup: int = _field(2, "Warm-up rounds.")
+    compile_rounds: int = _field(1, "Rounds for the compile time; each takes minutes.")
     only: list[str] = dataclasses.field(
         default_factory=list,
         metadata={"help": f"What to measure. {'; '.join(f'{name}: {text}' for name, text in HELP.items())}."},
     )
     variants: list[str] = dataclasses.field(
         default_factory=list,
-        metadata={"help": f"Other residual schemes to measure, too: {', '.join(SCHEMES)}; or 'all' of them."},
+        metadata={"help": f"Additional residual schemes to measure: {', '.join(SCHEMES)}, or 'all'."},
     )
-    output_dir: str | None = _field(None, f"Where to write; a folder of {RUNS_FOLDER}/benchmarks if not given.")
+    output_dir: str | None = _field(None, f"The output folder; by default one in {RUNS_FOLDER}/benchmarks.")
     overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
 
     def __post_init__(self):
@@ -111,9 +111,7 @@ class BenchmarkArguments:
         if self.device == "cpu" and not os.access(PEAK_RESET, os.W_OK):
             missing.add("peak_memory")
         if "peak_memory" in missing.intersection(self.only):
-            raise UserError(
-                f"`only` names 'peak_memory', which the CPU has on Linux alone ({PEAK_RESET}): leave it out."
-            )
+            raise UserError(f"`only` names 'peak_memory', which on the CPU needs Linux ({PEAK_RESET}): leave it out.")
         self.only = self.only or [name for name in HELP if name not in missing]
         if self.output_dir is None:
             shape = f"{self.layers}x{self.hidden}-{self.batch}x{self.seq}-{self.dtype}"
@@ -123,20 +121,20 @@ class BenchmarkArguments:
 
 
 def measure_models(arguments: BenchmarkArguments, candidates: dict[str, Candidate]) -> dict[str, dict]:
-    """Those of `MEASURES` that are asked for, for the results' file."""
+    """The requested ones of `MEASURES`, for the file of results."""
     results = {}
     for name in (name for name in MEASURES if name in arguments.only):
         measure, subjects = MEASURES[name], dict(candidates)
         rounds, warmup = arguments.rounds, arguments.warmup
         if name == "compile_time":
             rounds, warmup = arguments.compile_rounds, 0
-            # The first compilation of a process has more to do. Llama's second measurement shows what else drifts.
+            # The first compilation of a process takes longer. Llama's second measurement shows any other drift.
             torch.compile(torch.sin)(torch.ones(1, device=arguments.device))
             subjects[f"{BASELINE}, last"] = candidates[BASELINE]
         elif name == "decoding":
             subjects.pop(PUBLISHED, None)  # it has no cache
         elif name == "kept_bytes":
-            rounds, warmup = 1, 0  # always the same
+            rounds, warmup = 1, 0  # deterministic
         title = name.replace("_", " ")
         values = interleave(title, subjects, measure.meter, rounds, warmup)
         tokens = NEW_TOKENS if name == "decoding" else arguments.batch * arguments.seq
@@ -151,7 +149,7 @@ def measure_models(arguments: BenchmarkArguments, candidates: dict[str, Candidat
 
 
 def compare_with_published(training_step: dict[str, dict]) -> list[str]:
-    """How much faster than the published model ours train, as sentences; Llama, without any stack, is the bound."""
+    """Sentences on the training speed of our models relative to the published one; Llama, without a stack, is the bound."""
     times = {name: model["values"] for name, model in training_step.items()}
     return [
         f"{name} trains at {ratio['ratio']:.2f} x the speed of {PUBLISHED} "
@@ -162,7 +160,7 @@ def compare_with_published(training_step: dict[str, dict]) -> list[str]:
 
 
 def benchmark(arguments: BenchmarkArguments) -> dict:
-    """Measure what is asked for; returns the content of the results' file."""
+    """Measure what is requested, and return the content of the file of results."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     entry_shape = (arguments.batch, arguments.seq, arguments.hidden)
     results = {
@@ -210,7 +208,7 @@ def main():
     parser = Parser(BenchmarkArguments, "training.benchmarks.run", description)
     arguments = BenchmarkArguments(**vars(parser.parse_args()))
     folder = report.make_output_folder(arguments)
-    # The models share code, of which each has compiled versions of its own.
+    # The models share code, which is compiled for each of them.
     with torch._dynamo.config.patch(recompile_limit=64):
         print(report.write(benchmark(arguments), folder))
     print(f"\nThe results are in {folder}.")

@@ -1,1 +1,1 @@
-"""Where examples come from: splits, files, and what is tried again when it cannot be read."""
+"""Where examples come from: splits, local files, and retries."""

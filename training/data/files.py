@@ -1,4 +1,4 @@
-"""The documents in local files, text, JSON, parquet or CSV: the column that is asked for, whatever else is in them."""
+"""The documents in local files (text, JSON, parquet or CSV): one column, whatever else the files hold."""
 
 import codecs
 import csv
@@ -23,14 +23,17 @@ PARQUET_BATCH = 256
 
 
 def ending(file: str | Path) -> str:
-    """The ending that tells the format, in front of that of a compression, in small letters."""
+    """The suffix of the format in lower case, without that of a compression."""
     path = Path(file)
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
 def check_document(document: Any, column: str, place: str) -> None:
     """
-    See that a document, which stands at a `place`, is text or a list of token ids.
+    Check that a document is text or a list of token ids.
+
+    Args:
+        place: where the document is, for the error message.
 
     Raises:
         [`UserError`]: it is something else.
@@ -40,8 +43,8 @@ def check_document(document: Any, column: str, place: str) -> None:
             document.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{place} has in {column!r} {document[error.start]!a} as character {error.start}, half of a pair and no "
-                "text: mend it."
+                f"{place} has in {column!r} the character {document[error.start]!a} at position {error.start}, an unpaired "
+                "surrogate: fix the text."
             ) from error
     elif not isinstance(document, list) or not all(type(token) is int for token in document):
         raise UserError(f"{place} has in {column!r} {document!r:.40}; it must be text, or a list of token ids.")
@@ -49,12 +52,12 @@ def check_document(document: Any, column: str, place: str) -> None:
 
 def read_file(file: str, column: str) -> Iterator[tuple[str, Any]]:
     """
-    The values of a column in a local file, each with its place in words. A text file is one document as it stands in the
-    file, without a byte order mark.
+    The values of a column in a local file, each with a description of its place. A text file is one document, unchanged
+    except for a byte order mark.
 
     Raises:
-        [`UserError`]: what is in the file cannot be read, or has no such column.
-        OSError: the file cannot be read; that may pass.
+        [`UserError`]: the content of the file is invalid, or has no such column.
+        OSError: the file cannot be read, which may be temporary.
     """
     kind = ending(file)
     place = f"The data file {file!r}"
@@ -67,7 +70,7 @@ def read_file(file: str, column: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"The data file {file!r}: {error}") from error.__cause__
     except (EOFError, ValueError, RecursionError, OSError, csv.Error, pa.ArrowException, zlib.error) as error:
         if getattr(error, "errno", None) is not None:
-            raise  # the disk or the network, not what is in the file
+            raise  # an error of the disk or the network, not of the content
         after = "" if place.startswith("The") else f" after {place.partition(' of ')[0].lower()}"
         raise UserError(
             f"The data file {file!r} cannot be read as {kind.removeprefix('.')}{after}: {type(error).__name__}: "
@@ -80,17 +83,17 @@ def _decompressed(raw: BinaryIO, file: str) -> BinaryIO:
     if compression is None:
         return raw
     if compression not in fsspec.compression.compr:
-        raise UserError(f"It is compressed with {compression}, which is not installed: unpack it.")
+        raise UserError(f"The compression {compression} is not installed: unpack the file.")
     return io.BufferedReader(fsspec.compression.compr[compression](raw, mode="rb"))
 
 
 def _decoded(content: bytes, line: int = 1) -> str:
-    """Bytes that begin in a line of the file."""
+    """The text of bytes that start at a line of the file."""
     try:
         return (content.removeprefix(codecs.BOM_UTF8) if line == 1 else content).decode()
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
-        raise UserError(f"Line {line} is not UTF-8 ({innermost_message(error)}): mend it.") from error
+        raise UserError(f"Line {line} is not UTF-8 ({innermost_message(error)}): fix it.") from error
 
 
 def _of_row(row: dict, column: str, position: str) -> Any:
@@ -120,7 +123,7 @@ def _read_json(stream: BinaryIO, column: str) -> Iterator[tuple[str, Any]]:
         first = False
         for position, row in rows:
             if not isinstance(row, dict):
-                raise UserError(f"{position} is {row!r:.40}; it must be a json object with the column {column!r}.")
+                raise UserError(f"{position} is {row!r:.40}; it must be a JSON object with the column {column!r}.")
             yield position, _of_row(row, column, position)
 
 
@@ -128,7 +131,7 @@ def _parsed(text: str, position: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{position} is no json ({innermost_message(error)}): mend it.") from error
+        raise UserError(f"{position} is not JSON ({innermost_message(error)}): fix it.") from error
 
 
 def _read_csv(stream: BinaryIO, column: str) -> Iterator[tuple[str, str]]:
@@ -136,7 +139,7 @@ def _read_csv(stream: BinaryIO, column: str) -> Iterator[tuple[str, str]]:
     rows = csv.reader((_decoded(line, number) for number, line in enumerate(stream, 1)), strict=True)
     names = next(rows, [])
     if names.count(column) > 1:
-        raise UserError(f"It has more than one column {column!r}: leave one of them.")
+        raise UserError(f"It has several columns {column!r}: keep one of them.")
     for row in rows:
         position = f"Line {rows.line_num}"
         if not row and len(names) == 1:
@@ -144,7 +147,7 @@ def _read_csv(stream: BinaryIO, column: str) -> Iterator[tuple[str, str]]:
         if not row:
             continue
         if len(row) != len(names):
-            raise UserError(f"{position} has {len(row)} fields, but the first line has {len(names)}: mend it.")
+            raise UserError(f"{position} has {len(row)} fields, but the first line has {len(names)}: fix it.")
         yield position, _of_row(dict(zip(names, row)), column, position)
 
 
@@ -158,7 +161,7 @@ def _read_parquet(stream: BinaryIO, column: str) -> Iterator[tuple[str, Any]]:
             index += 1
 
 
-#: By the ending of a file.
+#: The readers, by the suffix of a file.
 READERS: dict[str, Callable[[BinaryIO, str], Iterator[tuple[str, Any]]]] = {
     ".txt": _read_text,
     ".json": _read_json,

@@ -1,4 +1,4 @@
-"""The rows of data that is read from files or over a connection, which are tried again where that may help."""
+"""The rows of data from files or the network, with retries where they may help."""
 
 import asyncio
 import itertools
@@ -17,21 +17,21 @@ from training.support.errors import UserError, innermost_message
 
 logger = logging.getLogger(__name__)
 
-# How often a file is opened again that cannot be read, and how many seconds to wait the first time; then twice as long
-# each time. (`datasets` has tried again by then, too, where the server could not be reached.)
+# How often to open a file again that cannot be read, and the seconds to wait the first time; the wait doubles each time.
+# (`datasets` has already retried by then if the server could not be reached.)
 RETRIES = 6
 FIRST_WAIT = 2.0
-# What a connection that breaks, a server in trouble, or half a download ends in.
+# Errors of a lost connection, a failing server, or an incomplete download.
 PASSING_ERRORS = (OSError, EOFError, zlib.error, HTTPError, asyncio.TimeoutError)
-# That, or what is in the file itself.
+# These, and errors of the content of a file.
 READ_ERRORS = (*PASSING_ERRORS, ValueError, NotImplementedError, pa.ArrowException)
 
 READ_BATCH = 256
 
 
 def shard_name(data: IterableDataset, shard: int) -> str:
-    """The path or address of a file of the data."""
-    for values in getattr(data._ex_iterable, "kwargs", {}).values():  # there is no public way to it
+    """The path or URL of a file of the data."""
+    for values in getattr(data._ex_iterable, "kwargs", {}).values():  # there is no public API
         if isinstance(values, list) and len(values) == data.num_shards and isinstance(values[shard], str):
             return repr(values[shard])
     return f"{shard + 1} of {data.num_shards}"
@@ -39,12 +39,12 @@ def shard_name(data: IterableDataset, shard: int) -> str:
 
 def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> Iterator[tuple[int, list]]:
     """
-    The values of a column in a file of the data, from a row on, as pairs of the first row of a batch and its values.
+    The values of a column in a file of the data, starting at a row: for each batch, the number of its first row and its values.
 
-    A file that cannot be read is opened again, after a wait that doubles each time, and read on from where it broke off.
+    A file that cannot be read is opened again, after a wait that doubles each time, and reading continues where it failed.
 
     Raises:
-        [`UserError`]: it still could not be read after `RETRIES` times, or what is in it cannot be.
+        [`UserError`]: the file cannot be read after `RETRIES` retries, or its content is invalid.
     """
     failures = 0
     while True:
@@ -59,11 +59,11 @@ def read_shard(data: IterableDataset, column: str, shard: int, row: int = 0) -> 
             reason = f"{type(error).__name__}: {innermost_message(error)}"
             failure = f"The data file {shard_name(data, shard)} cannot be read from row {row} on ({reason})"
             if not isinstance(error, PASSING_ERRORS):
-                raise UserError(f"{failure}: mend it.") from error
+                raise UserError(f"{failure}: fix it.") from error
             failures += 1
             if failures > RETRIES:
                 raise UserError(
-                    f"{failure}, after {RETRIES} retries: see to the file or the connection, and go on with "
+                    f"{failure}, after {RETRIES} retries: check the file or the connection, and continue with "
                     "--resume_from_checkpoint."
                 ) from error
             wait = FIRST_WAIT * 2 ** (failures - 1)

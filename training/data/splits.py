@@ -1,9 +1,9 @@
 """
-Where the data of a run comes from: built in, from local files or from the Hub, and what of it is held out.
+The source of a run's data (built-in, local files or the Hub), and the part of it that is held out.
 
-A local folder has splits if the folders at its top are all called as splits are, train, validation and test (or training,
-valid, val, dev, testing, eval, evaluation); of images, there must also be folders of classes in them. All other folders,
-and all files, are data of the split `train`, whatever their names: `freight_train`, say, is a class.
+A local folder has splits if all of its top-level folders have the name of a split: train, validation and test (or training,
+valid, val, dev, testing, eval, evaluation). Splits of images must also contain a folder for each class. All other folders,
+and all files, belong to the split `train`, whatever their names: `freight_train`, for example, is a class.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ from training.data.reading import READ_ERRORS
 from training.support.errors import UserError, innermost_message
 
 
-#: The endings of the local files that are read.
+#: The suffixes of the local files that can be read.
 TEXT_FORMATS = tuple(READERS)
 IMAGE_FORMATS = (".parquet",)
 
 BUILT_IN = ("stdlib", "digits")
 
-#: The splits that folders at the top of a local folder are, by their names.
+#: The splits, by the names of the top-level folders of a local folder.
 SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -69,26 +69,27 @@ class DataArguments:
     )
     dataset_revision: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "The branch, tag or commit of a data set on the Hub; if none, its main branch."},
+        metadata={"help": "The branch, tag or commit of a data set on the Hub; by default its main branch."},
     )
     train_split: str = dataclasses.field(
         default="train",
         metadata={
-            "help": "The split to train on. A local folder has the splits train, validation and test if all folders at its "
-            "top are called so (or training, valid, val, dev, testing, eval, evaluation); else all of it is train."
+            "help": "The split to train on. A local folder has the splits train, validation and test if all of its top-level "
+            "folders are named so (or training, valid, val, dev, testing, eval, evaluation); otherwise all of it is train."
         },
     )
     eval_split: str | None = dataclasses.field(
-        default=None, metadata={"help": "The split to hold out; if none, a share of the training split is."}
+        default=None, metadata={"help": "The split to hold out; by default a share of the training split."}
     )
     eval_dataset: str | None = dataclasses.field(
         default=None, metadata={"help": "A local file, pattern or folder to hold out, instead of a split."}
     )
     eval_fraction: float = dataclasses.field(
-        default=0.05, metadata={"help": "The share of the examples to hold out, where no other is named for it."}
+        default=0.05,
+        metadata={"help": "The share of the examples to hold out, without `eval_split` or `eval_dataset`."},
     )
     split_seed: int = dataclasses.field(
-        default=42, metadata={"help": "The seed of the split, where a share of the training split is held out."}
+        default=42, metadata={"help": "The seed that draws the share of the training split to hold out."}
     )
 
     @property
@@ -108,19 +109,20 @@ def load_splits(
     held_out_only=False,
 ):
     """
-    The examples to train on and those held out, no example in both.
+    The training examples and the held-out examples. No example is in both.
 
     Args:
-        built_in: a mapping from names of built-in data sets to functions that give both parts.
-        formats: the endings of local files that are read, `TEXT_FORMATS` or `IMAGE_FORMATS`.
-        columns: what is read; the data must have the first of them.
-        streaming: read the training part as it is used.
-        held_out_streaming: read the part that is held out as it is used, where it has its own name.
-        classes: the column of the classes, where of each the same share is to be held out.
-        held_out_only: do not load the examples to train on, unless the others are a share of them; they are `None` then.
+        built_in: a mapping from names of built-in data sets to functions that return both parts.
+        formats: the suffixes of local files, `TEXT_FORMATS` or `IMAGE_FORMATS`.
+        columns: the columns to read; the data must have the first of them.
+        streaming: stream the training examples.
+        held_out_streaming: stream the held-out examples, if they are a split or data set of their own.
+        classes: the column of the classes, to hold out the same share of each.
+        held_out_only: return `None` in place of the training examples, and do not load them unless the held-out examples
+            are a share of them.
 
     Raises:
-        [`UserError`]: the data is missing, empty, of another format, or has no such column.
+        [`UserError`]: the data is missing, empty or of another format, or has no such column.
     """
     if not 0 < arguments.eval_fraction < 1:
         raise UserError(f"`eval_fraction` is {arguments.eval_fraction}; it must lie between 0 and 1.")
@@ -128,8 +130,8 @@ def load_splits(
         raise UserError(f"`split_seed` is {arguments.split_seed}; it must lie between 0 and {2**32 - 1}.")
     if arguments.eval_split is not None and arguments.eval_dataset is not None:
         raise UserError(
-            f"Both `eval_split`, {arguments.eval_split!r}, and `eval_dataset`, {arguments.eval_dataset!r}, say what is held "
-            "out: leave one of them out."
+            f"`eval_split` is {arguments.eval_split!r} and `eval_dataset` is {arguments.eval_dataset!r}, but only one can be "
+            "held out: leave one of them out."
         )
     if arguments.dataset in built_in:
         for name in ("eval_split", "eval_dataset"):
@@ -150,34 +152,34 @@ def load_splits(
     if arguments.eval_split is not None:
         return train, load(arguments.dataset, arguments.eval_split, **held_out)
     if streaming:
-        raise UserError("`streaming` is on, so nothing can be split off: name an `eval_split` or an `eval_dataset`.")
+        raise UserError("`streaming` is set, so no share can be held out: set `eval_split` or `eval_dataset`.")
     stratified = isinstance(train.features.get(classes), ClassLabel)
     return hold_out(train, arguments, arguments.split_seed, classes if stratified else None)
 
 
 def hold_out(data: Dataset, arguments: DataArguments, seed: int, classes: str | None) -> tuple[Dataset, Dataset]:
-    """What is left to train on, and a share of the examples, the same of each class."""
+    """The training examples, and the held-out share of all examples, the same share of each class."""
     try:
         parts = data.train_test_split(test_size=arguments.eval_fraction, seed=seed, stratify_by_column=classes)
     except ValueError as error:
         raise UserError(
             f"The {len(data)} examples of {arguments.dataset!r} (a text file is one) cannot be split with "
-            f"`eval_fraction` = {arguments.eval_fraction}: name an `eval_dataset`, or give more examples "
+            f"`eval_fraction` = {arguments.eval_fraction}: set `eval_dataset`, or give more examples "
             f"({innermost_message(error)})"
         ) from error
     return parts["train"], parts["test"]
 
 
 def _warn_of_shared_files(arguments: DataArguments, formats: tuple[str, ...]) -> None:
-    """Tell of local files that are both trained on and held out, which may be what is wanted."""
+    """Warn of local files that are both trained on and held out, which may be intended."""
     parts = _local_parts(arguments.dataset, formats) or {}, _local_parts(arguments.eval_dataset, formats) or {}
     used = re.findall(r"\w+", arguments.train_split)
     train = {os.path.realpath(file) for split, files in parts[0].items() if split in used for file in files}
     shared = sorted(train & {os.path.realpath(file) for files in parts[1].values() for file in files})
     if shared and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         tqdm.write(
-            f"warning: {len(shared)} of the files of `eval_dataset` are trained on, too, {shared[0]!r} for one: what is measured "
-            "on them says nothing about other data.",
+            f"warning: {len(shared)} files of `eval_dataset` are trained on, too, for example {shared[0]!r}: their metrics say "
+            "nothing about other data.",
             file=sys.stderr,
         )
 
@@ -196,12 +198,12 @@ def _load(
     One split of a data set, from local files or from the Hub.
 
     Args:
-        split: if none, all of a local file or folder.
-        alone: read nothing of the other splits. (The Hub's are loaded together otherwise, and kept.)
+        split: the name of the split; if `None`, all of a local file or folder.
+        alone: do not read the other splits. (By default those of the Hub are loaded together, and cached.)
     """
     parts = _local_parts(name, formats)
     if split is None and parts is not None and len(parts) > 1:
-        raise UserError(f"The folder {name!r} has the splits {', '.join(parts)}: name the folder of one of them.")
+        raise UserError(f"The folder {name!r} has the splits {', '.join(parts)}: give the folder of one of them.")
     split = split or (next(iter(parts)) if parts else "train")
     try:
         if parts is None:
@@ -210,7 +212,7 @@ def _load(
                 arguments.dataset_config,
                 split=split,
                 revision=arguments.dataset_revision,
-                # (A stream cannot be cut, and is not read from the cache.)
+                # (A stream cannot be sliced, and is not read from the cache.)
                 streaming=streaming or (alone and "[" not in split and not datasets.config.HF_HUB_OFFLINE),
             )
             if isinstance(data, IterableDataset) and not streaming:
@@ -238,7 +240,7 @@ def _load(
 
 
 def _local_parts(name: str, formats: tuple[str, ...]) -> dict[str, list[Path]] | None:
-    """The files of each split, or the folders of images, or `None` if `name` can only be an id on the Hub."""
+    """The files of each split, or the folders of images; `None` if `name` can only be an id on the Hub."""
     path = Path(name).expanduser()
     if path.is_dir():
         folders = dict(_walk(path))
@@ -247,7 +249,7 @@ def _local_parts(name: str, formats: tuple[str, ...]) -> dict[str, list[Path]] |
         if not found and formats is IMAGE_FORMATS:
             return _image_folders(path, folders)
         if not found:
-            raise UserError(f"The folder {name!r} holds no file that ends in {', '.join(formats)}.")
+            raise UserError(f"The folder {name!r} has no file with a suffix of {', '.join(formats)}.")
         parts = _splits(path, sorted(found, key=str)) or {"train": sorted(found, key=str)}
     else:
         found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)), key=str)
@@ -260,7 +262,7 @@ def _local_parts(name: str, formats: tuple[str, ...]) -> dict[str, list[Path]] |
     endings = {ending(file) for file in found}
     if not endings <= set(formats) or len({"json" if "json" in each else each for each in endings}) > 1:
         raise UserError(
-            f"The data {name!r} has files of other formats than one of {', '.join(formats)}: {str(found[0])!r}, ..."
+            f"The data {name!r} has files of several formats or of none of {', '.join(formats)}: {str(found[0])!r}, ..."
         )
     for file in found:
         try:
@@ -273,10 +275,10 @@ def _local_parts(name: str, formats: tuple[str, ...]) -> dict[str, list[Path]] |
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The folders below one and the names of their files, also of those that links lead to, but nothing that is hidden."""
+    """The folders below a folder and the names of their files. It follows links, and skips hidden files and folders."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(parent)
-        # (A link to a folder around it would lead there for ever.)
+        # (A link to a parent folder would recurse forever.)
         folders[:] = [
             each
             for each in sorted(folders)
@@ -286,7 +288,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _splits(folder: Path, paths: list[Path]) -> dict[str, list[Path]] | None:
-    """The splits that the folders at the top are, if they all are; see the top of this module."""
+    """The paths of each split, if all top-level folders are splits; see the docstring of this module."""
     parts = {}
     for path in paths:
         split = SPLIT_FOLDERS.get(path.relative_to(folder).parts[0].lower()) if path != folder else None
@@ -301,7 +303,7 @@ def _image_folders(root: Path, folders: dict[Path, list[str]]) -> dict[str, list
     The folders with images of each split. Each of them is a class.
 
     Raises:
-        [`UserError`]: there is none, or which are classes cannot be told.
+        [`UserError`]: there is none, or the folders do not define the classes uniquely.
     """
     found, described = [], False
     for folder, names in folders.items():
@@ -311,7 +313,7 @@ def _image_folders(root: Path, folders: dict[Path, list[str]]) -> dict[str, list
             described = described or metadata
     if not found:
         raise UserError(
-            f"The folder {str(root)!r} holds no images, and no file that ends in {', '.join(IMAGE_FORMATS)}."
+            f"The folder {str(root)!r} has no images, and no file with a suffix of {', '.join(IMAGE_FORMATS)}."
         )
     has_classes = described or any(len(folder.relative_to(root).parts) > 1 for folder in found)
     parts = _splits(root, found) if has_classes else None
@@ -324,15 +326,15 @@ def _image_folders(root: Path, folders: dict[Path, list[str]]) -> dict[str, list
             other = same[1] if same[0] != inner else first[1] if len(first[0]) != len(inner) else None
             if other is not None:
                 raise UserError(
-                    f"The images of {str(root)!r} in {str(other)!r} and in {str(each)!r} cannot be told apart as classes: give "
-                    "one folder of images for each class, all side by side, with other names; or below the folders train, "
-                    "validation and test, and nothing else at the top."
+                    f"The folders {str(other)!r} and {str(each)!r} of {str(root)!r} cannot be told apart as classes: use one folder of "
+                    "images per class, side by side and with different names, either at the top level or below the folders "
+                    "train, validation and test, with nothing else beside these."
                 )
     return parts or {"train": found}
 
 
 def _mentioned(parts: dict[str, list[Path]], split: str) -> dict[str, list[Path]]:
-    """The parts that the name of a split, which may be a sum of slices, asks for."""
+    """The parts that occur in the name of a split, which may be a sum of slices."""
     mentioned = {name: files for name, files in parts.items() if re.search(rf"\b{name}\b", split)}
     if not mentioned:
         raise ValueError(f'Unknown split "{split}". Should be one of {list(parts)}.')
@@ -361,7 +363,7 @@ def _local_images(name, parts: dict[str, list[Path]], split: str, columns: list[
                     raise UserError(
                         f"The data file {str(file)!r} has no column {column!r}; it has {', '.join(names)}."
                     )
-    # The loader takes names for patterns.
+    # The loader would take names for patterns.
     patterns = {each: [glob.escape(str(file.absolute())) + end for file in files] for each, files in parts.items()}
     return load_dataset(loader, data_files=patterns, split=split, **options)
 
@@ -374,10 +376,10 @@ def _documents(
     if streaming:
         names = [each.strip() for each in split.split("+")]
         if not set(names) <= set(parts):
-            raise ValueError(f"A stream is read of whole splits. Should be one of {list(parts)}.")
+            raise ValueError(f"A stream takes only whole splits. Should be one of {list(parts)}.")
         files = [file for name in names for file in parts[name]]
         for number, file in enumerate(files if not is_held_out else ()):
-            # What does not have the column is known before the training starts. (Of text, that would be to read all of it.)
+            # A missing column is found before the training starts. (A text file would have to be read completely.)
             if number == 0 or ending(file) != ".txt":
                 next(read_file(file, column), None)
         return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "column": column})
@@ -407,7 +409,7 @@ def _document_set(files: list[str], column: str) -> Dataset:
                 if isinstance(document, str) != is_text:
                     raise UserError(
                         f"{place} has in {column!r} {document!r:.40}, but others are {'texts' if is_text else 'token ids'}: "
-                        "give texts or lists of token ids, not both."
+                        "give either texts or lists of token ids."
                     )
                 yield {column: document}
 
@@ -416,11 +418,11 @@ def _document_set(files: list[str], column: str) -> Dataset:
     return made_once(rows, features, states, column, code_of(rows, check_document, files_module))
 
 
-# What is kept on disk
+# The cache on disk
 
 
 class _Rows:
-    """A generator function that `datasets` knows by a fingerprint alone."""
+    """A generator function that `datasets` identifies by a fingerprint only."""
 
     def __init__(self, rows: Callable[[], Iterable[dict]], fingerprint: str):
         self.rows, self.fingerprint = rows, fingerprint
@@ -434,12 +436,12 @@ class _Rows:
 
 def made_once(rows: Callable[[], Iterable[dict]], features: Features, *decisive) -> Dataset:
     """
-    The rows as a data set on disk, which is taken from there when it is asked for again.
+    The rows as a data set on disk, which is cached.
 
     Args:
-        decisive: all that decides what the rows are, the code among it (`code_of`).
+        decisive: everything that the rows depend on, including the code (`code_of`).
     """
-    # Each for itself: whether two of them hold one object, or two that are equal, depends on what a process did before.
+    # Hashed one by one: whether two of them share an object depends on what the process did before.
     fingerprint = Hasher.hash([Hasher.hash(each) for each in decisive])
     try:
         return Dataset.from_generator(_Rows(rows, fingerprint), features=features, writer_batch_size=100)
@@ -450,7 +452,7 @@ def made_once(rows: Callable[[], Iterable[dict]], features: Features, *decisive)
 
 
 def code_of(*things) -> list:
-    """What functions, and the functions of classes and modules, do: it is another when their code changes."""
+    """The code of functions, and of the functions of classes and modules, for a fingerprint that changes with it."""
     code = []
     for thing in things:
         if inspect.isclass(thing) or inspect.ismodule(thing):
@@ -467,13 +469,13 @@ def code_of(*things) -> list:
 
 
 def _function(value: Any) -> Any | None:
-    """A function, also in what makes it a property or a method of a class."""
+    """The function itself, of a property or method, too; `None` for other values."""
     value = getattr(value, "__func__", getattr(value, "fget", value))
     return value if inspect.isfunction(value) else None
 
 
 def _kept(stream: IterableDataset, columns: list[str]) -> Dataset:
-    """The columns of a stream that are asked for, and that it has, on disk."""
+    """Those of `columns` that a stream has, cached on disk."""
     names = stream.column_names or list(next(iter(stream), {}))
     if columns[0] not in names:
         return stream

@@ -1,8 +1,8 @@
 """
-The augmentation of images of the recipe for ImageNet (Beyer et al., 2022, arXiv 2205.01580), in Pillow and NumPy: random
-crop, horizontal flip, RandAugment and MixUp.
+The image augmentation of the ImageNet recipe (Beyer et al., 2022, arXiv 2205.01580), in Pillow and NumPy: random crop,
+horizontal flip, RandAugment and MixUp.
 
-All random numbers come from a generator that the caller passes: an image can be augmented again in the same way.
+All random numbers come from a generator that the caller passes, so that an augmentation can be repeated.
 """
 
 import math
@@ -22,20 +22,19 @@ CROP_ATTEMPTS = 10
 
 #: The largest magnitude of RandAugment; the level of an operation is its magnitude over this.
 MAX_MAGNITUDE = 10
-#: What RandAugment puts where there is no image.
+#: The pixel value with which RandAugment fills empty areas.
 FILL = 128
-# The images whose distances the recipe gives in pixels.
+# The image size that the recipe's distances in pixels are for.
 RECIPE_SIZE = 224
 
 
 def random_crop_box(width: int, height: int, generator: np.random.Generator) -> tuple[float, float, float, float]:
     """
-    A random part of an image ("inception crop"), as TensorFlow's `sample_distorted_bounding_box` draws it, but not
-    rounded to pixels: first the aspect ratio, then the height among those that `CROP_AREA` and the image allow, then
-    the place.
+    A random crop of an image ("inception crop"), as TensorFlow's `sample_distorted_bounding_box` draws it, but not rounded
+    to pixels: first the aspect ratio, then the height within the limits of `CROP_AREA` and the image, then the position.
 
     Returns:
-        Left, upper, right and lower edge, in pixels; the whole image where it is too long for such a part.
+        Left, upper, right and lower edge, in pixels; the whole image if it is too elongated for such a crop.
     """
     for _ in range(CROP_ATTEMPTS):
         aspect = generator.uniform(*CROP_ASPECT)
@@ -71,7 +70,7 @@ def _solarize_add(image: Image.Image, level: float, generator: np.random.Generat
 
 
 def _cutout(image: Image.Image, level: float, generator: np.random.Generator) -> Image.Image:
-    """A grey square of twice 40 pixels (of 224) at full magnitude, its middle anywhere in the image."""
+    """A gray square of 80 x 80 pixels (of 224) at full magnitude, with its center anywhere in the image."""
     size = np.array(image.size)
     center = generator.integers(size)
     half = (40 * level * size / RECIPE_SIZE).astype(int)
@@ -111,18 +110,17 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.
 
 def rand_augment(image: Image.Image, operations: int, magnitude: float, generator: np.random.Generator) -> Image.Image:
     """
-    RandAugment (Cubuk et al., 2020, arXiv 1909.13719): operations that are drawn one after another, all of one magnitude.
+    RandAugment (Cubuk et al., 2020, arXiv 1909.13719): random operations one after another, all with the same magnitude.
 
-    Operations and magnitudes are those of TensorFlow's reference and of big_vision, where the recipe is from. At
-    magnitude 10: rotation by 30 degrees, shear by 0.3, translation by 100 of 224 pixels, each of them either way, a
-    square of 80 of 224 pixels cut out, colour, contrast, brightness and sharpness times 1.9, 4 bits kept of each
-    value, 110 added to values below 128, and no value solarized (those from 256 on would be). Distances scale with the
-    size of the image. Contrast is changed about the mean of the image, as in Pillow; the reference, by a slip, takes the
-    number of pixels for the mean.
+    Operations and magnitudes are those of TensorFlow's reference and of big_vision, the source of the recipe. At magnitude
+    10: rotation by 30 degrees, shear by 0.3 and translation by 100 of 224 pixels, each in either direction; a square of 80 of
+    224 pixels cut out; colour, contrast, brightness and sharpness times 1.9; 4 bits kept of each value; 110 added to values
+    below 128; and no value solarized (the threshold is 256). Distances scale with the size of the image. Contrast is changed
+    about the mean of the image, as in Pillow; the reference mistakes the number of pixels for the mean.
 
     Args:
-        image: of mode "L" or "RGB".
-        operations: how many are done; the same one may be drawn again.
+        image: an image of mode "L" or "RGB".
+        operations: the number of operations; the same one may be drawn again.
         magnitude: from 0 to `MAX_MAGNITUDE`.
     """
     names = list(OPERATIONS)
@@ -133,21 +131,21 @@ def rand_augment(image: Image.Image, operations: int, magnitude: float, generato
 
 
 def mixing_weight(alpha: float, generator: np.random.Generator) -> float:
-    """The weight of an image that MixUp mixes with another, of a beta distribution: the greater of the two weights."""
+    """The weight of an image that MixUp mixes with another: the greater of the two weights, from a beta distribution."""
     weight = generator.beta(alpha, alpha)
     return max(weight, 1 - weight)
 
 
 def mix_up(pixel_values: Tensor, labels: Tensor, num_labels: int, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
-    MixUp (Zhang et al., 2018, arXiv 1710.09412): the first and second image of a batch and their classes mixed with each
-    other, the third and fourth, and so on; a last one that is left over, with nothing. The pairs are the same however
-    many processes share a batch, as long as each takes an even number of images.
+    MixUp (Zhang et al., 2018, arXiv 1710.09412): mixes the first image of a batch and its class with the second, the third
+    with the fourth, and so on; an odd last one stays as it is. The pairs are the same for any number of processes that share
+    a batch, if each takes an even number of images.
 
     Args:
         pixel_values: `(batch, channels, height, width)`.
         labels: `(batch,)`, the classes.
-        weights: `(pairs,)`, of an image itself; the other of its pair has the rest. One more is for what is left over.
+        weights: `(pairs,)`, the weight of an image itself; the other of its pair has the rest. An odd last image needs one, too.
 
     Returns:
         The mixed images, and the probabilities of the classes, `(batch, num_labels)`.
@@ -171,10 +169,10 @@ def mixed_cross_entropy(
     The cross-entropy with classes, or with the probabilities of `mix_up`; a `compute_loss_func` of the Trainer.
 
     Args:
-        outputs: of the model, with `logits` `(batch, num_labels)`.
+        outputs: those of the model, with `logits` `(batch, num_labels)`.
         labels: `(batch,)`, or `(batch, num_labels)`.
-        num_items_in_batch: the number of elements of all `labels` that an optimizer step takes, as the Trainer counts
-            them; by default, of these.
+        num_items_in_batch: the number of elements of all `labels` in an optimizer step, as the Trainer counts them; by
+            default the number in `labels`.
     """
     items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     losses = cross_entropy(outputs.logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from training.data.splits import DataArguments
 from training.images.augmentation import MAX_MAGNITUDE
-from training.run.fields import RunArguments
+from training.run.fields import RunArguments, with_default
 
 
 @dataclasses.dataclass
@@ -16,8 +16,8 @@ class ImageDataArguments(DataArguments):
     dataset: str = dataclasses.field(
         default="digits",
         metadata={
-            "help": "'digits' (scikit-learn's handwritten digits), a local folder with one folder of images for each "
-            "class, parquet files, or the id of a data set on the Hub."
+            "help": "'digits' (scikit-learn's handwritten digits), a local folder with a folder of images for each class, "
+            "parquet files, or the id of a data set on the Hub."
         },
     )
     eval_fraction: float = dataclasses.field(
@@ -26,23 +26,23 @@ class ImageDataArguments(DataArguments):
     image_column: str = dataclasses.field(default="image", metadata={"help": "The column with the images."})
     label_column: str = dataclasses.field(default="label", metadata={"help": "The column with the classes."})
     num_labels: int | None = dataclasses.field(
-        default=None, metadata={"help": "The number of classes, where the data does not name them."}
+        default=None, metadata={"help": "The number of classes, if the data does not name them."}
     )
     eval_resize: int | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Resize the smaller side of each image to this many pixels, and crop its centre to `image_size`. If none, the "
-            "whole image is resized to `image_size`. Training images are resized so where there is no `random_crop`."
+            "help": "Resize the shorter side of each image to this number of pixels, and crop its center to `image_size`. By "
+            "default the whole image is resized to `image_size`. Without `random_crop`, this applies to training images, too."
         },
     )
     random_crop: bool = dataclasses.field(
-        default=False, metadata={"help": "Train on random crops, of 5 %% of the area to all of it."}
+        default=False, metadata={"help": "Train on random crops of 5 %% to 100 %% of the area."}
     )
     horizontal_flip: bool = dataclasses.field(
         default=False, metadata={"help": "Flip each training image with a probability of one half."}
     )
     rand_augment_operations: int = dataclasses.field(
-        default=0, metadata={"help": "How many operations of RandAugment are applied to each training image."}
+        default=0, metadata={"help": "The number of RandAugment operations on each training image."}
     )
     rand_augment_magnitude: float = dataclasses.field(
         default=10, metadata={"help": f"The magnitude of these operations, from 0 to {MAX_MAGNITUDE}."}
@@ -66,15 +66,16 @@ class ImageDataArguments(DataArguments):
 
 @dataclasses.dataclass
 class ImageClassificationArguments(RunArguments):
-    """The paper's recipe for ImageNet (table 8; Beyer et al., 2022), where a run does not say otherwise."""
+    """
+    The training arguments of an image classifier. The defaults are the paper's recipe for ImageNet (table 8; Beyer et al.,
+    2022).
+    """
 
     held_out_metrics: ClassVar = {"loss": False, "accuracy": True}
 
-    learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "The peak learning rate."})
-    lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "The learning rate schedule."})
-    warmup_steps: float = dataclasses.field(
-        default=10_000, metadata={"help": "The number of warm-up steps; below 1, their share of all steps."}
-    )
-    weight_decay: float = dataclasses.field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    # The model does not take what the examples hold for their collator.
+    learning_rate: float = with_default("learning_rate", 1e-3)
+    lr_scheduler_type: str = with_default("lr_scheduler_type", "cosine")
+    warmup_steps: float = with_default("warmup_steps", 10_000)
+    weight_decay: float = with_default("weight_decay", 1e-4)
+    # The collator needs columns that the model does not take.
     remove_unused_columns: bool = dataclasses.field(default=False, init=False)

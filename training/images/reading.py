@@ -1,4 +1,4 @@
-"""The images of a run, with their classes: where they are, how they are read, and what is made of them."""
+"""The images of a run and their classes: loading, decoding, and conversion to examples."""
 
 import math
 import sys
@@ -21,14 +21,14 @@ from training.images.fields import ImageDataArguments
 from training.support.errors import UserError, innermost_message
 
 
-# A run ends if more than this share of the images that it met cannot be read. Of the first so many, it counts as if it
-# had met them all.
+# A run ends if more than this share of the images so far cannot be read, where at least `FIRST_IMAGES` count as the images
+# so far.
 UNREADABLE_SHARE = 0.1
 FIRST_IMAGES = 100
-# How many images of each part are read before a run starts.
+# The number of images of each part that are read before a run starts.
 CHECKED_IMAGES = 32
 
-# What is known of an image.
+# The states of an image.
 NOT_MET, READ, UNREADABLE = 0, 1, 2
 
 #: The mode of Pillow for a number of channels. Images of other modes are converted.
@@ -36,7 +36,7 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def handwritten_digits(arguments: ImageDataArguments) -> tuple[Dataset, Dataset]:
-    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split with a fixed seed, of each class alike."""
+    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, with a stratified split of a fixed seed."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -52,16 +52,16 @@ def load_images(
     arguments: ImageDataArguments, num_channels: int, held_out_only: bool = False
 ) -> tuple[Dataset | None, Dataset, list[str]]:
     """
-    The images to train on and those held out, with the columns `image` and `label`, and the names of the classes.
+    The training images and the held-out images, with the columns `image` and `label`, and the names of the classes.
 
-    All labels are looked at, but only the first images, and read with `num_channels` channels (see [`ImageFiles`]).
+    All labels are checked, and the first images are read with `num_channels` channels (see [`ImageFiles`]).
 
     Args:
-        held_out_only: return `None` in place of the training images. They are not loaded, unless those held out are a
+        held_out_only: return `None` in place of the training images, and do not load them unless the held-out images are a
             share of them.
 
     Raises:
-        [`UserError`]: also where a label is out of range, or too many of the first images cannot be read.
+        [`UserError`]: as in `load_splits`, or a label is out of range, or too many of the first images cannot be read.
     """
     columns = {arguments.image_column: "image", arguments.label_column: "label"}
     parts = load_splits(
@@ -91,7 +91,7 @@ def load_images(
         if isinstance(part.features["label"], ClassLabel):
             if not set(own_names) <= set(names):
                 raise UserError(
-                    f"The data held out has the classes {', '.join(own_names)}, but those to train on are "
+                    f"The held-out data has the classes {', '.join(own_names)}, but the training data has "
                     f"{', '.join(names)}: they must be the same."
                 )
             part = numbered_as(part, names)
@@ -113,8 +113,8 @@ def _class_names(arguments: ImageDataArguments, part: Dataset, source: str) -> l
         return feature.names
     if "int" not in str(getattr(feature, "dtype", "")):
         raise UserError(
-            f"The column {arguments.label_column!r} of {source!r} holds {labels[0]!r}, for one; it must hold "
-            "integers from 0, one for each class."
+            f"The column {arguments.label_column!r} of {source!r} holds, for example, {labels[0]!r}; it must hold integers "
+            "from 0, one for each class."
         )
     num_labels = arguments.num_labels
     if num_labels is None:
@@ -125,7 +125,7 @@ def _class_names(arguments: ImageDataArguments, part: Dataset, source: str) -> l
 
 
 def numbered_as(part: Dataset, names: list[str]) -> Dataset:
-    """Images whose classes have names, all of them among `names`, with the numbers that the classes have there."""
+    """Images with named classes, renumbered by the positions of their names in `names`."""
     own_names = part.features["label"].names
     if own_names == names:
         return part
@@ -135,10 +135,10 @@ def numbered_as(part: Dataset, names: list[str]) -> Dataset:
 
 
 class UnreadableImages(UserError):
-    """More images cannot be read than a run may leave out."""
+    """Too many images cannot be read."""
 
     def __init__(self, message: str):
-        # That of a worker process comes with its traceback before it.
+        # The message of a worker process starts with its traceback.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
 
 
@@ -146,17 +146,17 @@ def read_image(
     file: dict, num_channels: int, size: tuple[int, int] | None = None, generator: np.random.Generator | None = None
 ) -> Image.Image:
     """
-    An image, upright and with `num_channels` channels: grey for one and RGB for three, whatever it is stored as.
-    Transparent pixels become white, as in transformers' image processors. Of 16 bits, the upper 8 are kept.
+    An image, upright and with `num_channels` channels: grayscale for one and RGB for three, whatever its format. Transparent
+    pixels become white, as in transformers' image processors. Of 16 bits, the upper 8 are kept.
 
     Args:
         file: `bytes` or `path` of the image, as [`~datasets.Image`] gives them without decoding it.
-        size: height and width of a random part of the image, in pixels.
-        generator: draws the part; if none, the image is whole and as large as it is stored.
+        size: height and width of the random crop, in pixels.
+        generator: draws the crop; if `None`, the whole image is returned in its own size.
 
     Raises:
-        ValueError: the image has another number of channels, and there is no conversion for it.
-        Exception: many others, by Pillow and its decoders, where the image is broken.
+        ValueError: the image has another number of channels, and cannot be converted.
+        Exception: almost any, from Pillow and its decoders, if the image is broken.
     """
     with Image.open(file["path"] if file["bytes"] is None else BytesIO(file["bytes"])) as image:
         orientation, box = image.getexif().get(ExifTags.Base.Orientation), None
@@ -164,7 +164,7 @@ def read_image(
             sideways = orientation in (5, 6, 7, 8)
             width, height = image.size[::-1] if sideways else image.size
             box = np.array(random_crop_box(width, height, generator)) / (width, height, width, height)
-            # A JPEG file is decoded at half its size, or less, where that is still enough for the part.
+            # A JPEG file is decoded at half its size or less, if that is enough for the crop.
             shrink = min((box[2] - box[0]) * width / size[1], (box[3] - box[1]) * height / size[0])
             image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
         image.load()
@@ -193,15 +193,14 @@ def _convert(image: Image.Image, num_channels: int) -> Image.Image:
 
 class ImageFiles:
     """
-    Images that may be broken: in place of one that cannot be read comes the next one that can, with its label.
+    Images that may be broken: one that cannot be read is replaced by the next one that can, with its label.
 
-    Which ones were met and could not be read is known to all processes that share the object, those of a
-    [`~torch.utils.data.DataLoader`].
+    All processes that share the object, such as those of a [`~torch.utils.data.DataLoader`], share the states of the images.
 
     Args:
-        data: with the columns `image` and `label`.
+        data: the data, with the columns `image` and `label`.
         num_channels: see [`read_image`].
-        name: of the data, for messages.
+        name: the name of the data, for messages.
     """
 
     def __init__(self, data: Dataset, num_channels: int, name: str):
@@ -221,7 +220,7 @@ class ImageFiles:
         for index, file, label, generator in zip(
             indices, rows["image"], rows["label"], generators or [None] * len(indices)
         ):
-            # (What is drawn for an image must not depend on whether another is already known to be broken.)
+            # (The random numbers of an image must not depend on whether another one is known to be broken.)
             state = generator and generator.bit_generator.state
             while (image := self._read(index, file, size, generator)) is None:
                 if generator is not None:
@@ -242,15 +241,15 @@ class ImageFiles:
             unreadable, met = int((self.met == UNREADABLE).sum()), int((self.met != NOT_MET).sum())
             if unreadable > UNREADABLE_SHARE * max(met, min(FIRST_IMAGES, len(self.data))):
                 raise UnreadableImages(
-                    f"{unreadable} of {met} images cannot be read: {self.describe(index, file)}, for one: "
-                    f"{innermost_message(error)}: mend or remove them."
+                    f"{unreadable} of {met} images cannot be read, for example {self.describe(index, file)}: "
+                    f"{innermost_message(error)}: repair or remove them."
                 ) from error
             return None
         self.met[index] = READ
         return image
 
     def describe(self, index: int, file: dict | None = None) -> str:
-        """Where an image is, in words."""
+        """The place of an image, for messages."""
         file = file or self.data[index]["image"] or {}
         return f"image {index} of {self.name!r} ({file.get('path') or 'no file name'})"
 
@@ -263,17 +262,17 @@ class ImageFiles:
 class ImageExamples(torch.utils.data.Dataset):
     """
     Images as a model takes them: `pixel_values` `(channels, height, width)` from -1 to 1, `label`, and with MixUp the
-    `mixing_weight` of a pair that an example is the first of.
+    `mixing_weight` of the pair that starts with the example.
 
-    What is random about an example follows from `seed`, epoch and index alone: it is the same in a run that was resumed,
-    and with any number of processes.
+    The random numbers of an example depend only on `seed`, epoch and index: they are the same in a resumed run, and with any
+    number of processes.
 
     Args:
         files: the images.
-        processor: makes them into tensors, all but what `random_crop` cut out.
+        processor: makes tensors of images, except of random crops.
         size: height and width of the model's images, in pixels.
-        augmentation: how the images are augmented: not at all, if none.
-        seed: of the augmentation.
+        augmentation: how to augment the images; by default not at all.
+        seed: the seed of the augmentation.
     """
 
     def __init__(
@@ -335,7 +334,7 @@ class ImageExamples(torch.utils.data.Dataset):
 
 
 def _pixel_values(image: Image.Image) -> Tensor:
-    """What the processor would make of an image that has the right size, in less time."""
+    """The same as the processor makes of an image of the right size, in less time."""
     values = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
     return values.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
@@ -348,7 +347,7 @@ def check_pairs(mixup_alpha: float, batch_size: int) -> None:
     if mixup_alpha > 0 and batch_size % 2:
         raise UserError(
             f"`mixup_alpha` is {mixup_alpha}, which mixes the images of a batch in pairs, but `per_device_train_batch_size` "
-            f"is {batch_size}: give an even number."
+            f"is {batch_size}: choose an even number."
         )
 
 
@@ -364,8 +363,8 @@ def collate(examples: list[dict], num_labels: int) -> dict[str, Tensor]:
 
 class ImagesCallback(TrainerCallback):
     """
-    Tells the examples to train on which epoch it is, and the user how many images could not be read: in a warning, the
-    logs and the results.
+    Sets the epoch of the training examples, and reports the number of images that could not be read: in a warning, the logs
+    and the results.
     """
 
     def __init__(self, train: ImageExamples, held_out: ImageExamples):
@@ -373,11 +372,11 @@ class ImagesCallback(TrainerCallback):
         self.warned = set()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # (`auto_find_batch_size` comes here with every size that it tries.)
+        # (`auto_find_batch_size` calls this with every size that it tries.)
         check_pairs(self.examples["train"].augmentation.mixup_alpha, state.train_batch_size or 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # Accelerate, too, calls `set_epoch`, but not with several processes or within the epoch of a resumed run.
+        # Accelerate calls `set_epoch`, too, but not with several processes or within the epoch of a resumed run.
         self.examples["train"].set_epoch(int(state.epoch or 0))
 
     def on_log(self, args, state, control, logs, **kwargs):
@@ -392,7 +391,7 @@ class ImagesCallback(TrainerCallback):
         if unreadable and part not in self.warned and state.is_world_process_zero:
             self.warned.add(part)
             tqdm.write(
-                f"warning: {files.describe(unreadable[0])} cannot be read, and the next image takes its place; "
+                f"warning: {files.describe(unreadable[0])} cannot be read, and is replaced by the next image; "
                 f"`{part}_unreadable_images` in the results counts all such images.",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""Image classifiers: what they are trained and evaluated on, and how."""
+"""The training and evaluation of image classifiers."""
 
 import functools
 from base64 import b64encode
@@ -40,22 +40,11 @@ from training.images.reading import (
 from training.results.hub import public_name
 from training.results.metrics import Accuracy, load_metrics, plain
 from training.results.page import Example
-from training.run.checks import (
-    check_batches,
-    check_best_metric,
-    check_hub,
-    check_model,
-    check_optimizer,
-    check_trainer,
-    check_variant,
-    config_of_baseline,
-)
+from training.run.checks import check_batches, check_best_metric, check_hub
 from training.run.fields import Run
-from training.run.folder import check_output_folder, make_output_folder
-from training.run.parallel import check_divided
+from training.run.folder import make_output_folder
 from training.run.task import Task
-from training.run.training import model_and_callbacks, run_models
-from training.run.tuning import check_tuning
+from training.run.training import check_run, run_models
 from training.support.errors import UserError, innermost_message, told
 
 
@@ -64,7 +53,7 @@ def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> BaseIma
     The image processor of a model, which makes pixel values from -1 to 1. It is saved with the model.
 
     Args:
-        eval_resize: pixels of the smaller side of an image whose middle is taken; if none, the image is taken whole.
+        eval_resize: the size of the shorter side in pixels before the center crop; if `None`, the whole image is resized.
 
     Raises:
         [`UserError`]: the model's images are larger than `eval_resize`.
@@ -75,7 +64,7 @@ def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> BaseIma
         if eval_resize < max(size.values()):
             raise UserError(f"`eval_resize` is {eval_resize}; it must be at least `image_size`, {max(size.values())}.")
         options = {"size": {"shortest_edge": eval_resize}, "do_center_crop": True, "crop_size": size}
-    # Where images are to be grey, colours are for our own alone.
+    # Only our own processor converts colours to grey.
     processor_class = DCAImageProcessor if config.num_channels == 1 else ViTImageProcessor
     return processor_class(
         **options,
@@ -86,7 +75,7 @@ def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> BaseIma
 
 
 def classification_metrics(named: list[evaluate.EvaluationModule]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """How a [`~transformers.Trainer`] evaluates an image classifier, wherever it comes from: accuracy, and what is named."""
+    """The `compute_metrics` with which a [`~transformers.Trainer`] evaluates any image classifier: accuracy, and `named`."""
     metrics = evaluate.combine([Accuracy(), *named])
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -100,22 +89,14 @@ def classification_metrics(named: list[evaluate.EvaluationModule]) -> Callable[[
 def train_image_classifier(run: Run) -> None:
     """Train the model of a run, and its baseline, on its images."""
     data, config = run.data, run.config
-    baseline = config_of_baseline(run)
-    check_variant(run)
-    check_tuning(run)
-    model_class, callbacks = model_and_callbacks(run, DCAForImageClassification)
-    check_model(model_class, config, run.training.device)
-    check_divided(config, run.training.tp_size)
-    check_optimizer(run.training)
-    check_trainer(run.training)
-    check_output_folder(run.training)
+    baseline, model_class, callbacks = check_run(run, DCAForImageClassification)
     check_hub(run.training)
 
     check_pairs(data.mixup_alpha, run.training.train_batch_size)
     processor = image_processor(config, data.eval_resize)
     if data.rand_augment_operations and config.num_channels not in MODES:
         raise UserError(
-            f"`rand_augment_operations` is {data.rand_augment_operations}, but RandAugment is for images of 1 or 3 channels "
+            f"`rand_augment_operations` is {data.rand_augment_operations}, but RandAugment is for images of 1 or 3 channels, "
             f"and `num_channels` is {config.num_channels}: set it to 0."
         )
     with run.training.main_process_first(desc="preparing the data"):
@@ -132,7 +113,7 @@ def train_image_classifier(run: Run) -> None:
     held_out_examples = ImageExamples(held_out_files, *options)
     make_output_folder(run)
 
-    # (The model's own loss would take probabilities of classes for several labels of one image.)
+    # (The model's own loss would take class probabilities for several labels of one image.)
     smoothing = run.training.label_smoothing_factor
     loss = functools.partial(mixed_cross_entropy, label_smoothing=smoothing) if data.mixup_alpha else None
     source = (
@@ -161,7 +142,7 @@ def train_image_classifier(run: Run) -> None:
 
 
 def image_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """The mean loss of a batch, the same for all models: some add further losses to it in their own."""
+    """The mean loss of a batch, the same for all models. (Some models add further losses to their own.)"""
     return cross_entropy(outputs["logits"].float(), labels)
 
 
@@ -182,12 +163,12 @@ def image_options(
     has_names = isinstance(images.features["label"], ClassLabel)
     if set(names) <= set(known):
         images = numbered_as(images, known) if has_names else images
-    # (Of classes that are only numbers, the last may be missing among the images.)
+    # (If classes are only numbers, the last may be missing among the images.)
     elif len(names) > len(known) or has_names and len(names) < len(known):
-        raise UserError(f"The data has {len(names)} classes, but {checkpoint!r} tells {len(known)} apart.")
+        raise UserError(f"The data has {len(names)} classes, but {checkpoint!r} has {len(known)}.")
     else:
         print(
-            f"note: the classes have other names than the model's, {names[0]!r} for {known[0]!r}: they go by number."
+            f"note: the classes have other names than the model's ({names[0]!r}, not {known[0]!r}) and are matched by number."
         )
     files = ImageFiles(images, num_channels, data.eval_dataset or data.dataset)
     named, _ = load_metrics(metrics, ImageClassificationArguments.held_out_metrics, len(known))
@@ -201,14 +182,14 @@ def image_options(
 
 def image_example(file: str, data: ImageDataArguments, config: DCAVisionConfig, checkpoint: str) -> Example:
     """
-    An image as a classifier takes it, by the file that it is in.
+    The image in a file, as a classifier takes it.
 
     Raises:
-        [`UserError`]: it cannot be read, or the image processor cannot be had.
+        [`UserError`]: the image cannot be read, or the image processor cannot be loaded.
     """
     try:
         image = read_image({"bytes": None, "path": file}, config.num_channels)
-    except Exception as error:  # (there is hardly one that no broken file raises)
+    except Exception as error:  # (broken files raise almost any exception)
         raise UserError(f"`image` is {file!r}, which cannot be read: {innermost_message(error)}.") from error
     with told(checkpoint, "shown"):
         processor = AutoImageProcessor.from_pretrained(checkpoint)
@@ -227,7 +208,7 @@ def image_example(file: str, data: ImageDataArguments, config: DCAVisionConfig, 
 
 
 def _picture_of(values: torch.Tensor, processor) -> str:
-    """What a model sees of an image `(channels, height, width)`, as the data URI of a picture."""
+    """An image `(channels, height, width)` as a model sees it, as the data URI of a picture."""
     if getattr(processor, "do_normalize", True):
         mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (processor.image_mean, processor.image_std))
         values = values * std + mean

@@ -1,4 +1,4 @@
-"""The model card of a run, from what the run left in its folder, and that of a converted model."""
+"""The model card of a run, from the files in its folder, and that of a converted model."""
 
 import platform
 import re
@@ -19,15 +19,15 @@ TEMPLATES = Path(__file__).parents[2] / "model_cards"
 RUN_TEMPLATE, CONVERSION_TEMPLATE = TEMPLATES / "card.md.jinja", TEMPLATES / "conversion.md.jinja"
 LOSS_CURVE, DEPTH_WEIGHTS = "loss_curve.png", "depth_weights.png"
 DEPTH_WEIGHTS_DATA = "depth_weights.json"
-#: How a card links to a page about its weights: what stands before and after the name of the file.
+#: The link of a card to a page about its weights: the text before and after the name of the file.
 PAGE_LINK = (
     "[A page to explore]",
     " shows what each block draws, token by token: download it and open it in a browser.",
 )
 
-#: What all models of this project are found by. (`custom_code` is what the Hub calls models that carry their code.)
+#: The tags of all models of this project. (On the Hub, `custom_code` marks models that carry their code.)
 TAGS = ("deep-cross-attention", "dca", "residual-connections", "custom_code")
-# What a card shows of a run's training arguments, and the names it has there.
+# The training arguments that a card shows.
 HYPER_PARAMETERS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -42,9 +42,9 @@ HYPER_PARAMETERS = (
     "bf16",
     "fp16",
 )
-# What it shows of them where they are set.
+# Those that it shows if they are set.
 TUNING = ("freeze_backbone", "lora_rank")
-#: The figures of a task: the key in `all_results.json`, how a card calls it, and whether less is better.
+#: The metrics of a task: the key in `all_results.json`, the name in a card, and whether lower is better.
 METRICS = {
     "text-generation": [
         ("eval_loss", "held-out loss (nats per token)", True),
@@ -60,16 +60,16 @@ METRICS = {
 
 def origin(source: str, revision: str | None = None) -> dict:
     """
-    What the metadata of a card say of the model that another was made from, as far as its own card, or its name, tells.
+    The metadata that the card of a model takes from its source: license, base model and language, from the source's own card.
 
     Args:
-        source: path or id on the Hub.
+        source: path or Hub id.
     """
     on_the_hub = not Path(source).exists()
     try:
         card = Path(hf_hub_download(source, "README.md", revision=revision) if on_the_hub else f"{source}/README.md")
         theirs = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, HTTPError, yaml.YAMLError):  # it has none, or none that can be had or read
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):  # it has no card, or none that can be read
         theirs = {}
     told = {name: theirs.get(name) for name in ("license", "license_name", "license_link", "base_model", "language")}
     link = told["license_link"]
@@ -81,7 +81,7 @@ def origin(source: str, revision: str | None = None) -> dict:
 
 
 def tags_of(residual_scheme: str) -> list[str]:
-    """The tags by which the Hub finds a model, beside those of its library, task, license and base model."""
+    """The tags of a model on the Hub, in addition to library, task, license and base model."""
     return list(dict.fromkeys([*TAGS, residual_scheme]))
 
 
@@ -90,12 +90,11 @@ def write_card(folder: Path, run, note: dict) -> None:
     Write `README.md` and its pictures into the folder of a run.
 
     Args:
-        folder: of the run, with `config.json`, the weights, `all_results.json`, `trainer_state.json` and
-            `depth_weights.json`, as the run left them.
-        run: as it was asked for, a `Run` of `training.run.fields`.
-        note: what the folder cannot tell: `task` (a pipeline tag), `data` (a sentence), `dataset` (an id on the Hub, or
-            `None`), `dataset_name`, `baseline` (the folder of the baseline, or `None`) and, for text generation,
-            `prompt`.
+        folder: the folder of the run, with `config.json`, the weights, `all_results.json`, `trainer_state.json` and
+            `depth_weights.json`.
+        run: the `Run` (of `training.run.fields`).
+        note: what is not in the folder: `task` (a pipeline tag), `data` (a sentence), `dataset` (a Hub id, or `None`),
+            `dataset_name`, `baseline` (the folder of the baseline, or `None`) and, for text generation, `prompt`.
     """
     models = {scheme_name(folder): folder}
     if note["baseline"] is not None:
@@ -159,7 +158,7 @@ def write_card(folder: Path, run, note: dict) -> None:
         alteration=arguments["variant"],
         loss_curve=LOSS_CURVE,
         depth_weights=DEPTH_WEIGHTS if weights else None,
-        prompt=repr(note.get("prompt")),  # as Python writes it: JSON's escapes of an emoji are another text to Python
+        prompt=repr(note.get("prompt")),  # Python's notation: it would read JSON's escapes of an emoji as another text
         versions={
             "Python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "datasets")},
@@ -174,8 +173,8 @@ def write_card(folder: Path, run, note: dict) -> None:
 
 
 def origin_of_gguf(file: Path) -> dict:
-    """What a GGUF file tells of the model in it, by the names that the metadata of cards have."""
-    from gguf import GGUFReader  # (which is needed for such files alone)
+    """The metadata of the model in a GGUF file, by their names in a card."""
+    from gguf import GGUFReader  # (needed only for such files)
 
     fields = GGUFReader(file).fields
     names = ("general.license", "general.source.repo_url", "general.base_model.0.repo_url")
@@ -194,9 +193,9 @@ def write_conversion_card(
     Write `README.md` into the folder of a model that was converted and not trained.
 
     Args:
-        source: path or Hub id of what it was made from.
-        loading: its `revision` and `gguf_file`, if it has them.
-        place: where the folder will be.
+        source: path or Hub id of the source.
+        loading: its `revision` and `gguf_file`, if any.
+        place: the final path of the folder.
         note: `task` (a pipeline tag), `auto_class` and `processor` (the names of the classes that load model and tokenizer
             or image processor, the latter `None` without one), `architecture` (that of the source's class), `dtype`, `exact`
             (whether only the order of sums differs), `difference` (of the logits, as part of the largest, or `None` if
@@ -233,7 +232,7 @@ def write_conversion_card(
 
 
 def link_page(page: Path, run: Path) -> bool:
-    """Have the card of a run link to a page about its weights, if that is in its folder; return whether it does."""
+    """Add a link to a page in the same folder to the card of a run; return whether the card has the link."""
     card = run / "README.md"
     if page.resolve().parent != run.resolve() or not card.is_file():
         return False
@@ -256,12 +255,12 @@ def link_page(page: Path, run: Path) -> bool:
 
 
 def _length(arguments: dict) -> str:
-    """Which of the training arguments says how long a run is."""
+    """The name of the training argument that sets the length of a run."""
     return "max_steps" if arguments["max_steps"] > 0 else "num_train_epochs"
 
 
 def scheme_name(folder: Path) -> str:
-    """The name of a model's residual scheme, with its `k`; of another scheme, that of the variant."""
+    """The name of a model's residual scheme, with its `k`, or the name of its variant."""
     config = read_json(folder / "config.json")
     if config.get("variant") is not None:
         return config["variant"]
@@ -270,7 +269,7 @@ def scheme_name(folder: Path) -> str:
 
 
 def count_parameters(folder: Path) -> int:
-    """How many parameters the weights in a folder have; tied ones are saved once."""
+    """The number of parameters in the weights of a folder. Tied ones are saved, and counted, once."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
@@ -283,7 +282,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def verdict(metric: tuple[str, str, bool], results: dict[str, dict]) -> str:
-    """Which of two models is better on this run, in words."""
+    """A sentence on which of two models is better on this run."""
     key, label, less_is_better = metric
     (own, own_results), (other, other_results) = results.items()
     difference = own_results[key] - other_results[key]

@@ -1,7 +1,7 @@
 """
 Converts a trained residual model to a DCA model that computes the same: `python -m training.retrofit SOURCE OUTPUT`.
 
-The checkpoint is written, and verified, under another name beside OUTPUT, and renamed when it is complete.
+The checkpoint is written and verified under another name next to OUTPUT, and renamed when it is complete.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from training.support.files import DamagedFile, read_json
 
 
 TEXT, VISION = "AutoModelForCausalLM", "AutoModelForImageClassification"
-#: By kind of the source and the name that a head has here, the class of the DCA model.
+#: The class of the DCA model, by the kind of the source and the name of the head.
 MODEL_CLASSES = {
     TEXT: {
         "causal_lm": DCAForCausalLM,
@@ -61,7 +61,7 @@ MODEL_CLASSES = {
     },
     VISION: {"image_classification": DCAForImageClassification, "base": DCAVisionModel},
 }
-#: What a model with a head is for, as the Hub calls it.
+#: The task of a model on the Hub.
 TASKS = {
     DCAForCausalLM: "text-generation",
     DCAForSequenceClassification: "text-classification",
@@ -72,13 +72,13 @@ TASKS = {
     DCAVisionModel: "image-feature-extraction",
 }
 PROCESSORS = {TEXT: AutoTokenizer, VISION: AutoImageProcessor}
-#: What is compared of two models, as far as they have it.
+#: The outputs to compare, if a model has them.
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
-#: What the modules are called that DCA adds to a block.
+#: The names of the modules that DCA adds to a block.
 ADDED = ("residual", "key_layernorm", "value_layernorm")
-#: What the files of a checkpoint end in; --overwrite deletes nothing else.
+#: The suffixes of the files of a checkpoint; --overwrite deletes no others.
 CHECKPOINT_FILES = (".bin", ".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".txt")
-#: How much the logits may differ, as part of the largest: the order of sums in float32.
+#: The tolerance for logits, relative to the largest: that of another order of sums in float32.
 TOLERANCE = 2e-5
 
 
@@ -87,23 +87,23 @@ def find_source(source: str, loading: dict) -> PreTrainedConfig:
     The source's configuration.
 
     Raises:
-        `UserError`, `ValueError`: it is no model of a family that can become DCA.
+        `UserError`, `ValueError`: it is not a model of a family that can become DCA.
     """
     files = sorted(path.name for path in Path(source).glob("*.gguf"))
     if files and "gguf_file" not in loading and not (Path(source) / "config.json").exists():
-        raise UserError(f"{source!r} holds GGUF files: name one of them with --gguf_file ({', '.join(files)}).")
+        raise UserError(f"{source!r} holds GGUF files: choose one of them with --gguf_file ({', '.join(files)}).")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source, **loading)
     except (LookupError, struct.error) as error:  # of the reader of GGUF files
         if "gguf_file" not in loading:
             raise
         raise UserError(
-            f"{loading['gguf_file']!r} in {source!r} is no whole GGUF file of a model ({type(error).__name__}: {error})."
+            f"{loading['gguf_file']!r} in {source!r} is not a complete GGUF file of a model ({type(error).__name__}: {error})."
         ) from error
     if (model_type := fields.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise UserError(f"{source!r} holds no model that transformers knows (`model_type` is {model_type!r}).")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **loading)
-    find_family(config, kind_of_source(config))  # which refuses others, and says why
+    find_family(config, kind_of_source(config))  # raises an error with the reason if it cannot become DCA
     return config
 
 
@@ -114,13 +114,13 @@ def kind_of_source(config: PreTrainedConfig) -> str:
 
 
 def own_head(config: PreTrainedConfig) -> str | None:
-    """The head that a source says it has, as far as DCA has it; `None` for another one."""
+    """The head of a source by its configuration; `None` if DCA does not have it."""
     model_classes, architectures = MODEL_CLASSES[kind_of_source(config)], config.architectures or ()
     if not architectures:  # as in GGUF files
         return next(iter(model_classes))
     for head, model_class in model_classes.items():
         known = {each.__name__ for each in classes_of(config, model_class._auto_class)}
-        # (Code that came with a checkpoint has names that transformers does not know.)
+        # (Classes in the code of a checkpoint have names that transformers does not know.)
         suffix = model_class._auto_class.removeprefix("AutoModel")
         if any(name in known or suffix and name.endswith(suffix) for name in architectures):
             return head
@@ -129,10 +129,10 @@ def own_head(config: PreTrainedConfig) -> str | None:
 
 def choose_head(config: PreTrainedConfig, source: str, head: str | None, num_labels: int | None) -> type:
     """
-    The class of the DCA model, with the `head` that is asked for or else that of the source.
+    The class of the DCA model, with the requested `head`, or by default with that of the source.
 
     Raises:
-        `UserError`: there is none, or it has no labels, of which a number is given.
+        `UserError`: there is no such head, or `num_labels` is given and it has no labels.
     """
     model_classes = MODEL_CLASSES[kind_of_source(config)]
     labeled = [name for name, each in model_classes.items() if each._auto_class in LABEL_HEADS]
@@ -143,12 +143,12 @@ def choose_head(config: PreTrainedConfig, source: str, head: str | None, num_lab
         chosen = labeled[0]
     if chosen is None:
         raise UserError(
-            f"{source!r} is a {config.architectures[0]}, whose head DCA has not: pass --head, one of "
+            f"{source!r} is a {config.architectures[0]}, whose head DCA does not have: pass --head, one of "
             f"{', '.join(model_classes)}."
         )
     if chosen not in model_classes:
         raise UserError(
-            f"`head` is {chosen!r}, but {source!r} is a {config.model_type!r} model: give one of {', '.join(model_classes)}."
+            f"`head` is {chosen!r}, but {source!r} is a {config.model_type!r} model: choose one of {', '.join(model_classes)}."
         )
     if num_labels is not None and chosen not in labeled:
         raise UserError(
@@ -159,45 +159,43 @@ def choose_head(config: PreTrainedConfig, source: str, head: str | None, num_lab
 
 
 def load_processor(source: str, kind: str, loading: dict):
-    """The source's tokenizer or image processor, or `None` where there is none."""
+    """The source's tokenizer or image processor, or `None` if there is none."""
     try:
         return PROCESSORS[kind].from_pretrained(source, trust_remote_code=False, **loading)
     except (ImportError, LookupError, OSError, ValueError):
         name = "tokenizer" if kind == TEXT else "image processor"
-        print(f"warning: no {name} is copied, as {source!r} has none that loads.", file=sys.stderr)
+        print(f"warning: {source!r} has no {name} that can be loaded, and none is copied.", file=sys.stderr)
         return None
 
 
 def check_output(output: Path, source: Path, beside: list[Path], overwrite: bool) -> None:
     """
     Raises:
-        `UserError`: `output` exists and may not be replaced, or the source would be deleted with it or with what is
-        left `beside` it.
+        `UserError`: `output` exists and may not be replaced, or the source would be deleted with it or with the folders
+        `beside` it.
     """
     folder = output.resolve()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{output} is a file: name a folder.")
+        raise UserError(f"{output} is a file: choose a folder.")
     if source.exists() and any(source.resolve().is_relative_to(place) for place in (folder, *beside)):
-        raise UserError(f"{output} is or contains the source, or would replace it: name another folder.")
+        raise UserError(f"{output} is or contains the source, or would replace it: choose another folder.")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{output} is not empty: name another folder, or pass --overwrite to replace a checkpoint.")
+        raise UserError(f"{output} is not empty: choose another folder, or pass --overwrite to replace a checkpoint.")
     try:
         holds_model = "model_type" in read_json(folder / "config.json")
     except DamagedFile:
         holds_model = False
     if not holds_model:
-        raise UserError(
-            f"{output} holds no checkpoint (config.json), so that it is not replaced: name another folder."
-        )
+        raise UserError(f"{output} holds no checkpoint (config.json), and is not replaced: choose another folder.")
     for path in folder.iterdir():
         if path.is_dir() or path.suffix not in CHECKPOINT_FILES:
-            raise UserError(f"{output} also holds {path.name!r}, which is no part of a checkpoint: move that first.")
+            raise UserError(f"{output} also holds {path.name!r}, which is not part of a checkpoint: move it first.")
 
 
 def recover(folder: Path, replaced: Path) -> None:
-    """Puts the old checkpoint back where a conversion ended before the new one was in its place."""
+    """Restores the old checkpoint if a conversion ended before the new one had replaced it."""
     if replaced.exists() and not folder.exists():
         replaced.rename(folder)
 
@@ -212,19 +210,19 @@ def save(model: PreTrainedModel, processor, folder: Path, max_shard_size: str) -
     size, free = model.get_memory_footprint(), shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"The checkpoint needs {size / 1e9:.1f} GB of disk space, and only {free / 1e9:.1f} GB are free."
+            f"The checkpoint needs {size / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free."
         )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if processor is not None:
         processor.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
-        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors leaves them to their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes them readable by the owner only
 
 
 def make_inputs(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], tokenizer, text: str | None
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The inputs of both models, which are the text or random tokens or images, and how many tokens they generate."""
+    """The inputs of both models (the text, random tokens or random images), and the number of tokens to generate."""
     generator = torch.Generator().manual_seed(0)
     if hasattr(config, "image_size"):
         size = config.image_size
@@ -233,7 +231,7 @@ def make_inputs(
     new_tokens = min(16, config.max_position_embeddings // 2)
     length = config.max_position_embeddings - new_tokens
     if text is None:
-        # (Without a padding token, classifiers of sequences take one at a time.)
+        # (Without a padding token, sequence classifiers take one sequence at a time.)
         number = 1 if model_class is DCAForSequenceClassification else 2
         input_ids = torch.randint(config.vocab_size, (number, min(64, length)), generator=generator)
     else:
@@ -246,8 +244,8 @@ def make_inputs(
 
 @torch.no_grad()
 def compute(model: PreTrainedModel, dtype: torch.dtype, inputs: dict, new_tokens: int) -> list[torch.Tensor]:
-    """Logits, or what the model has for them, and greedy generations, in float32 from weights rounded to `dtype`."""
-    if dtype != torch.float32:  # of which the weights may still be in their file
+    """Logits, or the model's other outputs, and greedy generations, in float32 with weights rounded to `dtype`."""
+    if dtype != torch.float32:  # (float32 weights may still be mapped from their file)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
     outputs = model.eval()(**inputs)
@@ -259,16 +257,17 @@ def compute(model: PreTrainedModel, dtype: torch.dtype, inputs: dict, new_tokens
 
 def compare(expected: list[torch.Tensor], computed: list[torch.Tensor], tolerance: float) -> float:
     """
-    Compares what two models compute, prints how far the logits are apart, and returns that as part of the largest.
+    Compares the results of two models, prints the largest difference of their logits, and returns it relative to the
+    largest logit.
 
     Raises:
-        `SystemExit`: they differ.
+        `SystemExit`: the results differ.
     """
     largest = expected[0].abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     difference = (computed[0] - expected[0]).abs().max()
     relative = (difference / largest).item()
-    print(f"The logits differ by {difference.item():.1e} at most, {relative:.1e} of the largest logit.")
-    if not relative <= tolerance:  # (NaN is neither.)
+    print(f"The logits differ by at most {difference.item():.1e}, {relative:.1e} of the largest logit.")
+    if not relative <= tolerance:  # (also true for NaN)
         raise SystemExit(f"error: The logits differ by more than {tolerance:.1e} of the largest; nothing was changed.")
     if not all(map(torch.equal, computed[1:], expected[1:])):
         raise SystemExit("error: The greedy generations differ, though the logits agree; nothing was changed.")
@@ -277,7 +276,7 @@ def compare(expected: list[torch.Tensor], computed: list[torch.Tensor], toleranc
 
 def retrofit(arguments: argparse.Namespace) -> None:
     """
-    Does what the command is told to, and prints what came of it.
+    Runs `training.retrofit`, and prints the result.
 
     Raises:
         `UserError`: the source cannot be read or cannot become DCA, or the output may not or cannot be written.
@@ -290,8 +289,8 @@ def retrofit(arguments: argparse.Namespace) -> None:
     loading = {name: given[name] for name in ("revision", "subfolder", "gguf_file") if name in given}
     weights = {name: given[name] for name in ("dtype", "variant") if name in given}
     if text is not None and not arguments.verify:
-        raise UserError("`text` is what the models are compared on: pass --verify, too.")
-    DCAConfig(**overrides)  # refuses what does not fit before anything is read
+        raise UserError("`text` is for the comparison of the models: pass --verify, too.")
+    DCAConfig(**overrides)  # checks the fields before anything is read
 
     folder = output.resolve()
     unfinished, replaced = beside = [
@@ -324,13 +323,13 @@ def retrofit(arguments: argparse.Namespace) -> None:
                     lambda: load_source(source, model_class, {**loading, **weights, "dtype": torch.float32})[0],
                     lambda: model_class.from_pretrained(unfinished, dtype=torch.float32),
                 ):
-                    gc.collect()  # Modules refer to each other in circles, and one model at a time is enough.
+                    gc.collect()  # Modules refer to each other in cycles, and memory may hold only one model.
                     model = load()
                     whole = not fresh and model_class._auto_class != "AutoModel"
                     results.append(compute(model if whole else model.base_model, written, *inputs))
                     del model
-                # Weights that only move are exact in half precision, too. Those that a layer scale is multiplied into
-                # are rounded, each by up to half of eps; the logits then differ by less than eps.
+                # Weights that are only renamed are exact in half precision, too. Those that are multiplied by a layer
+                # scale are rounded by up to eps / 2; the logits then differ by less than eps.
                 difference = compare(
                     *results, tolerance=max(TOLERANCE, torch.finfo(written).eps) if scaled else TOLERANCE
                 )
@@ -360,4 +359,4 @@ def retrofit(arguments: argparse.Namespace) -> None:
     print(line)
     if dca_config.residual_scheme != "standard":
         also = f"; model.{head}.requires_grad_(True)" if head else ""
-        print(f"model.freeze_backbone(){also}  # to train what is new alone; without it, all is trained")
+        print(f"model.freeze_backbone(){also}  # trains only the new parameters; without it, all are trained")

@@ -1,6 +1,6 @@
 """
-What the blocks of a trained model draw from each earlier output: the whole weights `b + relu(w . n(f))` (paper, figure 10, whose
-model has `b` alone), and how much its loss rises without an output.
+How much the blocks of a trained model draw from each earlier output, as the weights `b + relu(w . n(f))` (paper, figure 10,
+whose model has only `b`), and how much the loss rises without an output.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,29 +14,29 @@ from modeling_dca import GeneralizedResidual
 
 
 INPUTS = ("q", "k", "v")
-#: What the inputs of a block are called in words; in other schemes than DCA the three share one.
+#: The names of a block's inputs; in other schemes than DCA, queries, keys and values share one.
 INPUT_NAMES = {"q": "queries", "k": "keys", "v": "values", "q, k, v": "queries, keys and values"}
 BAND = (0.05, 0.95)
-#: What does without an output, other than a block by its number.
+#: What can leave out an output, apart from a single block.
 ALL_BLOCKS, OUTPUT = "all", "output"
 
 
 def _places(residual: GeneralizedResidual) -> list[int]:
-    """Where in the stack the entries are that a generalized residual takes (see `training.altered`)."""
+    """The indices of the entries of the stack that a generalized residual takes (a variant may take only some)."""
     return list(getattr(residual, "chosen", range(residual.delta.shape[1])))
 
 
 @torch.no_grad()
 def _run_recording(model: PreTrainedModel, batches: Iterable[dict], record: Callable) -> list[list]:
     """
-    Run a model, and `record(gates, squares)` what each block's generalized residual makes of its stack.
+    Run a model, and call `record(gates, squares)` for each block and batch.
 
     Args:
         record: takes `relu(w . n(f_i))` of each token, `(inputs, entries, tokens)`, and the mean square of each entry over
             its features, `(entries, tokens)`.
 
     Returns:
-        What `record` returned, by block and batch.
+        The results of `record`, by block and batch.
     """
     recorded = []
 
@@ -69,14 +69,14 @@ def _run_recording(model: PreTrainedModel, batches: Iterable[dict], record: Call
 
 
 def residuals_of(model: PreTrainedModel) -> list[GeneralizedResidual]:
-    """Those that form the inputs of the blocks, in their order."""
+    """The generalized residuals that form the inputs of the blocks, in order."""
     return [layer.residual for layer in model.base_model.layers[: model.config.num_hidden_layers]]
 
 
 @torch.no_grad()
 def measure_draws(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]:
     """
-    What the blocks of a model draw from their stacks, in the mean over the tokens of batches.
+    How much the blocks of a model draw from their stacks, as the mean over the tokens of batches.
 
     Args:
         model: a model of any scheme but the standard one, which learns no weights.
@@ -104,15 +104,15 @@ def measure_draws(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]
 @torch.no_grad()
 def measure_token_draws(model: PreTrainedModel, inputs: dict) -> list[dict]:
     """
-    What the blocks of a model draw from their stacks for each token of one example.
+    How much the blocks of a model draw from their stacks for each token of one example.
 
     Args:
-        model: as [`measure_draws`] takes it.
-        inputs: of one text or image, on the model's device.
+        model: as in [`measure_draws`].
+        inputs: the inputs of one text or image, on the model's device.
 
     Returns:
-        A dictionary for each block, as of [`measure_draws`], but for `gate` `(inputs, entries, tokens)` and `size`
-        `(entries, tokens)`, those of each token.
+        A dictionary for each block, as in [`measure_draws`], except for `gate` `(inputs, entries, tokens)` and `size`
+        `(entries, tokens)`, which are those of each token.
     """
     residuals = residuals_of(model)
     found = _run_recording(
@@ -126,20 +126,20 @@ def measure_token_draws(model: PreTrainedModel, inputs: dict) -> list[dict]:
 
 def depth_weights(models: Sequence[list[dict]], times_size: bool = False) -> list[dict]:
     """
-    The weights with which each block's queries, keys and values take each entry of the stack, in models that are alike but
-    for their parameters.
+    The weights of each entry of the stack for each block's queries, keys and values, over models that differ only in their
+    parameters.
 
     Args:
-        models: what [`measure_draws`] found of each.
-        times_size: whether weights are multiplied by the entry's size: how much of it is taken.
+        models: the result of [`measure_draws`] for each model.
+        times_size: whether weights are multiplied by the entry's size.
 
     Returns:
         One dictionary for each input of each block, from the first block on: `block` (from 1), `input` ("q", "k", "v",
         or "q, k, v" where they share one), and lists over the entries: `outputs` (the numbers of the first and the
         last output that the entry holds; the model's input is number 0), `weight` (mean over features, tokens and
         models of `b_i + relu(w . n(f_i))`), `low` and `high` (the 5th and 95th percentile over the features of all
-        models of the mean over tokens), and of what `weight` comes: `b` and `gate` (the means of the two terms), and
-        `size` (root mean square over features, tokens and models).
+        models of the mean over tokens), `b` and `gate` (the means of the two terms of `weight`), and `size` (root mean
+        square over features, tokens and models).
     """
     weights = []
     for block, draws in enumerate(zip(*models), start=1):
@@ -163,7 +163,7 @@ def depth_weights(models: Sequence[list[dict]], times_size: bool = False) -> lis
 
 
 def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> list[dict]:
-    """[`depth_weights`] of one model, as a run leaves them; without `low` and `high`, as a variant's gates may see features."""
+    """[`depth_weights`] of one model, for its run, without `low` and `high`: a variant's gates may depend on features."""
     weights = depth_weights([measure_draws(model, batches)])
     return [{key: value for key, value in each.items() if key not in ("low", "high")} for each in weights]
 
@@ -171,8 +171,8 @@ def measure_depth_weights(model: PreTrainedModel, batches: Iterable[dict]) -> li
 @contextmanager
 def without(entries: Iterable[tuple[GeneralizedResidual, int]]) -> Iterator[None]:
     """
-    Within it, generalized residuals leave out entries of their stacks, by index, as if `b` were 0 and the gate shut for
-    these. The stack itself is unchanged: other blocks still draw from them.
+    A context in which generalized residuals leave out entries of their stacks, by index, as if their `b` and gate were 0. The
+    stack itself is unchanged: other blocks still draw from these entries.
     """
     removed = {}
     for residual, index in entries:
@@ -200,17 +200,17 @@ def losses_without(
 ) -> tuple[float, list[dict]]:
     """
     The loss of a model when a block, all blocks, or the model's output leave out the entry that holds an output. An entry
-    that merges many outputs (k-DCA) is left out as a whole.
+    that merges several outputs (k-DCA) is left out as a whole.
 
     Args:
-        outputs: the numbers of the outputs, each of which is left out in turn.
-        measure: measures the loss.
+        outputs: the numbers of the outputs to leave out in turn.
+        measure: returns the loss.
 
     Returns:
-        The loss of the whole model, and for each output and all that have an entry with it a dictionary: `without` (the
-        output's number), `block` (that does without it: its number, `"all"`, or `"output"` for the generalized residual
-        that forms the model's output), `outputs` (the first and the last that are left out), `loss`, and `lost` (by
-        which that is more than the loss of the whole model).
+        The loss of the whole model, and a dictionary for each output and each place that has it: `without` (the number of the
+        output), `block` (the number of the block, `"all"`, or `"output"` for the generalized residual that forms the model's
+        output), `outputs` (the first and the last output that are left out), `loss`, and `lost` (the increase over the loss
+        of the whole model).
     """
     network = model.base_model
     residuals = {block: layer.residual for block, layer in enumerate(network.layers, start=1)}
@@ -233,7 +233,7 @@ def losses_without(
     before, losses = measure(), {}
     rows = []
     for output, name, entries in tqdm(cases, desc="without an entry", disable=None):
-        # Outputs that are merged are left out together: that is measured once.
+        # Merged outputs are left out together, which is measured once.
         if frozenset(entries) not in losses:
             with without(entries):
                 losses[frozenset(entries)] = measure()

@@ -1,9 +1,9 @@
 """
 Publishes a finished run, or a converted model, on the Hugging Face Hub: `python -m training.publish RUN user/name`.
 
-The model goes up with its modelling code, so that whoever has transformers can load it, and in one commit, so that a
-push that breaks off leaves the repository as it was and can be run again. The run itself is only read, and what goes up
-tells nothing of the machine: no local path, no host name.
+The model is pushed with its modelling code, so that transformers can load it, and in one commit, so that an interrupted push
+leaves the repository unchanged and can be repeated. The run itself is only read. What is pushed reveals nothing about the
+machine: no local path, no host name.
 """
 
 import json
@@ -28,34 +28,35 @@ from training.support.files import read_json, read_whole
 
 STATE, RESULTS = "trainer_state.json", "all_results.json"
 
-#: What a run or a conversion writes, and what a card may show. Other files, such as the output of a job, are not published.
+#: The files that a run or a conversion writes, and those that a card may show. Other files, such as the output of a job, are
+#: not published.
 PUBLISHED = [
     *("*.json", "*.safetensors", "*.py", "*.txt", "*.model", "*.jinja", "*.yaml", "*tfevents*"),
     *("*.md", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.html", "LICENSE*", "NOTICE*"),
 ]
-#: What `Trainer.push_to_hub` leaves out, hidden files, and what only serves to resume the training. The training
+#: What `Trainer.push_to_hub` leaves out, hidden files, and files that are only needed to resume the training. The training
 #: arguments are a pickle that may hold an access token.
 NOT_PUBLISHED = [
     *("checkpoint-*", "_*", ".*", "*/.*", "*__pycache__*"),
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin"),
 ]
-#: What a model is loaded from, and what tells of its training. Such files of an earlier push would be taken for a part of
-#: the new model: an adapter, a chat template, or weights that were cut into other files.
+#: Files that a model is loaded from, or that describe its training. Those of an earlier push (an adapter, a chat template,
+#: other shards) would be mistaken for parts of the new model.
 OF_A_MODEL = [
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*config.json", "*.py"),
     *("*tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
     *("chat_template*", "*_results.json", STATE, RECORD, "depth_weights.*", "loss_curve.*"),
 ]
 LOGS = "*tfevents*"
-#: What only the models of this project have.
+#: A file that only the models of this project have.
 OWN_CODE = "configuration_dca.py"
 
-#: What local data may end in, and no name on the Hub does.
+#: Suffixes of local data, which no name on the Hub has.
 DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst"}
 HUB_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
-#: Fields of configurations that may hold the path of what was loaded.
+#: Fields of configurations that may hold the path of something that was loaded.
 PATH_FIELD = re.compile(r"(\w*_)?name_or_path|\w+_file")
-#: Where a run was, and where it is published, is no part of how it is repeated.
+#: Fields that are not needed to repeat a run: where it was, and where it is published.
 NOT_REPEATED = re.compile("output_dir|push_to_hub|hub_.+")
 
 
@@ -64,7 +65,7 @@ def published_files(run: Path) -> list[str]:
     The files of a finished run that are published, as paths within it.
 
     Raises:
-        `UserError`: `run` is not a folder, is not that of a finished run, or its model is not for use.
+        `UserError`: `run` is not the folder of a finished run, or the run has diverged.
     """
     if not run.is_dir():
         raise UserError(f"{run} is not a folder.")
@@ -74,9 +75,9 @@ def published_files(run: Path) -> list[str]:
     for needed in ("config.json", "*.safetensors", "README.md"):
         if not any(run.glob(needed)):
             raise UserError(f"{run} has no {needed}: only the folder of a finished run can be published.")
-    # A folder with a configuration of its own holds another model: the baseline, say.
+    # A folder with its own configuration holds another model, such as the baseline.
     other_models = [f"{Path(path).parent}/*" for path in paths if path.endswith("/config.json")]
-    # A page that the card does not link to is of other weights: of those before the run went on.
+    # A page that the card does not link to shows older weights, from before the run was resumed.
     card = read_whole(run / "README.md", str, kind=str)
     paths = [path for path in paths if not path.endswith(".html") or f"({path})" in card]
     return list(filter_repo_objects(paths, allow_patterns=PUBLISHED, ignore_patterns=NOT_PUBLISHED + other_models))
@@ -87,10 +88,10 @@ def read_config(run: Path) -> dict:
     The run's `config.json`.
 
     Raises:
-        `UserError`: it cannot be read, or the modelling code that it names is not in the run.
+        `UserError`: it cannot be read, or the run lacks the modelling code that it names.
     """
     config = read_json(run / "config.json")
-    remedy = "save the model with its own `save_pretrained`, which puts the modelling code beside the weights."
+    remedy = "save the model with its own `save_pretrained`, which saves the modelling code with the weights."
     if not config.get("auto_map"):
         raise UserError(f"{run / 'config.json'} names no modelling code (`auto_map`): {remedy}")
     for reference in config["auto_map"].values():
@@ -107,34 +108,34 @@ def read_config(run: Path) -> dict:
 def check_run(run: Path) -> None:
     """
     Raises:
-        `UserError`: the model is one that was altered for a study, its card tells the figures of another, or what tells
-            either is damaged.
+        `UserError`: the model is a variant for a study, its card has the results of another model, or one of the files is
+            damaged.
     """
-    record = run / RECORD  # (which no model has that was not trained by a command)
+    record = run / RECORD  # (only models that were trained by a command have one)
     training = read_record(record)["training"] if record.exists() else {}
     variant = training.get("variant") or training.get("alteration")
     if variant is not None:
-        raise UserError(f"{run} holds a model that was altered for a study ({variant!r}), which is not for use.")
+        raise UserError(f"{run} holds a variant for a study ({variant!r}), which is not for use: choose another run.")
     card = read_whole(run / "README.md", str, kind=str)
     metadata = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     try:
         (model,) = yaml.safe_load(metadata[1])["model-index"]
         told = {metric["type"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
     except (ValueError, TypeError, KeyError, yaml.YAMLError):
-        return  # a card of the user's own: the Hub says whether its metadata can be read
+        return  # a card by the user: the Hub checks its metadata
     if not (run / RESULTS).exists():
         return
     found = read_json(run / RESULTS)
     for name, value in told.items():
         if round(found.get(f"eval_{name}", value), 6) != value:
             raise UserError(
-                f"{run / 'README.md'} tells a {name} of {value}, but {RESULTS} {found[f'eval_{name}']}: the card is not that "
-                "of this model."
+                f"{run / 'README.md'} has a {name} of {value}, but {RESULTS} has {found[f'eval_{name}']}: use the card of this "
+                "model."
             )
 
 
 def loading_line(config: dict, repo_id: str, revision: str | None = None) -> str:
-    """The line of Python that loads the published model with the head that it was trained with."""
+    """The line of Python that loads the published model with its trained head."""
     architectures = config.get("architectures") or []
     auto_classes = {reference.split(".")[-1]: auto_class for auto_class, reference in config["auto_map"].items()}
     auto_class = next((auto_classes[name] for name in architectures if name in auto_classes), "AutoModel")
@@ -143,19 +144,19 @@ def loading_line(config: dict, repo_id: str, revision: str | None = None) -> str
 
 
 def _source(repo_id: str, revision: str | None) -> str:
-    """The arguments of `from_pretrained` that say where on the Hub a model is."""
+    """The arguments of `from_pretrained` for a model on the Hub."""
     return f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
 
 
-# What goes up of each file
+# The published content of each file
 
 
 def is_local_path(value: str, run: Path | None = None) -> bool:
     """
-    Whether what a field names is below a folder of this machine, and not on the Hub.
+    Whether the value of a field is a local path, and not a name on the Hub.
 
     Args:
-        run: the folder of the run; it may have been started in any that holds it.
+        run: the folder of the run; the path may be relative to any of its parents.
     """
     if len(Path(value).parts) < 2 or re.match(r"(https?|hf)://", value):
         return False
@@ -166,13 +167,13 @@ def is_local_path(value: str, run: Path | None = None) -> bool:
 
 
 def model_name(folder: Path) -> str:
-    """What a card calls the model in a folder, of which it does not tell where it is."""
+    """The name of the model in a folder, for a card, without the path of the folder."""
     parts = folder.parts
     return "-".join(parts[1:]) if parts[:1] == (RUNS_FOLDER,) and len(parts) > 1 else folder.resolve().name
 
 
 def public_name(value, run: Path | None = None):
-    """The value of a field, or the values in it, but of a local path its last name alone."""
+    """The value of a field, with each local path in it reduced to its last part."""
     if isinstance(value, dict):
         return {name: public_name(each, run) for name, each in value.items()}
     if isinstance(value, list):
@@ -181,17 +182,17 @@ def public_name(value, run: Path | None = None):
 
 
 def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
-    """The model card, whose code loads the model from the Hub where that of the run loads it from its folder."""
+    """The model card, with code that loads the model from the Hub instead of the run's folder."""
     card = read_whole(run / "README.md", str, kind=str)
     record = read_record(run / RECORD) if (run / RECORD).exists() else {}
     folder = Path(record.get("training", {}).get("output_dir", run))
-    # The title is the folder's, and in cards of earlier versions its path.
+    # The title is the name of the folder, or in cards of earlier versions its path.
     for name in (model_name(folder), model_name(run), folder.as_posix().strip("/").replace("/", "-")):
         for start in ("# ", "- name: "):
             card = card.replace(f"\n{start}{name}\n", f"\n{start}{repo_id.split('/')[-1]}\n", 1)
     for folder in set(re.findall(r'from_pretrained\("([^"\n]*)", trust_remote_code=True\)', card)):
         card = card.replace(f'from_pretrained("{folder}"', f"from_pretrained({_source(repo_id, revision)}")
-    # Cards of earlier versions tell the paths of the data.
+    # Cards of earlier versions contain the paths of the data.
     values = [value for fields in record.values() for value in fields.values()]
     paths = {value for value in values if isinstance(value, str) and is_local_path(value, run)}
     for path in sorted(paths, key=len, reverse=True):
@@ -200,7 +201,7 @@ def published_card(run: Path, repo_id: str, revision: str | None) -> bytes:
 
 
 def published_record(run: Path) -> bytes:
-    """What was asked for, to be asked for elsewhere."""
+    """The requested fields of the run, as they can be used elsewhere."""
     record = {
         section: {name: value for name, value in fields.items() if not NOT_REPEATED.fullmatch(name)}
         for section, fields in read_record(run / RECORD).items()
@@ -209,7 +210,7 @@ def published_record(run: Path) -> bytes:
 
 
 def published_fields(file: Path, run: Path) -> bytes:
-    """A configuration, or the state of the training, in which what was loaded from a local path, or saved there, has none."""
+    """A configuration, or the state of the training, with local paths reduced to their last part."""
 
     def cleaned(fields):
         if not isinstance(fields, dict):
@@ -227,12 +228,12 @@ def published_fields(file: Path, run: Path) -> bytes:
 
 
 def published_log(file: Path) -> bytes:
-    """The numbers in a log of TensorBoard, whose texts hold all training arguments; what is no such log stays as it is."""
+    """A TensorBoard log without its texts, which hold all training arguments; another file is unchanged."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
     content, kept, start = file.read_bytes(), [], 0
-    # A record is its length, the checksum of that, so many bytes, and their checksum. The last one may be cut off.
+    # A record is its length, a checksum of the length, the content, and a checksum of it. The last one may be incomplete.
     while start + 12 < len(content):
         end = start + 12 + struct.unpack_from("<Q", content, start)[0] + 4
         try:
@@ -251,7 +252,7 @@ def published_log(file: Path) -> bytes:
 
 
 def published_path(file: str) -> str:
-    """Where a file is on the Hub. TensorBoard calls folders and files by the host, too."""
+    """The path of a file on the Hub, without the host name that TensorBoard puts into its folders and files."""
     if fnmatch(file, LOGS):
         file = re.sub(r"(?<=/)([A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d)_[^/]+(?=/)", r"\1", file)
         file = re.sub(r"(tfevents\.\d+)\..+(\.\d+\.\d+)$", r"\1\2", file)
@@ -260,10 +261,10 @@ def published_path(file: str) -> str:
 
 def additions(run: Path, files: list[str], repo_id: str, revision: str | None) -> list[CommitOperationAdd]:
     """
-    What is added to the repository of a model.
+    The files to add to the repository of a model.
 
     Raises:
-        `UserError`: a file holds a local path of which this module does not know.
+        `UserError`: a file holds a local path that this module cannot remove.
     """
     rewritten = {
         "README.md": lambda: published_card(run, repo_id, revision),
@@ -295,7 +296,7 @@ def check_token(token: str | None, run: Path, files: list[str]) -> None:
     """
     check_access(token)
     for file in files:
-        # Weights are large, and written by safetensors alone.
+        # Weights are large, and safetensors writes nothing else into their files.
         if not file.endswith(".safetensors"):
             content = (run / file).read_bytes()
             if token.encode() in content or HUB_TOKEN.search(content):
@@ -310,7 +311,7 @@ def check_access(token: str | None) -> None:
     if not token:
         raise UserError(NO_TOKEN)
     if not (token.isascii() and token.isprintable()):
-        raise UserError("The access token for the Hub holds characters that no token has: copy it again.")
+        raise UserError("The access token for the Hub has invalid characters: copy it again.")
 
 
 # The repository
@@ -329,18 +330,18 @@ def check_name(repo_id: str) -> None:
 
 def open_repository(api: HfApi, repo_id: str, revision: str | None, private: bool | None) -> ModelInfo:
     """
-    Sees that a model can be pushed to a branch on the Hub, and creates what is missing of repository and branch.
+    Checks that a model can be pushed to a branch on the Hub, and creates repository and branch if missing.
 
     Args:
-        repo_id: `user/name`, or the name of one's own.
-        revision: the branch; if none, `main`.
-        private: whether the repository must be private, or public; if none, it is what new ones of its owner are.
+        repo_id: `user/name`, or only the name for a repository of the user's own.
+        revision: the branch; by default `main`.
+        private: whether the repository must be private or public; by default the owner's default for new ones.
 
-    Returns: what the branch holds, with the repository's whole name.
+    Returns: the content of the branch, with the full name of the repository.
 
     Raises:
-        `UserError`: the name is none, the repository is not as private as it should be, or the branch is none, or holds
-            another model than this project's.
+        `UserError`: the name is invalid, the repository has another visibility, or the revision is not a branch, or holds a
+            model that this project did not publish.
         Exceptions of huggingface_hub, see `hub_error`.
     """
     check_name(repo_id)
@@ -354,23 +355,25 @@ def open_repository(api: HfApi, repo_id: str, revision: str | None, private: boo
     if revision not in (None, "main"):
         tags = [tag.name for tag in api.list_repo_refs(repo_id).tags]
         if revision in tags or re.fullmatch(r"[0-9a-f]{40}|refs/.*", revision):
-            raise UserError(f"The revision {revision!r} of {url} is no branch, and only to a branch can be pushed.")
+            raise UserError(
+                f"The revision {revision!r} of {url} is not a branch: choose a branch, as only these accept pushes."
+            )
         api.create_branch(repo_id, branch=revision, exist_ok=True)
         branch = api.model_info(repo_id, revision=revision)
     files = [sibling.rfilename for sibling in branch.siblings]
     theirs = [file for file in outdated(files) if OWN_CODE not in files]
-    # (A new branch has what `main` has, where it stays.)
+    # (A new branch starts as a copy of `main`, which keeps its files.)
     if theirs and (branch is main or branch.sha != main.sha):
         raise UserError(
-            f"{url}{f' at {revision!r}' if revision else ''} holds a model that was not published by this command "
-            f"({theirs[0]}, say), which is not replaced: choose another name or another revision."
+            f"{url}{f' at {revision!r}' if revision else ''} holds a model that this command did not publish (with "
+            f"{theirs[0]}), and is not replaced: choose another name or another revision."
         )
     branch.id = repo_id
     return branch
 
 
 def outdated(files: list[str]) -> list[str]:
-    """Which files of a repository belong to the model that was there before."""
+    """The files of a repository that belong to a previous model."""
     at_root = filter_repo_objects(files, allow_patterns=OF_A_MODEL, ignore_patterns=["*/*"])
     return [*at_root, *filter_repo_objects(files, allow_patterns=[LOGS])]
 
@@ -379,7 +382,7 @@ def push(
     run: Path, files: list[str], repo_id: str, private: bool | None, token: str, revision: str | None = None
 ) -> str:
     """
-    Makes `files` of `run` the model `repo_id` on the Hub, in one commit to the branch `revision`, and returns its URL.
+    Pushes `files` of `run` to the model `repo_id` on the Hub, in one commit to the branch `revision`, and returns the URL.
 
     Raises:
         `UserError`: see `additions` and `open_repository`.
@@ -390,7 +393,7 @@ def push(
     branch = open_repository(api, repo_id, revision, private)
     new_files = [operation.path_in_repo for operation in operations]
     old_files = outdated([sibling.rfilename for sibling in branch.siblings])
-    # Not `upload_folder`, which may split a push into several commits.
+    # (`upload_folder` may split a push into several commits.)
     api.create_commit(
         branch.id,
         operations + [CommitOperationDelete(file) for file in old_files if file not in new_files],
@@ -402,10 +405,10 @@ def push(
 
 def publish(run: Path, repo_id: str, private: bool | None, revision: str | None = None) -> None:
     """
-    Makes a finished run the model `repo_id` (`user/name`) on the Hub, and prints its URL and how to load it.
+    Publishes a finished run as the model `repo_id` (`user/name`) on the Hub, and prints its URL and how to load it.
 
     Raises:
-        `UserError`: the run is not whole, the name is none, or the Hub could not be reached or refused the push.
+        `UserError`: the run is not complete, the name is invalid, or the Hub cannot be reached or refused the push.
     """
     if repo_id.count("/") != 1:
         raise UserError(f"{repo_id!r} is not the name of a model: write it as user/name.")
@@ -423,12 +426,12 @@ def publish(run: Path, repo_id: str, private: bool | None, revision: str | None 
 
 def check_target(repo_id: str, private: bool | None, revision: str | None) -> str:
     """
-    See that a run can be published when it is finished, as far as that can be told before; and create its repository.
+    Check in advance that a run can be published, as far as possible, and create its repository.
 
-    Returns: the whole name of the repository.
+    Returns: the full name of the repository.
 
     Raises:
-        `UserError`: it cannot.
+        `UserError`: it cannot be published.
     """
     with hub_errors():
         token = get_token()
@@ -438,8 +441,8 @@ def check_target(repo_id: str, private: bool | None, revision: str | None) -> st
 
 @contextmanager
 def hub_errors():
-    """Makes what goes wrong in the talk with the Hub a sentence for the user."""
-    # The client warns of each attempt that failed, with URLs that are signed; the last failure is told.
+    """Turns errors of the communication with the Hub into a `UserError`."""
+    # The client logs each failed attempt with signed URLs; the last failure becomes the error.
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()

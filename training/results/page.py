@@ -1,4 +1,4 @@
-"""A page to explore: what each block of a model draws for each token of a text, or patch of an image, in one HTML file."""
+"""An interactive page of how much each block draws for each token of a text, or patch of an image, in one HTML file."""
 
 import math
 from pathlib import Path
@@ -14,16 +14,16 @@ from training.support.files import write_whole
 
 
 TEMPLATE = Path(__file__).parents[2] / "model_cards" / "page.html.jinja"
-#: What only pages of this module have: others are not replaced.
+#: A mark of the pages of this module: other files are not replaced.
 MARK = '<meta name="generator" content="training.depth_weights">'
-#: How many gates a page holds at most; as text they are up to 18 MB.
+#: The most gates that a page holds; as text they are up to 18 MB.
 MOST_GATES = 3_000_000
-#: The share of the weights that the colours tell apart; those beyond have the last colour.
+#: The share of the weights within the range of the colours; those beyond have the last colour.
 SHADED = 0.99
 
 HOW_TO_READ = (
-    "draws[i] is block i + 1. Its entry e holds the outputs from outputs[e][0] to outputs[e][1], merged; output 0 is the "
-    "model's input. What input n (inputs[n]) of token t takes entry e with, in the mean over features, is "
+    "draws[i] is block i + 1. Its entry e is the sum of the outputs from outputs[e][0] to outputs[e][1]; output 0 is the "
+    "model's input. The weight of entry e for input n (inputs[n]) of token t, as the mean over features, is "
     "b[n][e] + gate_step * gate[n][e][t]. Gates are rounded to whole steps. Of the features, 90 % have a weight between "
     "low[n][e] and high[n][e], both plus the same gate. sizes holds the root mean square of each entry, by token."
 )
@@ -32,73 +32,73 @@ HOW_TO_READ = (
 class Example(NamedTuple):
     """A text or an image, as a model takes it and as a page shows it."""
 
-    inputs: dict[str, torch.Tensor]  # of the model, a batch of one
-    unit: str  # what the tokens are called: "token" or "patch"
-    tokens: list[str]  # what each token is, in words
-    grid: tuple[int, int] | None = None  # rows and columns of the patches, which are the last of the tokens
-    picture: str | None = None  # a data URI of what the patches are cut from
+    inputs: dict[str, torch.Tensor]  # the inputs of the model, a batch of one
+    unit: str  # "token" or "patch"
+    tokens: list[str]  # the label of each token
+    grid: tuple[int, int] | None = None  # rows and columns of the patches, which are the last tokens
+    picture: str | None = None  # a data URI of the image that the patches are from
 
 
 def check_page(file: Path) -> None:
     """
-    See that a page can be written to a file.
+    Check that a page can be written to a file.
 
     Raises:
-        [`UserError`]: it cannot: bokeh is missing, or the file is none of a page, or is another's.
+        [`UserError`]: bokeh is missing, or the file is not an HTML file, or exists and is not a page of this module.
     """
     named = f"`page` is {str(file)!r}"
     if file.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{named}, which no browser opens as a page: name a file that ends in .html.")
+        raise UserError(f"{named}, which browsers do not open as a page: choose a name that ends in .html.")
     try:
         if file.exists() and MARK.encode() not in file.read_bytes()[:4096]:
-            raise UserError(f"{named}, which exists and is not of this command: name another file.")
+            raise UserError(f"{named}, which exists and this command did not write: choose another file.")
     except OSError as error:
         raise UserError(f"{named}, which cannot be written: {error.strerror}.") from error
     try:
         import bokeh  # noqa: F401
     except ImportError as error:
-        raise UserError("`page` needs bokeh, which draws the maps: install it with `pip install bokeh`.") from error
+        raise UserError("`page` needs bokeh: install it with `pip install bokeh`.") from error
 
 
 def check_size(residuals: list, example: Example, checkpoint: str) -> None:
     """
     Raises:
-        [`UserError`]: a page of so many tokens would be too large to open.
+        [`UserError`]: a page with this number of tokens would be too large to open.
     """
     most = MOST_GATES // sum(len(residual.delta) * residual.delta.shape[1] for residual in residuals)
     if len(example.tokens) > most:
         given = "text" if example.unit == "token" else "image"
         raise UserError(
-            f"`{given}` has {len(example.tokens):,} tokens, and a page of {checkpoint!r} holds {most:,} at most: give a smaller "
+            f"`{given}` has {len(example.tokens):,} tokens, but a page of {checkpoint!r} holds at most {most:,}: give a smaller "
             f"{given}."
         )
 
 
 def _rounded(values: torch.Tensor, digits: int) -> list:
-    """Numbers, or lists of them, with so many digits that count."""
+    """Numbers, or lists of them, with `digits` significant digits."""
     if values.ndim:
         return [_rounded(each, digits) for each in values]
     return float(f"{values.item():.{digits}g}")
 
 
 def gate_step(largest: float) -> float:
-    """The step that gates are rounded to: a power of ten, of which the largest gate has ten thousand at least."""
+    """The step that gates are rounded to: a power of ten, at most a ten-thousandth of the largest gate."""
     return float(f"1e{math.floor(math.log10(largest)) - 4}") if largest > 0 else 1.0
 
 
 def page_data(name: str, config: DCABaseConfig, example: Example, draws: list[dict]) -> dict:
     """
-    What a page shows, as its JSON holds it; `how_to_read` there says what is what.
+    The data of a page, for its JSON; `how_to_read` explains it.
 
     Args:
-        name: of the model.
-        draws: what `measure_token_draws` found.
+        name: the name of the model.
+        draws: the result of `measure_token_draws`.
 
     Raises:
         [`UserError`]: a weight is NaN or infinite.
     """
     if not all(torch.isfinite(draw[key]).all() for draw in draws for key in ("b", "gate", "size")):
-        raise UserError(f"{name!r} has weights that are NaN or infinite: nothing can be shown of it.")
+        raise UserError(f"{name!r} has weights that are NaN or infinite: choose another model.")
     step = gate_step(max(draw["gate"].max().item() for draw in draws))
     sizes, blocks = {}, []
     for number, draw in enumerate(draws, start=1):
@@ -113,7 +113,7 @@ def page_data(name: str, config: DCABaseConfig, example: Example, draws: list[di
             }
         )
         for span, size in zip(draw["outputs"], draw["size"]):
-            sizes.setdefault(span, size)  # the same entry is in the stacks of all blocks that have it
+            sizes.setdefault(span, size)  # an entry is the same in the stacks of all blocks
     return {
         "how_to_read": HOW_TO_READ,
         "model": name,
@@ -131,14 +131,14 @@ def page_data(name: str, config: DCABaseConfig, example: Example, draws: list[di
 
 
 def _reach(draws: list[dict]) -> float:
-    """How far from 1 the last colours are."""
+    """The distance of the last colours from 1."""
     weights = torch.cat([(draw["b"].mean(-1)[..., None] + draw["gate"]).flatten() for draw in draws])
     apart = (weights - 1).abs().sort().values
     return float(f"{max(apart[round(SHADED * (len(apart) - 1))].item(), 0.01):.2g}")
 
 
 def _map_of(data: dict, index: int) -> dict:
-    """The map of one input, as JSON for bokeh; the page's script fills in the weights."""
+    """The map of one input, as JSON for bokeh; the script of the page fills in the weights."""
     from bokeh.embed import json_item
     from bokeh.models import ColumnDataSource, HoverTool, LinearColorMapper, Quad, TapTool
     from bokeh.plotting import figure
@@ -189,8 +189,8 @@ def write_page(data: dict, draws: list[dict], picture: str | None, file: Path) -
     Write a page.
 
     Args:
-        data: of [`page_data`].
-        draws: what it is made of.
+        data: the result of [`page_data`].
+        draws: the draws that it was made from.
         picture: see [`Example`].
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a run is known by in its folder."""
+"""The files that identify a run in its folder."""
 
 from pathlib import Path
 
@@ -6,21 +6,21 @@ from training.support.files import DamagedFile, load_yaml, read_whole
 
 
 RUNS_FOLDER = "runs"
-# What was asked for, in the folder of a run.
+# The requested fields of a run.
 RECORD = "run.yaml"
-# Where and how a run ended whose loss or weights became NaN or infinite.
+# The step and the reason where a run ended because its loss or weights became NaN or infinite.
 DIVERGED = "diverged.json"
 
 
-def read_record(file: Path, remedy: str = "put back what it was") -> dict[str, dict]:
+def read_record(file: Path, remedy: str = "restore it") -> dict[str, dict]:
     """
-    What was asked for of a run, by section.
+    The requested fields of a run, by section.
 
     Args:
-        remedy: what helps where the record is damaged, as the end of a sentence.
+        remedy: what the user can do about a damaged record, as the end of a sentence.
 
     Raises:
-        [`DamagedFile`]: it is.
+        [`DamagedFile`]: the record is damaged.
     """
     record = read_whole(file, load_yaml, "model", "data", "training", remedy=remedy)
     for section, fields in record.items():
@@ -30,8 +30,8 @@ def read_record(file: Path, remedy: str = "put back what it was") -> dict[str, d
 
 
 def find_record(checkpoint: Path) -> Path | None:
-    """The record of the run that a folder is of: the run's own, or that of its baseline or of one of its checkpoints."""
-    if not checkpoint.is_dir():  # a model on the Hub, whose name has nothing to do with what is here
+    """The record of the run that a folder belongs to: the folder of the run, of its baseline or of a checkpoint."""
+    if not checkpoint.is_dir():  # a model on the Hub, whose name may match local paths by chance
         return None
     places = (checkpoint, *checkpoint.absolute().parents[:2])
     return next((place / RECORD for place in places if (place / RECORD).exists()), None)

@@ -1,4 +1,4 @@
-"""What a run says when it is complete."""
+"""The summary that a run prints when it is complete."""
 
 from pathlib import Path
 
@@ -9,12 +9,13 @@ from training.support.tables import align
 
 def summarize_run(models: dict[str, Path], task: str, prompt: str | None, samples: dict[str, str]) -> str:
     """
-    The figures of a run, and of its baseline if it has one; what they write; and where the pictures are.
+    The results of a run and of its baseline, if it has one, the texts that they generate, and the paths of the pictures.
 
     Args:
         models: the folders, by the names of their schemes, the run's own first.
         task: a pipeline tag.
-        prompt: what `samples`, by the same names, go on from.
+        prompt: the prompt of `samples`.
+        samples: the generated texts, by the same names.
     """
     results = {name: read_json(folder / "all_results.json") for name, folder in models.items()}
     unit = "tokens" if task == "text-generation" else "images"
@@ -27,7 +28,7 @@ def summarize_run(models: dict[str, Path], task: str, prompt: str | None, sample
     parts = [align(header, rows)]
     if len(results) > 1:
         parts.append(verdict(METRICS[task][0], results))
-    parts += [f"{name} goes on from {prompt!r}:\n\n{sample}" for name, sample in samples.items()]
+    parts += [f"{name} continues {prompt!r}:\n\n{sample}" for name, sample in samples.items()]
     folder = next(iter(models.values()))
     pictures = [str(folder / name) for name in (LOSS_CURVE, DEPTH_WEIGHTS) if (folder / name).exists()]
     parts.append(

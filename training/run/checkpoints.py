@@ -1,8 +1,9 @@
 """
-Checkpoints that a run can rely on.
+Atomic and verified checkpoints.
 
-A checkpoint has its name, `checkpoint-<step>`, only when all of it is on the disk; until then it is below `.unfinished`.
-A manifest in it says what its files were, so that one that changed since is not trained on. At SIGTERM one is written.
+A checkpoint gets its name, `checkpoint-<step>`, when all of it is on the disk; until then it is below `.unfinished`. Its
+manifest holds the sizes and checksums of its files, so that a run never resumes from a file that has changed. SIGTERM writes
+a checkpoint, too.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ from training.support.errors import UserError, innermost_message
 from training.support.files import read_json, share, sync
 
 
-# Where in a checkpoint the optimizer of a model is that is divided among the processes.
+# The folder of a checkpoint with the optimizer of a model that is divided by `tp_size`.
 OPTIMIZER_FOLDER = "optimizer_shards"
 # The names, sizes and checksums of the files of a checkpoint.
 MANIFEST = "manifest.json"
-# Where, in the folder of a run, that is written or deleted which is not whole. Nothing there is ever read.
+# The folder of a run where files are written or deleted. Nothing in it is ever read.
 UNFINISHED = ".unfinished"
 
 RESUME = "the same command with --resume_from_checkpoint"
@@ -48,7 +49,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def checkpoint_to_resume(folder: Path, named: str | None) -> Path | None:
-    """The checkpoint that the training of the model in `folder` goes on from: the one named, if it is there, or the last."""
+    """The checkpoint that the model in `folder` resumes from: the named one, if it is in there, or else the last."""
     if named is None:
         return None
     if Path(named).resolve().parent == folder.resolve():
@@ -57,39 +58,42 @@ def checkpoint_to_resume(folder: Path, named: str | None) -> Path | None:
 
 
 def goes_on(checkpoint: Path) -> str:
-    """How a training goes on from a checkpoint."""
+    """How to continue from a checkpoint, as the end of a sentence."""
     if any(checkpoint.glob("optimizer*")):
-        return f"{RESUME} goes on from there"
-    return f"it holds a model alone (`save_only_model`), from which a new run starts with --{INITIAL_CHECKPOINT}={checkpoint}"
+        return f"{RESUME} continues from there"
+    return (
+        f"it holds only a model (`save_only_model`); start a new run from it with --{INITIAL_CHECKPOINT}={checkpoint}"
+    )
 
 
 # Writing
 
 
 def files_below(folder: Path) -> list[str]:
-    """The names of the files of a folder and those in it, as seen from there."""
+    """The paths of all files below a folder, relative to it."""
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def finish_checkpoint(unfinished: Path, folder: Path, written: list[list[str]]) -> None:
     """
-    Give a checkpoint that has been written to `unfinished` its place in `folder`, with a manifest, and only when it is on
-    the disk. One of the same name, from an earlier attempt at these steps, is replaced.
+    Add a manifest to the checkpoint in `unfinished`, wait until it is on the disk, and move it to `folder`. A checkpoint of
+    the same name, from an earlier attempt at these steps, is replaced.
 
     Args:
-        written: for each process, the names of the files that it sees there; some may leave that to others.
+        written: the names of the files that each process sees in `unfinished`; an empty list if another process reports them.
 
     Raises:
-        [`UserError`]: this process does not see them all.
+        [`UserError`]: this process does not see all of these files.
     """
     missing = unseen({unfinished / name for names in written for name in names})
     if missing:
         last = next(reversed(checkpoints(folder)), None)
         discard_unfinished(folder)
         raise UserError(
-            f"{unfinished.name} is not whole: {missing[0].relative_to(unfinished)}, which another process wrote, is not seen by "
-            f"the first, so that {folder} is not one folder for all. Name an `output_dir` on a file system that all machines "
-            "share. " + (f"The last whole checkpoint is {last}." if last else "No checkpoint had been written.")
+            f"{unfinished.name} is not complete: {missing[0].relative_to(unfinished)}, which another process wrote, is not "
+            f"visible to the first, so the processes do not share {folder}. Choose an `output_dir` on a file system that all "
+            "machines share. "
+            + (f"The last complete checkpoint is {last}." if last else "There is no checkpoint yet.")
         )
     files = [unfinished / name for name in files_below(unfinished)]
     with ThreadPoolExecutor() as pool:
@@ -115,8 +119,8 @@ def finish_checkpoint(unfinished: Path, folder: Path, written: list[list[str]]) 
 
 def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | None) -> None:
     """
-    Delete the checkpoints that transformers would, so that `limit` are left of those up to a step, and the best one. What is no
-    longer whole does not have the name of a checkpoint.
+    Delete the checkpoints that transformers would delete: of those up to a step, `limit` remain, and the best one. A
+    checkpoint is renamed before its files are deleted.
     """
     found = [checkpoint for checkpoint in checkpoints(folder) if _step(checkpoint) <= step]
     names = folder / UNFINISHED / "names"
@@ -130,12 +134,12 @@ def rotate_checkpoints(folder: Path, step: int, limit: int | None, best: str | N
 
 
 def move_finished(unfinished: Path, folder: Path) -> None:
-    """Move the files of `unfinished`, when they are on the disk, to `folder`, where each replaces the one that was there."""
+    """Flush the files of `unfinished` to the disk, and move them to `folder`, where each replaces its predecessor."""
     files = [path for path in unfinished.rglob("*") if path.is_file()]
     share(files, unfinished)
     for file in files:
         sync(file)
-    # The index of the weights comes last, the weights before it: what lacks them is not taken for a model.
+    # The index of the weights comes last, the weights before it: without them, nothing is mistaken for a model.
     for file in sorted(files, key=lambda file: (".index." in file.name, file.suffix == ".safetensors", file)):
         target = folder / file.relative_to(unfinished)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,11 +155,11 @@ def discard_unfinished(folder: Path) -> None:
 @contextlib.contextmanager
 def told_if_not_written(what: str, folder: Path, *, only_if_full: bool = False) -> Iterator[None]:
     """
-    Tells in a sentence that something could not be written to the folder of a run, and from where it can be resumed.
+    Turns errors of writing to the folder of a run into a `UserError`, which says from where the run can be resumed.
 
     Args:
-        what: the beginning of the sentence.
-        only_if_full: let errors pass that may have come from reading.
+        what: what is written, as the beginning of the sentence.
+        only_if_full: handle a full disk only, as other errors may have come from reading.
 
     Raises:
         [`UserError`]: the disk is full, or fails.
@@ -170,16 +174,16 @@ def told_if_not_written(what: str, folder: Path, *, only_if_full: bool = False) 
             reason += f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
         discard_unfinished(folder)
         last = next(reversed(checkpoints(folder)), None)
-        go_on = "No checkpoint had been written: the same command with --overwrite starts again"
+        go_on = "There is no checkpoint yet: the same command with --overwrite starts again"
         if last is not None:
-            go_on = f"{last} is whole: {goes_on(last)}"
-        raise UserError(f"{what} could not be written to {folder} ({reason}). {go_on} when this is mended.") from error
+            go_on = f"{last} is intact: {goes_on(last)}"
+        raise UserError(f"{what} could not be written to {folder} ({reason}). {go_on} when this is fixed.") from error
 
 
 def _writing_error(error: BaseException, only_if_full: bool) -> str | None:
-    """Why something could not be written, or `None` if that is not what an exception says."""
+    """The reason that something could not be written, or `None` if an exception is about something else."""
     if isinstance(error, CheckpointException):
-        # Of several processes that write a sharded checkpoint together, each is told what went wrong in any.
+        # When several processes write a sharded checkpoint, each of them gets the errors of all.
         causes = [wrapped[0] for wrapped in error.failures.values()]
         return next(filter(None, (_writing_error(cause, only_if_full) for cause in causes)), None)
     text = innermost_message(error)
@@ -188,7 +192,7 @@ def _writing_error(error: BaseException, only_if_full: bool) -> str | None:
         return None
     if isinstance(error, OSError):
         return error.strerror or text
-    # The writers of safetensors and torch have exceptions of their own; torch's do not say why.
+    # safetensors and torch have their own exceptions for writing; torch's do not give the reason.
     if full or isinstance(error, SafetensorError):
         return text
     return "torch failed to write a file" if "PytorchStreamWriter" in text or "inline_container" in text else None
@@ -198,7 +202,7 @@ def _writing_error(error: BaseException, only_if_full: bool) -> str | None:
 
 
 def checksum(file: Path) -> str:
-    """The CRC-32 of a file, which finds what a disk or a copy spoils at several GB per second."""
+    """The CRC-32 of a file. It detects corruption by a disk or a copy, at several GB per second."""
     crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 22):
@@ -211,7 +215,7 @@ def _checksum_of(content: dict) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or `None` if it is as it was written, or was written before there were manifests."""
+    """What is wrong with a checkpoint, or `None` if it is unchanged, or from a release without manifests."""
     manifest = checkpoint / MANIFEST
     if not manifest.exists():
         with_manifest = [each for each in checkpoints(checkpoint.parent) if (each / MANIFEST).exists()]
@@ -237,17 +241,17 @@ def damage(checkpoint: Path) -> str | None:
     with ThreadPoolExecutor() as pool:
         damaged = next(filter(None, pool.map(damage_of, content["files"])), None)
     if damaged is None and (lacking := _lacking(checkpoint, content["files"], content.get("processes", 1))):
-        return f"{checkpoint / lacking} is missing, and the manifest lacks it, too"
+        return f"{checkpoint / lacking} is missing, from the manifest, too"
     return damaged
 
 
 def _lacking(checkpoint: Path, names: Collection[str], num_processes: int) -> str | None:
-    """A file that the others say belongs to a checkpoint, and that is not among its names."""
+    """A file that belongs to a checkpoint according to its other files, but is not among `names`."""
     parts = []
     if num_processes > 1 and any(name.startswith("rng_state_") for name in names):
         parts += [f"rng_state_{process}.pth" for process in range(num_processes)]
     for name in names:
-        if name.endswith("/.metadata") and (checkpoint / name).exists():  # of a part that the processes wrote together
+        if name.endswith("/.metadata") and (checkpoint / name).exists():  # of torch.distributed.checkpoint
             folder = Path(name).parent
             stored = FileSystemReader(checkpoint / folder).read_metadata().storage_data.values()
             parts += {str(folder / each.relative_path) for each in stored}
@@ -257,34 +261,34 @@ def _lacking(checkpoint: Path, names: Collection[str], num_processes: int) -> st
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not as it was written: what is `wrong`, and which other one is `whole`, if any."""
+    """A checkpoint that has changed since it was written: what is `wrong`, and another one that is `whole`, if any."""
 
     def __init__(self, checkpoint: Path, wrong: str, whole: Path | None):
         super().__init__(
             f"{checkpoint} cannot be resumed, because {wrong}. "
             + (
-                f"{whole} is whole: go on from there with --resume_from_checkpoint={whole}."
+                f"{whole} is intact: resume from there with --resume_from_checkpoint={whole}."
                 if whole
-                else "No other checkpoint is whole: start again with --overwrite."
+                else "No other checkpoint is intact: start again with --overwrite."
             )
         )
         self.wrong, self.whole = wrong, whole
 
     def __reduce__(self):
-        return UserError, (str(self),)  # as which another process has it
+        return UserError, (str(self),)  # what another process receives
 
 
 def check_checkpoint(checkpoint: Path) -> None:
     """
-    See that a checkpoint is as it was written.
+    Check that a checkpoint is unchanged since it was written.
 
     Raises:
-        [`DamagedCheckpoint`]: it is not. What is wrong is said, and which other checkpoint is whole.
+        [`DamagedCheckpoint`]: it is not. The error says what is wrong, and which other checkpoint is intact.
     """
     wrong = damage(checkpoint)
     if wrong is None:
         return
-    # The nearest before it, or else one that is further on.
+    # The nearest before it, or else a later one.
     others = sorted(checkpoints(checkpoint.parent), key=lambda each: (_step(each) < _step(checkpoint), _step(each)))
     whole = next((each for each in reversed(others) if damage(each) is None), None)
     raise DamagedCheckpoint(checkpoint, wrong, whole)
@@ -292,41 +296,41 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 def check_state(checkpoint: Path) -> None:
     """
-    See that a checkpoint holds all of a training, not its model alone.
+    Check that a checkpoint holds the whole state of a training, not only the model.
 
     Raises:
-        [`UserError`]: the optimizer, which would start anew, is not in it, or it does not say how far the training was.
+        [`UserError`]: it lacks the optimizer or the state of the trainer.
     """
     if not any(checkpoint.glob("optimizer*")):
         raise UserError(
-            f"{checkpoint} cannot be resumed, because it holds a model alone, without its optimizer (`save_only_model`): start "
+            f"{checkpoint} cannot be resumed, because it holds only a model, without its optimizer (`save_only_model`): start "
             f"a new run from its weights, with --{INITIAL_CHECKPOINT}={checkpoint} and another `output_dir`."
         )
     read_json(
-        checkpoint / "trainer_state.json", "global_step", remedy="name another with --resume_from_checkpoint=PATH"
+        checkpoint / "trainer_state.json", "global_step", remedy="choose another with --resume_from_checkpoint=PATH"
     )
 
 
 def check_sharding(checkpoint: Path, fsdp: bool, tp_size: int) -> None:
     """
-    See that a run can go on from a checkpoint in the way in which it was started.
+    Check that a run can resume from a checkpoint with its kind of parallelism.
 
     Args:
-        fsdp: whether the processes share out one model, as FSDP does.
-        tp_size: among how many processes the model is divided.
+        fsdp: whether the run uses FSDP.
+        tp_size: the number of processes that the model is divided over.
 
     Raises:
-        [`UserError`]: the checkpoint is of another way.
+        [`UserError`]: the checkpoint was written with another kind of parallelism.
     """
     if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != fsdp:
         raise UserError(
             f"{checkpoint} was written {'without' if fsdp else 'with'} FSDP: resume it "
-            f"{'without' if fsdp else 'with'} it, too, on however many devices."
+            f"{'without' if fsdp else 'with'} it, too, on any number of devices."
         )
     divided = (checkpoint / OPTIMIZER_FOLDER).exists()
     if divided and load_optimizer_distributed is None:
         raise UserError(
-            f"{checkpoint} was written with `tp_size`, and needs a later release of transformers (5.24 was tried)."
+            f"{checkpoint} was written with `tp_size`, and needs a later release of transformers (5.24 was tested)."
         )
     if tp_size > 1 and not divided:
         raise UserError(

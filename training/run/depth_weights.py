@@ -1,4 +1,4 @@
-"""What checkpoints draw from each earlier output, on the held-out data of their runs: numbers, figures, and a table."""
+"""How much checkpoints draw from each earlier output, on the held-out data of their runs: numbers, figures, and a table."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ from training.support.tables import align
 
 
 ALL_ENTRIES = "all"
-#: What is written: the key of the numbers, and their files.
+#: The output: the key of the numbers in the first file, and the names of the files.
 WEIGHTS, WEIGHTS_FILES = "weights", ("depth_weights.json", "depth_weights.png", "depth_spreads.png")
 WITHOUT, WITHOUT_FILES = "without", ("without.json", "without.png")
 
@@ -42,41 +42,39 @@ WITHOUT, WITHOUT_FILES = "without", ("without.json", "without.png")
 def check_alike(configs: Sequence[tuple[str, PreTrainedConfig]]) -> None:
     """
     Raises:
-        [`UserError`]: a checkpoint, by its configuration, has no generalized residuals, or others than the first.
+        [`UserError`]: a checkpoint has no generalized residuals by its configuration, or other ones than the first.
     """
     kinds = []
     for checkpoint, config in configs:
         if not isinstance(config, DCABaseConfig) or config.residual_scheme == "standard":
             raise UserError(
-                f"{checkpoint!r} has no generalized residuals: name a DCA model of another scheme than standard."
+                f"{checkpoint!r} has no generalized residuals: choose a DCA model with another scheme than 'standard'."
             )
         variants = [name for name in config.architectures or () if not hasattr(modeling_dca, name)]
         if variants:
-            raise UserError(
-                f"{checkpoint!r} is a {variants[0]}, a variant whose residuals are others: name a DCA model."
-            )
+            raise UserError(f"{checkpoint!r} is a {variants[0]}, a variant with other residuals: choose a DCA model.")
         entries = config.num_hidden_layers + 1
         entries = min(entries, config.max_stack_entries or entries)
         kinds.append((config.residual_scheme, config.num_hidden_layers, config.hidden_size, entries))
         if kinds[-1] != kinds[0]:
             raise UserError(
-                f"{checkpoint!r} has other generalized residuals than {configs[0][0]!r}: name models of one scheme and "
-                "shape."
+                f"{checkpoint!r} has other generalized residuals than {configs[0][0]!r}: choose models with the same scheme "
+                "and shape."
             )
 
 
 def outputs_named(entry: str, blocks: int) -> range:
     """
-    The outputs that `--without` names.
+    The outputs that `--without` selects.
 
     Raises:
-        [`UserError`]: there is no such output in models of so many blocks.
+        [`UserError`]: models with `blocks` blocks have no such output.
     """
     if entry == ALL_ENTRIES:
         return range(blocks + 1)
     if not (entry.isascii() and entry.isdecimal() and int(entry) <= blocks):
         raise UserError(
-            f"`without` is {entry!r}; name an output, from 0 (the model's input) to {blocks} (of the last block), or "
+            f"`without` is {entry!r}; give the number of an output, from 0 (the model's input) to {blocks} (the last block), or "
             f"{ALL_ENTRIES!r} for each in turn."
         )
     return range(int(entry), int(entry) + 1)
@@ -85,12 +83,12 @@ def outputs_named(entry: str, blocks: int) -> range:
 def held_out_losses(trainer: Trainer, outputs: range) -> tuple[float, list[dict]]:
     """[`losses_without`] of the model of a trainer."""
     trainer.remove_callback(ProgressCallback)
-    trainer.compute_metrics = None  # the loss is all that is asked for
+    trainer.compute_metrics = None  # only the loss is needed
     return losses_without(trainer.model, outputs, lambda: trainer.evaluate()["eval_loss"])
 
 
 def mean_losses(of_models: Sequence[tuple[float, list[dict]]]) -> dict[str, Any]:
-    """What [`losses_without`] found of models that are alike: `loss` and `lost` become means, beside the losses of each."""
+    """The results of [`losses_without`] over similar models: `loss` and `lost` are means, and `losses` those of each."""
     befores, found = zip(*of_models)
     rows = []
     for same in zip(*found):
@@ -101,7 +99,7 @@ def mean_losses(of_models: Sequence[tuple[float, list[dict]]]) -> dict[str, Any]
 
 
 def table_of(rows: list[dict]) -> str:
-    """What is lost without each output: by the block that loses most, by all, and by the model's output."""
+    """The rise of the loss without each output: in the block that loses most, in all blocks, and in the model's output."""
     lines = []
     for output in dict.fromkeys(row["without"] for row in rows):
         lost = {row["block"]: row["lost"] for row in rows if row["without"] == output}
@@ -114,7 +112,7 @@ def table_of(rows: list[dict]) -> str:
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Makes what goes wrong in writing a sentence for the user."""
+    """Turns errors of writing to `folder` into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -125,15 +123,16 @@ def write_depth_weights(
     asked: Sequence[dict[str, Any]], folder: Path, times_size: bool = False, without: str | None = None
 ) -> None:
     """
-    Write what checkpoints together draw from each earlier output, in numbers and as figures, and what they lose without.
+    Write how much checkpoints draw from each earlier output, as numbers and figures over all of them, and how much the loss
+    rises without an output.
 
     Args:
-        asked: of each checkpoint, what `parse_evaluation` returned.
+        asked: what `parse_evaluation` returned, for each checkpoint.
         times_size: whether weights are multiplied by the sizes of the entries.
-        without: an output that blocks do without, or `"all"` for each in turn.
+        without: the output to leave out, or `"all"` for each in turn.
 
     Raises:
-        [`UserError`]: the checkpoints cannot be read or are not alike, there is no such output, or the folder holds other
+        [`UserError`]: the checkpoints cannot be read or differ in shape, there is no such output, or the folder holds other
             files of these names.
     """
     check_alike([(each["checkpoint"], each["config"]) for each in asked])
@@ -163,7 +162,7 @@ def write_depth_weights(
         for source in sources:
             held_out = source["data"]["eval_dataset"] or source["data"]["dataset"]
             print(f"{source['checkpoint']}: {source['examples']:,} held-out examples of {held_out}")
-        print(f"What blocks draw from each output is in {folder}: {', '.join(WEIGHTS_FILES)}.")
+        print(f"The weights of all blocks are in {folder}: {', '.join(WEIGHTS_FILES)}.")
         if outputs is None:
             return
         losses = mean_losses([held_out_losses(trainer, outputs) for trainer in trainers])
@@ -171,23 +170,23 @@ def write_depth_weights(
     with written_to(folder):
         write_whole(numbers, json.dumps({"checkpoints": sources, **losses}, indent=1))
         draw_without(losses[WITHOUT], grid)
-    print(f"\nHeld-out loss {losses['loss']:.4f}, and what is lost (nats):\n\n{table_of(losses[WITHOUT])}\n")
+    print(f"\nHeld-out loss {losses['loss']:.4f}, and its rise in nats:\n\n{table_of(losses[WITHOUT])}\n")
     if any(first != last for row in losses[WITHOUT] for first, last in [row["outputs"]]):
-        print("(An entry that holds many outputs, merged, is left out as a whole.)")
-    print(f"What is lost without each output is in {folder}: {', '.join(WITHOUT_FILES)}.")
+        print("(An entry that merges several outputs is left out as a whole.)")
+    print(f"The losses without each output are in {folder}: {', '.join(WITHOUT_FILES)}.")
 
 
 def explore(asked: dict[str, Any], file: Path, **given: str | None) -> None:
     """
-    Write the page of a checkpoint: what its blocks draw for each token of a text, or patch of an image.
+    Write the page of a checkpoint: how much its blocks draw for each token of a text, or patch of an image.
 
     Args:
         asked: what `parse_evaluation` returned.
-        file: of the page; if in the folder of the checkpoint, the card there gets a link to it.
-        given: `text`, or `image`, the file of one; the other is `None`.
+        file: the page; if it is in the folder of the checkpoint, the card there links to it.
+        given: `text`, or `image`, the path of one; the other is `None`.
 
     Raises:
-        [`UserError`]: the checkpoint or what is given cannot be read, do not go together, or the page cannot be written.
+        [`UserError`]: the checkpoint or the example cannot be read, they do not fit, or the page cannot be written.
     """
     checkpoint, config, arguments = asked["checkpoint"], asked["config"], asked["arguments"]
     check_alike([(checkpoint, config)])
@@ -195,7 +194,7 @@ def explore(asked: dict[str, Any], file: Path, **given: str | None) -> None:
     kind = "image" if asked["task"].name == "image-classification" else "text"
     other = next(name for name in given if name != kind)
     if given[kind] is None or given[other] is not None:
-        raise UserError(f"{checkpoint!r} is a model of {kind}s: --page takes --{kind}, and no --{other}, with it.")
+        raise UserError(f"{checkpoint!r} is a model of {kind}s: --page takes --{kind}, not --{other}, for it.")
     example = asked["task"].example(given[kind], asked["data"], config, checkpoint)
     model = load_model(asked["model_class"], checkpoint, arguments.dtype)
     check_size(residuals_of(model), example, checkpoint)
@@ -207,6 +206,6 @@ def explore(asked: dict[str, Any], file: Path, **given: str | None) -> None:
     write_page(page_data(name, config, example, draws), draws, example.picture, file)
     linked = link_page(file, Path(checkpoint))
     print(
-        f"What each block draws for each {example.unit} is in {file} ({len(example.tokens):,} in all): open it in a browser."
+        f"The page with the weights of each {example.unit} is {file} ({len(example.tokens):,} in all): open it in a browser."
         + (" The model card links to it." if linked else "")
     )

@@ -1,4 +1,4 @@
-"""A checkpoint evaluated on held-out data, with the figures that a run has."""
+"""The evaluation of a checkpoint on held-out data, with the metrics of a run."""
 
 import dataclasses
 import json
@@ -32,23 +32,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 class EvaluationArguments:
     """How a checkpoint is evaluated."""
 
-    batch_size: int = dataclasses.field(default=8, metadata={"help": "The examples of a batch, on each device."})
+    batch_size: int = dataclasses.field(default=8, metadata={"help": "The batch size on each device."})
     device: str | None = dataclasses.field(
-        default=None, metadata={"help": "'cpu', 'cuda', ...; if none, the best that there is."}
+        default=None, metadata={"help": "'cpu', 'cuda', ...; by default the best one available."}
     )
     dtype: str | None = dataclasses.field(
         default=None,
-        metadata={"help": f"The precision of the weights: {', '.join(DTYPES)}; if none, that of the checkpoint."},
+        metadata={"help": f"The precision of the weights: {', '.join(DTYPES)}; by default that of the checkpoint."},
     )
     metrics: list[str] = dataclasses.field(
         default_factory=list,
         metadata={
-            "help": "Metrics of `evaluate` to measure besides: names on the Hub ('f1'), or paths ('./my_metric'). Predictions "
-            "and references are classes, or of text the next tokens."
+            "help": "Additional metrics of `evaluate`: names on the Hub ('f1'), or paths ('./my_metric'). Predictions and "
+            "references are classes, or the next tokens of a text."
         },
     )
-    output: str | None = dataclasses.field(default=None, metadata={"help": "A file to write the figures to, as JSON."})
-    overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace the file that `output` names."})
+    output: str | None = dataclasses.field(default=None, metadata={"help": "A JSON file for the results."})
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace an existing `output`."})
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -56,7 +56,7 @@ class EvaluationArguments:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"`dtype` is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
         if self.output is not None and Path(self.output).exists() and not self.overwrite:
-            raise ValueError(f"`output` is {self.output!r}, which exists: name another file, or pass --overwrite.")
+            raise ValueError(f"`output` is {self.output!r}, which exists: choose another file, or pass --overwrite.")
 
 
 def find_task(tasks: Iterable[Task], config: PreTrainedConfig, checkpoint: str) -> tuple[Task, type[PreTrainedModel]]:
@@ -64,7 +64,7 @@ def find_task(tasks: Iterable[Task], config: PreTrainedConfig, checkpoint: str) 
     The task of a checkpoint, and the class that loads it.
 
     Raises:
-        [`UserError`]: it is of none of the tasks.
+        [`UserError`]: it belongs to none of the tasks.
     """
     architectures = config.architectures or []
     for task in tasks:
@@ -77,17 +77,18 @@ def find_task(tasks: Iterable[Task], config: PreTrainedConfig, checkpoint: str) 
             if model_class.__name__ in architectures and type(config) is model_class.config_class:
                 return task, model_class
     raise UserError(
-        f"{checkpoint!r} is a {' or '.join(architectures) or config.model_type}; what is evaluated are causal language models "
-        "and image classifiers."
+        f"{checkpoint!r} is a {' or '.join(architectures) or config.model_type}; only causal language models and image "
+        "classifiers can be evaluated."
     )
 
 
 def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, description: str) -> dict[str, Any]:
     """
-    What `argv` (`CHECKPOINT [--field value ...]`) asks for, else what the run had: the arguments of [`evaluate`].
+    The arguments of [`evaluate`] from `argv` (`CHECKPOINT [--field value ...]`), with those of the checkpoint's run as
+    defaults.
 
     Args:
-        tasks: on text, and on images.
+        tasks: the task on text, and that on images.
         command, description: as [`Parser`] takes them.
     """
     named = bool(argv) and not argv[0].startswith("-")
@@ -96,7 +97,7 @@ def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, descr
     data_classes = dict(zip(("data", "data (of images)"), (each.data_class for each in tasks)))
     if named:
         file = Path(argv[0], "config.json")
-        if file.exists():  # of which some releases of transformers do not say what is wrong
+        if file.exists():  # (some releases of transformers do not report a damaged file)
             read_json(file)
         with told(argv[0], "evaluated"):
             config = AutoConfig.from_pretrained(argv[0])
@@ -104,16 +105,15 @@ def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, descr
         data_classes = {"data": task.data_class}
         record = find_record(Path(argv[0]))
         if record is not None:
-            run = read_record(record, "put back what it was, or delete it and name the data with --dataset")
+            run = read_record(record, "restore it, or delete it and give the data with --dataset")
             training = run["training"]
-            # On other data, the blocks are as long, and nothing else of the run's data counts. A run's tokenizer is in its
-            # folder, whatever it was made from.
+            # On other data, only the length of the blocks is kept. A run's tokenizer is in its folder, whatever it came from.
             kept = (
                 ("block_size",)
                 if given & {"dataset", "eval_dataset"}
                 else {*run["data"], "split_seed"} - {"tokenizer"}
             )
-            # (Before the split had a seed of its own, it was the run's.)
+            # (In earlier releases, the split used the run's seed.)
             run_data = {"split_seed": training.get("seed", 42), **run["data"]}
             defaults = {name: value for name, value in run_data.items() if name in kept}
             if "eval_split" in given:
@@ -137,21 +137,21 @@ def parse_evaluation(argv: list[str], tasks: Sequence[Task], command: str, descr
     if "--tokenizer" in parser._option_string_actions:
         parser._option_string_actions[
             "--tokenizer"
-        ].help = "Another tokenizer than the checkpoint's: its path or Hub id."
+        ].help = "The path or Hub id of a tokenizer; by default the checkpoint's."
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         raise UserError(str(error)) from error
     data, arguments = parsed
     if "eval_dataset" in given and "dataset" not in given:
-        data.dataset = data.eval_dataset  # of which nothing is needed but the names of the classes
+        data.dataset = data.eval_dataset  # only the names of its classes are used
     asked = {"checkpoint": rest.checkpoint, "task": task, "model_class": model_class, "config": config}
     return {**asked, "data": data, "arguments": arguments, **({} if arguments.dtype else precision)}
 
 
 def load_model(model_class: type[PreTrainedModel], checkpoint: str, dtype: str | None) -> PreTrainedModel:
     """
-    Load a model of which all weights are in its checkpoint.
+    Load a model, all of whose weights must be in its checkpoint.
 
     Raises:
         [`UserError`]: the checkpoint cannot be read, or lacks weights.
@@ -161,7 +161,7 @@ def load_model(model_class: type[PreTrainedModel], checkpoint: str, dtype: str |
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
-            f"{checkpoint!r} lacks {len(missing)} weights of a {model_class.__name__}: {missing[0]}, for one."
+            f"{checkpoint!r} lacks {len(missing)} weights of a {model_class.__name__}, for example {missing[0]}."
         )
     return model
 
@@ -180,10 +180,10 @@ def held_out_trainer(
     A trainer that evaluates a checkpoint on held-out data, as [`evaluate`] does.
 
     Args:
-        precision: in what a run trained and evaluated, `bf16` or `fp16`, as [`~transformers.TrainingArguments`] take it.
+        precision: the precision that a run used, `bf16` or `fp16`, as [`~transformers.TrainingArguments`] take it.
 
     Raises:
-        [`UserError`]: the checkpoint cannot be read, or the data does not go with it.
+        [`UserError`]: the checkpoint cannot be read, or does not fit the data.
     """
     options = task.evaluation(data, config, checkpoint, arguments.metrics)
     model = load_model(model_class, checkpoint, arguments.dtype)
@@ -201,16 +201,16 @@ def held_out_trainer(
             check_one_gpu(trainer_arguments)
             if processes_per_batch(1) > 1:
                 raise UserError(
-                    "The launcher divides a model or its sequences, as no evaluation here does: launch with ddp.yaml."
+                    "The launcher divides a model or its sequences, which evaluation does not support: launch with ddp.yaml."
                 )
             device = trainer_arguments.device.type
             if arguments.device not in (None, device):
                 raise UserError(
-                    f"`device` is {arguments.device!r}, but what there is here is {device!r}: leave it out."
+                    f"`device` is {arguments.device!r}, but the available device is {device!r}: leave it out."
                 )
             trainer = Trainer(model, trainer_arguments, **options)
         except ValueError as error:
-            raise UserError(f"{innermost_message(error)} (`--dtype` sets another precision.)") from error
+            raise UserError(f"{innermost_message(error)} (`--dtype` changes the precision.)") from error
         yield trainer
 
 
@@ -224,9 +224,9 @@ def evaluate(
     **precision: bool,
 ) -> dict[str, Any]:
     """
-    The held-out figures of a checkpoint, by the names that they have in a run's `all_results.json`.
+    The held-out results of a checkpoint, by their names in a run's `all_results.json`.
 
-    Args and errors are those of [`held_out_trainer`].
+    Arguments and errors are those of [`held_out_trainer`].
     """
     with held_out_trainer(checkpoint, task, model_class, data, arguments, config, **precision) as trainer:
         figures = trainer.evaluate()
@@ -247,7 +247,7 @@ def evaluate(
 
 def report(figures: dict[str, Any], output: str | None) -> None:
     """
-    Print the figures of a checkpoint, and write them to a file, if one is named.
+    Print the results of a checkpoint, and write them to a file, if one is given.
 
     Raises:
         [`UserError`]: the file cannot be written.
@@ -255,7 +255,7 @@ def report(figures: dict[str, Any], output: str | None) -> None:
     labels = {key: label for key, label, _ in METRICS[figures["task"]]}
     for key in figures:
         if key.startswith("eval_") and key.removeprefix("eval_") not in TAKEN:
-            labels.setdefault(key, key.removeprefix("eval_"))  # of a metric that was named
+            labels.setdefault(key, key.removeprefix("eval_"))  # of an additional metric
     rows = [[label, f"{figures[key]:.6g}"] for key, label in labels.items()]
     held_out = figures["data"]["eval_dataset"] or figures["data"]["dataset"]
     table = align(["", ""], rows)

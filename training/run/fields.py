@@ -1,4 +1,4 @@
-"""The fields of a run's section `training`, and a run as it was asked for."""
+"""The fields of the section `training`, and a run as the user requested it."""
 
 import contextlib
 import dataclasses
@@ -22,10 +22,10 @@ from training.support.files import load_yaml
 from training.variants.registry import VARIANTS
 
 
-# What `resume_from_checkpoint` is when it is given without a path, and where a run is started and gone on with by one line.
+# `resume_from_checkpoint` without a path, and where one command starts a run or resumes it.
 LAST, AUTO = "last", "auto"
 
-# From where to where a field may be: what the Trainer meets only when it is too late for a sentence, or never.
+# The ranges of fields that the Trainer checks too late, or never.
 BOUNDS = {
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
@@ -39,7 +39,7 @@ BOUNDS = {
     "dataloader_num_workers": (0, math.inf),
     "dataloader_prefetch_factor": (1, math.inf),
     "ddp_bucket_cap_mb": (1, math.inf),
-    "ddp_timeout": (1, 10**9),  # more than 30 years, and less than a date can hold
+    "ddp_timeout": (1, 10**9),  # seconds: more than 30 years, and less than a date can hold
     "learning_rate": (0, math.inf),
     "warmup_steps": (0, math.inf),
     "weight_decay": (0, math.inf),
@@ -47,122 +47,127 @@ BOUNDS = {
     "label_smoothing_factor": (0, 1),
     "neftune_noise_alpha": (0, math.inf),
     "eval_delay": (0, math.inf),
-    # What NumPy takes.
+    # The range of NumPy.
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
 
-# Fields that say something each so many steps, or each such share of all, by the field that says whether they are asked.
+# Intervals, in steps or as a share of all steps, and the strategies that use them.
 INTERVALS = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
 
-# Fields that can have one value alone: with others the Trainer would fail when all is trained, or not do what they say.
+# Fields that support a single value: with any other, the Trainer would fail after the training, or ignore the field.
 FIXED = {
     "prediction_loss_only": (False, "a run reports more than its loss"),
-    "eval_do_concat_batches": (True, "a run reports figures of all that was held out"),
-    "batch_eval_metrics": (False, "a run reports figures of all that was held out"),
-    "include_for_metrics": ([], "the figures of a run need no more"),
-    "label_names": (None, "all models that are trained here name them alike"),
-    "length_column_name": ("length", "all examples have one length"),
+    "eval_do_concat_batches": (True, "a run computes its metrics over all held-out data"),
+    "batch_eval_metrics": (False, "a run computes its metrics over all held-out data"),
+    "include_for_metrics": ([], "the metrics of a run need nothing else"),
+    "label_names": (None, "all models that are trained here use the same names"),
+    "length_column_name": ("length", "all examples have the same length"),
     "use_liger_kernel": (False, "Liger has no kernels for these models"),
     "liger_kernel_config": (None, "Liger has no kernels for these models"),
-    "deepspeed": (None, "a run is shared out among devices by the files of configuration/accelerate"),
-    "parallelism_config": (None, "a run is shared out among devices by the files of configuration/accelerate"),
-    "save_on_each_node": (False, "the folder of a run is one that all machines share"),
-    "enable_jit_checkpoint": (False, "SIGTERM has a checkpoint written in any case"),
-    "use_cache": (False, "there is nothing to keep in a cache where nothing is generated"),
+    "deepspeed": (None, "the files in configuration/accelerate distribute a run over devices"),
+    "parallelism_config": (None, "the files in configuration/accelerate distribute a run over devices"),
+    "save_on_each_node": (False, "all machines share the folder of a run"),
+    "enable_jit_checkpoint": (False, "a run always writes a checkpoint at SIGTERM"),
+    "use_cache": (False, "training generates no text, and needs no cache"),
     "do_predict": (False, "a run has nothing to predict"),
-    "restore_callback_states_from_checkpoint": (False, "what is to be restored is, in any case"),
+    "restore_callback_states_from_checkpoint": (False, "a run always restores what it needs"),
 }
 
 
 def check_one_gpu(arguments: TrainingArguments) -> None:
     """
     Raises:
-        [`UserError`]: one process has several GPUs, over which the Trainer would spread it in a way that is not tested here.
+        [`UserError`]: one process has several GPUs, which the Trainer would use with `DataParallel`. That is not tested here.
     """
     if arguments.n_gpu > 1:
         line = shlex.join(["-m", f"training.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
         raise UserError(
-            f"There are {arguments.n_gpu} GPUs, for which as many processes are needed: `accelerate launch --config_file "
-            f"configuration/accelerate/ddp.yaml --num_processes {arguments.n_gpu} {line}`; or let this one see one GPU alone, "
-            "with CUDA_VISIBLE_DEVICES=0."
+            f"There are {arguments.n_gpu} GPUs, and each needs its own process: `accelerate launch --config_file "
+            f"configuration/accelerate/ddp.yaml --num_processes {arguments.n_gpu} {line}`; or use a single GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def with_default(name: str, default: Any) -> Any:
+    """A field of [`~transformers.TrainingArguments`] with another default, and the same help."""
+    return dataclasses.field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
 @dataclasses.dataclass
 class RunArguments(TrainingArguments):
-    """The fields of [`~transformers.TrainingArguments`], with what every run of this project has."""
+    """The fields of [`~transformers.TrainingArguments`], and those that every run of this project has."""
 
-    #: What is measured on held-out data, and whether more of it is better.
+    #: The metrics of held-out data, and whether greater is better.
     held_out_metrics: ClassVar[dict[str, bool]] = {"loss": False}
 
     baseline: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "A residual scheme to train too, on the same batches, for comparison: 'standard', say; or 'none'."
+            "help": "A second residual scheme to train on the same batches for comparison, such as 'standard', or 'none'."
         },
     )
     variant: str | None = dataclasses.field(
         default=None,
-        metadata={"help": f"What to train beside DCA, for studies; not for models to be used: {', '.join(VARIANTS)}."},
+        metadata={"help": f"Train a variant for a study instead of DCA, not a model for use: {', '.join(VARIANTS)}."},
     )
-    # (A word for the parser; the settings by name when it has been read.)
+    # (The parser sees a string; it becomes a dictionary of settings.)
     variant_fields: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Settings of the `variant`, where it has some: '{n: 2}', say; see `training/variants/`."},
+        metadata={"help": "The settings of the `variant`, if it has any, such as '{n: 2}'; see `training/variants/`."},
     )
     freeze_backbone: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Of the `initial_checkpoint`, train what DCA adds alone (`delta` and `gate`), and the head of a classifier."
+            "help": "Train only what DCA adds to the `initial_checkpoint` (`delta` and `gate`), and the head of a classifier."
         },
     )
     lora_rank: int | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Of the `initial_checkpoint`, train nothing but adapters of this rank (LoRA, needs peft) beside all linear "
-            "maps of the blocks, and the head of a classifier. The run ends with them added to the weights."
+            "help": "Train only LoRA adapters of this rank (needs peft) on all projections of the blocks of the "
+            "`initial_checkpoint`, and the head of a classifier. The adapters are merged into the weights at the end."
         },
     )
     metrics: list[str] = dataclasses.field(
         default_factory=list,
         metadata={
-            "help": "Metrics of `evaluate` to measure besides: names on the Hub ('f1'), or paths ('./my_metric'). Predictions "
-            "and references are classes, or of text the next tokens."
+            "help": "Additional metrics of `evaluate`: names on the Hub ('f1'), or paths ('./my_metric'). Predictions and "
+            "references are classes, or the next tokens of a text."
         },
     )
     global_batch_size: int | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "The examples of a training step over all devices; `gradient_accumulation_steps` follows from it, "
-            "whatever the number of devices. An epoch is filled up to whole steps, with examples drawn again."
+            "help": "The number of examples in a training step over all devices, from which `gradient_accumulation_steps` "
+            "follows. The last step of an epoch is filled up with examples drawn again."
         },
     )
     tp_size: int = dataclasses.field(
         default=1,
         metadata={
-            "help": "Over how many devices each weight of attention and MLP is divided (tensor parallelism); they train on the "
-            "same examples. Launch with ddp.yaml or torchrun."
+            "help": "Tensor parallelism: the number of devices that each weight of attention and MLP is divided over. These "
+            "devices train on the same examples. Launch with ddp.yaml or torchrun."
         },
     )
     fsdp_size: int | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "With `tp_size`: over how many devices the weights are shared out besides; if none, over all that remain."
+            "help": "With `tp_size`: the number of devices that the weights are also sharded over; by default all that remain."
         },
     )
     dp_replicate_size: int = dataclasses.field(
         default=1,
-        metadata={"help": "With `tp_size`: how many copies of the model there are. The number of machines, say."},
+        metadata={"help": "With `tp_size`: the number of replicas of the model, for example the number of machines."},
     )
     overwrite: bool = dataclasses.field(
-        default=False, metadata={"help": "Delete an earlier run that `output_dir` holds, and start again."}
+        default=False, metadata={"help": "Delete the earlier run in `output_dir`, and start again."}
     )
     push_to_hub: bool = dataclasses.field(
         default=False, metadata={"help": "Publish the run on the Hub when it is complete, as `training.publish` does."}
     )
     hub_strategy: str = dataclasses.field(
-        default="end", metadata={"help": "When to push to the Hub: 'end', the only time that a run is whole."}
+        default="end", metadata={"help": "When to push to the Hub: only 'end', when the run is complete."}
     )
     model_license: str = dataclasses.field(
         default="apache-2.0", metadata={"help": "The license that the model card states for the weights."}
@@ -170,27 +175,27 @@ class RunArguments(TrainingArguments):
     optim: OptimizerNames | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "The optimizer; if not given, 'adamw_torch' on an XLA device and "
-            f"{TrainingArguments.default_optim!r} on others."
+            "help": f"The optimizer; by default 'adamw_torch' on an XLA device, and {TrainingArguments.default_optim!r} "
+            "elsewhere."
         },
     )
-    # Every weight has a part in every loss.
+    # Every loss depends on every weight.
     ddp_find_unused_parameters: bool = dataclasses.field(
         default=False,
-        metadata={"help": "Have several devices look, in every step, for weights that had no part in it."},
+        metadata={"help": "On several devices, search every step for weights that the loss does not depend on."},
     )
-    # A loss that is not finite must be seen, not replaced by the last finite one.
+    # A loss that is not finite must be visible, not replaced by the last finite one.
     logging_nan_inf_filter: bool = dataclasses.field(
-        default=False, metadata={"help": "Whether to leave losses that are not finite out of the logs."}
+        default=False, metadata={"help": "Whether to leave NaN and infinite losses out of the logs."}
     )
     report_to: list[str] = dataclasses.field(
         default_factory=lambda: ["tensorboard"],
-        metadata={"help": "Where to log to: integrations of the Trainer, 'all' that are installed, or 'none'."},
+        metadata={"help": "Where to log: integrations of the Trainer, 'all' that are installed, or 'none'."},
     )
-    # (The parser takes what is a word or a truth value for a truth value alone.)
+    # (The parser would take a field that is a string or a boolean for a boolean.)
     include_num_input_tokens_seen: str = dataclasses.field(
         default="no",
-        metadata={"help": "Whether to count the tokens that are trained on: 'all', 'non_padding' or 'no'."},
+        metadata={"help": "Which of the training tokens to count: 'all', 'non_padding' or 'no'."},
     )
 
     def __post_init__(self):
@@ -207,13 +212,15 @@ class RunArguments(TrainingArguments):
         check_tensor_parallelism(self)
         check_launcher(self.world_size, self.device, uses_fsdp(self))
         accumulation = self.accelerator_config.gradient_accumulation_kwargs or {}
-        GradientAccumulationPlugin(**accumulation)  # which knows its fields
+        GradientAccumulationPlugin(**accumulation)  # validates its fields
         if "num_steps" in accumulation:
             raise ValueError(
                 "`accelerator_config` has `num_steps`: leave it out, and set `gradient_accumulation_steps`."
             )
         if self.global_batch_size is not None and self.accelerator_config.split_batches:
-            raise ValueError("`accelerator_config` has `split_batches`, but `global_batch_size` says what a batch is.")
+            raise ValueError(
+                "`accelerator_config` has `split_batches`, but `global_batch_size` is set: leave one out."
+            )
         if self.device.type == "cpu" and self.fp16:
             raise ValueError("`fp16` is for GPUs: leave it out on a CPU, or choose `bf16`.")
         if DebugOption.TPU_METRICS_DEBUG in self.debug and self.device.type != "xla":
@@ -222,7 +229,7 @@ class RunArguments(TrainingArguments):
             SchedulerType.REDUCE_ON_PLATEAU,
             SchedulerType.GREEDY,
         ):
-            # (Left to itself, the schedule would take a metric that rises for one that gets no better.)
+            # (By default the schedule takes a rising metric for one that does not improve.)
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.device.type == "xla":
             self._set_xla_defaults(chosen_optimizer)
@@ -233,12 +240,12 @@ class RunArguments(TrainingArguments):
 
     @property
     def data_parallel_size(self) -> int:
-        """How many processes, or groups of them, have examples of their own."""
+        """The number of processes, or groups of processes, with their own examples."""
         return self.world_size // processes_per_batch(self.tp_size)
 
     @property
     def data_parallel_index(self) -> int:
-        """Which of them this process is, or belongs to."""
+        """The index of this process, or of its group, among them."""
         return self.process_index // processes_per_batch(self.tp_size)
 
     @property
@@ -249,11 +256,11 @@ class RunArguments(TrainingArguments):
     def _check_values(self):
         """
         Raises:
-            `ValueError`: a field has a value with which the Trainer would fail later, or do something else without a word.
+            `ValueError`: a field has a value with which the Trainer would fail later, or silently do something else.
         """
         for name, (smallest, largest) in BOUNDS.items():
             value = getattr(self, name)
-            # (Comparing so, and not with `<`, refuses NaN, too.)
+            # (This comparison is also false for NaN.)
             if value is not None and not (smallest <= value <= largest and value < math.inf):
                 limit = "finite" if largest == math.inf else f"at most {largest}"
                 raise ValueError(f"`{name}` is {value}; it must be at least {smallest}, and {limit}.")
@@ -265,10 +272,12 @@ class RunArguments(TrainingArguments):
         for name, strategy in INTERVALS.items():
             value = getattr(self, name)
             if getattr(self, strategy) == "steps" and value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` is {value}; it must be steps from 1 on, or a share of all below 1.")
+                raise ValueError(
+                    f"`{name}` is {value}; it must be a number of steps, or a share of all steps below 1."
+                )
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             raise ValueError(
-                f"`warmup_steps` is {self.warmup_steps}; it must be whole steps, or a share of all below 1."
+                f"`warmup_steps` is {self.warmup_steps}; it must be a whole number of steps, or a share of all below 1."
             )
         if self.max_steps == 0:
             raise ValueError("`max_steps` is 0; it must be at least 1, or -1 for the steps of `num_train_epochs`.")
@@ -284,12 +293,12 @@ class RunArguments(TrainingArguments):
                 )
         if self.optim_target_modules is not None and not any(name in str(self.optim) for name in ("galore", "apollo")):
             raise ValueError(
-                f"`optim_target_modules` is {self.optim_target_modules!r}, which is for GaLore and APOLLO alone: leave it out, "
+                f"`optim_target_modules` is {self.optim_target_modules!r}, which only GaLore and APOLLO support: leave it out, "
                 "or choose such an `optim`."
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but all examples have one length: choose "
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but all examples have the same length: choose "
                 "'random' or 'sequential'."
             )
         if self.save_strategy == "best" and self.eval_strategy == "no":
@@ -298,24 +307,22 @@ class RunArguments(TrainingArguments):
             )
 
     def _set_variant_fields(self):
-        """Give the settings of the variant by name, and see that it has them."""
+        """Parse and check the settings of the variant."""
         fields = self.variant_fields
         if isinstance(fields, str):
-            with contextlib.suppress(yaml.YAMLError):  # (what is none is told below)
+            with contextlib.suppress(yaml.YAMLError):  # (reported below)
                 fields = load_yaml(fields)
         if fields is None:
             return
         if self.variant is None:
-            raise ValueError(f"`variant_fields` is {fields!r}, but no `variant` is named: leave it out, or name one.")
+            raise ValueError(f"`variant_fields` is {fields!r}, but `variant` is not set: set it, or leave this out.")
         if not isinstance(fields, dict):
-            raise ValueError(
-                f"`variant_fields` is {fields!r}; it must name settings and their values: '{{n: 2}}', say."
-            )
+            raise ValueError(f"`variant_fields` is {fields!r}; it must map settings to values, such as '{{n: 2}}'.")
         VARIANTS[self.variant].settings(fields)
         self.variant_fields = fields
 
     def _set_words(self):
-        """Give fields that are words, or lists of words, what the Trainer takes."""
+        """Convert fields that are strings, or lists of strings, to what the Trainer takes."""
         self.report_to = (
             [self.report_to] if isinstance(self.report_to, str) else list(dict.fromkeys(self.report_to or []))
         )
@@ -323,7 +330,7 @@ class RunArguments(TrainingArguments):
         for alone in {"all", "none"}.intersection(self.report_to):
             if len(self.report_to) > 1:
                 raise ValueError(
-                    f"`report_to` is {self.report_to}, but {alone!r} goes alone: leave it, or the others, out."
+                    f"`report_to` is {self.report_to}, but {alone!r} excludes the others: leave it, or them, out."
                 )
         counted = str(self.include_num_input_tokens_seen).lower()
         self.include_num_input_tokens_seen = {"true": "all", "false": "no"}.get(counted, counted)
@@ -333,12 +340,12 @@ class RunArguments(TrainingArguments):
             )
 
     def _set_metric(self):
-        """Know the metric that finds the best model, and that of two perplexities the lower one is better."""
+        """Check the metric that selects the best model, and set whether greater is better."""
         if self.metric_for_best_model is None:
             return
         name = self.metric_for_best_model.removeprefix("eval_")
         if self.metrics and name not in self.held_out_metrics:
-            return  # it may be one that a metric gives which is named
+            return  # one of `metrics` may give it
         if name not in self.held_out_metrics:
             raise ValueError(
                 f"`metric_for_best_model` is {self.metric_for_best_model!r}; {nearest_name(name, self.held_out_metrics)}"
@@ -351,10 +358,10 @@ class RunArguments(TrainingArguments):
             self.optim = OptimizerNames.ADAMW_TORCH
         elif self.optim == OptimizerNames.ADAMW_TORCH_FUSED:
             raise ValueError(
-                f"`optim` is {self.optim.value!r}, which XLA devices do not have: leave it out, or name 'adamw_torch'."
+                f"`optim` is {self.optim.value!r}, which XLA devices do not support: leave it out, or use 'adamw_torch'."
             )
         if self.eval_accumulation_steps is None:
-            # On the device, what the batches so far gave would be a tensor, and so a graph, of another size with each.
+            # On the device, the results so far would grow with each batch, and each size would need its own graph.
             self.eval_accumulation_steps = 1
 
     def _set_gradient_accumulation_steps(self):
@@ -365,22 +372,21 @@ class RunArguments(TrainingArguments):
             raise ValueError(
                 f"`global_batch_size` is {self.global_batch_size}, but must be a multiple of {at_once}: "
                 f"`per_device_train_batch_size` is {self.per_device_train_batch_size}, and the number of devices "
-                f"{self.world_size}"
-                + (f", each {together} of which compute a batch together." if together > 1 else ".")
+                f"{self.world_size}" + (f", {together} of which compute each batch together." if together > 1 else ".")
             )
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
-                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but follows from "
-                f"`global_batch_size` = {self.global_batch_size} as {steps}: leave one of them out."
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but `global_batch_size` = "
+                f"{self.global_batch_size} makes it {steps}: leave one of them out."
             )
         self.gradient_accumulation_steps = steps
 
 
 class Run(NamedTuple):
-    """A run as it was asked for."""
+    """A run as the user requested it."""
 
     config: DCABaseConfig
     initial_checkpoint: str | None
     data: Any
     training: RunArguments
-    named: dict[str, dict[str, Any]]  # the fields that the YAML file or the command line names, by section
+    named: dict[str, dict[str, Any]]  # the fields that the YAML file or the command line sets, by section

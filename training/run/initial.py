@@ -1,4 +1,4 @@
-"""Runs that start from a trained checkpoint instead of random weights: of a DCA model, or of one that becomes DCA."""
+"""Runs that start from a trained checkpoint instead of random weights: a DCA model, or one that is converted to DCA."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from modeling_dca.conversion_dca import HEADS, LABEL_HEADS, OVERRIDES, convert_c
 from training.support.errors import UserError, told
 
 
-# Fields that only a residual model still leaves open.
+# Fields that can be chosen for a residual model, but not for a trained DCA model.
 SCHEME = ("residual_scheme", "last_k")
 
 
@@ -24,10 +24,10 @@ def initial_config(model_class: type[PreTrainedModel], checkpoint: str, fields: 
 
     Args:
         checkpoint: path or Hub id of a DCA model, or of a residual model of a family that can become DCA.
-        fields: those fields that the run names itself.
+        fields: the fields that the run sets itself.
 
     Raises:
-        [`UserError`]: there is no such checkpoint, it cannot become DCA, or a field does not go with it.
+        [`UserError`]: there is no such checkpoint, it cannot become DCA, or a field conflicts with it.
     """
     with told(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint)
@@ -60,7 +60,7 @@ def check_scheme(config: DCABaseConfig, checkpoint: str | None) -> None:
     if is_trained_dca(trained) and any(getattr(trained, name) != getattr(config, name) for name in SCHEME):
         raise UserError(
             f"`initial_checkpoint` is {checkpoint!r}, which has the `residual_scheme` {trained.residual_scheme!r}: "
-            f"{config.residual_scheme!r} cannot start from it; name a residual model."
+            f"{config.residual_scheme!r} cannot start from it; choose a residual model."
         )
 
 
@@ -68,8 +68,8 @@ def initial_model(
     model_class: type[PreTrainedModel], config: DCABaseConfig, checkpoint: str | None
 ) -> PreTrainedModel:
     """
-    A model to be trained, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A
-    classifier of other classes than the checkpoint's, or of one without a head, has a new head.
+    The model to train, in float32: with random weights, or with those of a checkpoint, see [`initial_config`]. A classifier
+    gets a new head if the checkpoint has none, or one for another number of classes.
 
     Raises:
         [`UserError`]: the checkpoint cannot be read, or lacks weights.
@@ -83,16 +83,16 @@ def initial_model(
             head = HEADS[model_class._auto_class] if model_class._auto_class in LABEL_HEADS else None
             if missing := sorted(name for name in report["missing_keys"] if name.split(".")[0] != head):
                 raise UserError(
-                    f"`initial_checkpoint` is {checkpoint!r}, which lacks {len(missing)} weights, {missing[0]} for one: name "
-                    "that of a whole model of its class. (Of a run with `lora_rank`, that is the run's folder.)"
+                    f"`initial_checkpoint` is {checkpoint!r}, which lacks {len(missing)} weights, for example {missing[0]}: "
+                    "choose a complete checkpoint. (After a run with `lora_rank`, that is the run's folder.)"
                 )
             return model
         fields = {name: getattr(config, name) for name in SCHEME}
         if model_class._auto_class in LABEL_HEADS:
-            fields["num_labels"] = config.num_labels  # with which a checkpoint without a head gets one
+            fields["num_labels"] = config.num_labels  # with it, a checkpoint without a head gets one
         weights = model_class.from_residual(checkpoint, dtype=torch.float32, **fields).state_dict()
         return model_class.from_pretrained(None, state_dict=weights, **options)
 
 
-# The field of the section `model` that is no field of its configuration.
+# The field of the section `model` that is not a field of the configuration.
 INITIAL_CHECKPOINT = "initial_checkpoint"

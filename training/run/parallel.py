@@ -1,8 +1,8 @@
 """
 How the processes of a run share the work.
 
-Some have examples of their own; others compute the same examples together, as tensor and context parallelism have it. What counts
-batches, examples or lanes counts the first, which is found out here alone.
+With tensor or context parallelism, several processes compute the same examples together. Batches, examples and lanes are
+counted by such groups, and only this module knows their size.
 """
 
 import os
@@ -23,13 +23,13 @@ from training.support.errors import UserError, innermost_message
 try:
     from transformers.distributed import DistributedConfig
     from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
-except ImportError:  # of an older release, which cannot write such an optimizer
+except ImportError:  # an older release, which cannot save such an optimizer
     DistributedConfig = load_optimizer_distributed = save_optimizer_distributed = None
 
 
 Result = TypeVar("Result")
 
-# How many seconds a file that another machine wrote may take to be seen: those of a network's file system are known late.
+# How many seconds a file from another machine may take to become visible on a network file system.
 VISIBLE_WITHIN = 30.0
 
 
@@ -37,12 +37,12 @@ VISIBLE_WITHIN = 30.0
 
 
 def uses_fsdp(arguments: TrainingArguments) -> bool:
-    """Whether the processes share out one model with Accelerate's FSDP, as the launcher or the run says."""
+    """Whether the launcher or the run shards the model with Accelerate's FSDP."""
     return arguments.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def launcher_sizes() -> dict[str, int]:
-    """The sizes of the launcher's `parallelism_config`, by their names without `_size`; none if it has no such thing."""
+    """The sizes of the launcher's `parallelism_config`, by their names without `_size`; empty if it has none."""
     if not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return {}
     config = ParallelismConfig()
@@ -52,14 +52,14 @@ def launcher_sizes() -> dict[str, int]:
 def processes_per_batch(tp_size: int) -> int:
     """How many processes compute the same examples together."""
     sizes = launcher_sizes()
-    # (The ranks of both engines are numbered so that these are neighbours.)
+    # (In both engines these have neighbouring ranks.)
     return tp_size * sizes.get("cp", 1) * sizes.get("sp", 1) * sizes.get("tp", 1)
 
 
 def check_launcher(world_size: int, device: torch.device, fsdp: bool) -> None:
     """
     Raises:
-        `ValueError`: the launcher's `parallelism_config` asks for what would not be done, or not be done right.
+        `ValueError`: the launcher's `parallelism_config` has a setting that would be ignored or computed wrongly.
     """
     sizes = launcher_sizes()
     if not sizes:
@@ -81,7 +81,7 @@ def check_launcher(world_size: int, device: torch.device, fsdp: bool) -> None:
         raise ValueError(f"{named(sizes['sp'], 'sp')}, which is for DeepSpeed alone: leave it out.")
     if sizes["cp"] > 1 and device.type == "cpu":
         raise ValueError(
-            f"{named(sizes['cp'], 'cp')}, but torch divides the attention of GPUs alone by sequence: leave it out on a CPU."
+            f"{named(sizes['cp'], 'cp')}, but torch divides attention by sequence on GPUs only: leave it out on a CPU."
         )
     if not fsdp:
         raise ValueError(
@@ -96,7 +96,7 @@ def check_launcher(world_size: int, device: torch.device, fsdp: bool) -> None:
         )
     if sizes["dp_shard"] * sizes["cp"] == 1:
         raise ValueError(
-            f"{named(1, 'dp_shard')}, which shares nothing out: launch with ddp.yaml, or give it 2 or more."
+            f"{named(1, 'dp_shard')}, which shards nothing: launch with ddp.yaml, or set it to 2 or more."
         )
 
 
@@ -104,16 +104,16 @@ def check_launcher(world_size: int, device: torch.device, fsdp: bool) -> None:
 
 
 def in_group() -> bool:
-    """Whether there are several processes that can talk to each other. (Those of a TPU can through their devices alone.)"""
+    """Whether there are several processes that can communicate. (Those of a TPU can only through their devices.)"""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def from_first(look: Callable[[], Result]) -> Result:
     """
-    What the first process finds, in all of them.
+    The result of `look` in the first process, returned in all processes.
 
     Raises:
-        [`UserError`]: it is what the first has found; all raise it.
+        [`UserError`]: the first process has raised it; all processes do.
     """
     if not in_group():
         return look()
@@ -130,7 +130,7 @@ def from_first(look: Callable[[], Result]) -> Result:
 
 
 def from_all(value: Result) -> list[Result]:
-    """The values of all processes, in their order, in all of them."""
+    """The values of all processes, in order, returned in all processes."""
     if not in_group():
         return [value]
     values = [None] * distributed.get_world_size()
@@ -139,11 +139,11 @@ def from_all(value: Result) -> list[Result]:
 
 
 def unseen(paths: Iterable[Path]) -> list[Path]:
-    """The files among `paths` that this process does not come to see, though it waits for them."""
+    """The files among `paths` that do not become visible to this process within `VISIBLE_WITHIN` seconds."""
     end = time.monotonic() + VISIBLE_WITHIN
     paths = list(paths)
     while True:
-        # (A folder that is listed is asked for anew; that a file is missing may be remembered.)
+        # (Listing a folder asks the server; that a single file is missing may be cached.)
         for folder in {path.parent for path in paths}:
             names = set(os.listdir(folder)) if folder.is_dir() else set()
             paths = [path for path in paths if path.parent != folder or path.name not in names]
@@ -158,7 +158,7 @@ def unseen(paths: Iterable[Path]) -> list[Path]:
 def check_tensor_parallelism(arguments: Any) -> None:
     """
     Raises:
-        `ValueError`: a model cannot be divided among the processes as `tp_size`, `fsdp_size` and `dp_replicate_size` say.
+        `ValueError`: the processes cannot divide a model by `tp_size`, `fsdp_size` and `dp_replicate_size`.
     """
     size, named = arguments.tp_size, f"`tp_size` is {arguments.tp_size}"
     others = {name: getattr(arguments, name) for name in ("fsdp_size", "dp_replicate_size")}
@@ -170,31 +170,31 @@ def check_tensor_parallelism(arguments: Any) -> None:
                 )
         return
     if DistributedConfig is None:
-        raise ValueError(f"{named}, which needs a later release of transformers (5.24 was tried): leave it out.")
+        raise ValueError(f"{named}, which needs a later release of transformers (5.24 was tested): leave it out.")
     if uses_fsdp(arguments) or launcher_sizes():
         raise ValueError(
-            f"{named}, but the launcher or `fsdp` shares out the model, too: launch with ddp.yaml or torchrun, and set "
-            "`fsdp_size` if the weights are to be shared out besides."
+            f"{named}, but the launcher or `fsdp` shards the model, too: launch with ddp.yaml or torchrun, and set `fsdp_size` "
+            "to also shard the weights."
         )
     if arguments.device.type == "xla":
         raise ValueError(f"{named}, which is not for TPUs: leave it out.")
     if arguments.device.type == "cpu" and torch.accelerator.is_available():
-        raise ValueError(f"{named}, but the model would be on the GPUs that there are: leave `use_cpu` out.")
+        raise ValueError(f"{named}, but the model would be placed on the available GPUs: leave `use_cpu` out.")
     if arguments.variant is not None:
-        raise ValueError(f"{named}, but `variant` is {arguments.variant!r}, which is trained without: leave one out.")
+        raise ValueError(f"{named}, but `variant` is {arguments.variant!r}, which does not support it: leave one out.")
     asked = size * others["dp_replicate_size"] * (others["fsdp_size"] or 1)
     if arguments.world_size % asked or (others["fsdp_size"] and asked != arguments.world_size):
         raise ValueError(
             f"{named}, with {others['fsdp_size']} as `fsdp_size` and {others['dp_replicate_size']} as `dp_replicate_size`, "
-            f"but there are {arguments.world_size} processes: that must be their product. Left out, `fsdp_size` is what "
-            "remains."
+            f"but there are {arguments.world_size} processes, which must be the product. Leave `fsdp_size` out to use all that "
+            "remain."
         )
 
 
 def check_divided(config: PreTrainedConfig, tp_size: int, block_size: int | None = None) -> None:
     """
     Args:
-        block_size: the tokens of an example, if it has any.
+        block_size: the number of tokens of an example, `None` for images.
 
     Raises:
         [`UserError`]: the heads of a model cannot be divided among `tp_size` processes, or its sequences among those of the
@@ -203,11 +203,11 @@ def check_divided(config: PreTrainedConfig, tp_size: int, block_size: int | None
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, name) % tp_size:
             raise UserError(
-                f"`tp_size` is {tp_size}, which does not divide `{name}` = {getattr(config, name)}: give one that does."
+                f"`tp_size` is {tp_size}, which does not divide `{name}` = {getattr(config, name)}: choose a divisor."
             )
     size = launcher_sizes().get("cp", 1)
     if size > 1 and (block_size is None or block_size % (2 * size)):
-        what = "images are no sequences" if block_size is None else f"`block_size` is {block_size}"
+        what = "images are not sequences" if block_size is None else f"`block_size` is {block_size}"
         raise UserError(
             f"The launcher's `parallelism_config` has {size} as `parallelism_config_cp_size`, but {what}: leave it out, or "
             f"train on text with a multiple of {2 * size} as `block_size`."
@@ -215,7 +215,7 @@ def check_divided(config: PreTrainedConfig, tp_size: int, block_size: int | None
 
 
 def divide(model: PreTrainedModel, arguments: Any) -> PreTrainedModel:
-    """A model as one of which each process has its part, as `tp_size`, `fsdp_size` and `dp_replicate_size` say."""
+    """The part of a model that this process has, by `tp_size`, `fsdp_size` and `dp_replicate_size`."""
     if arguments.tp_size == 1:
         return model
     sizes = DistributedConfig(

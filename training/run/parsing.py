@@ -1,6 +1,6 @@
 """
-The arguments of a run: a YAML file with the sections `model`, `data` and `training`, over the file that its `base` names,
-and the command line over both.
+The arguments of a run: a YAML file with the sections `model`, `data` and `training`. Its fields override those of the file
+that its `base` names, and the command line overrides both.
 """
 
 import argparse
@@ -26,20 +26,20 @@ from training.variants.registry import VARIANTS
 
 
 CONFIGURATION_ROOM = "configuration"
-# The key of a YAML file that names another one, whose fields it takes where it has none of its own.
+# The key of a YAML file that names another file, whose fields it inherits.
 BASE = "base"
 
-# Fields of a model's configuration that the run sets itself, from the tokenizer or the labels, or that the trainer has,
-# and what a model that starts from random weights does not have.
+# Fields of a model's configuration that a run cannot choose: they come from the tokenizer, from the labels or from the
+# trainer, or do not apply to a model that starts from random weights.
 NOT_MODEL_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "source_config"}
 
 
-# How a run is started is no part of what it is.
+# Fields that say how a run is started, not what it is.
 NOT_RECORDED = {"hub_token", "overwrite", "resume_from_checkpoint"}
 
 
 def _field_documentation(config_class: type[DCABaseConfig]) -> dict[str, str]:
-    """What the docstrings of DCA's configuration classes say of each field."""
+    """The description of each field in the docstrings of DCA's configuration classes."""
     documentation = {}
     for parent in reversed(config_class.__mro__[: config_class.__mro__.index(DCABaseConfig) + 1]):
         for paragraph in (parent.__doc__ or "").split("\n\n"):
@@ -69,7 +69,7 @@ def _yaml_value(text: str) -> Any:
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"invalid value: {text!r}") from error
     if isinstance(value, str):
-        try:  # YAML 1.1 does not take 1e-6 for a number
+        try:  # in YAML 1.1, 1e-6 is not a number
             return float(value)
         except ValueError:
             return value
@@ -77,37 +77,37 @@ def _yaml_value(text: str) -> Any:
 
 
 def _build_parser(command: str, description: str, config_class, data_class, training_class) -> Parser:
-    usage = "%(prog)s CONFIGURATION.yaml [--field value ...]"  # all fields stand below, with their meaning
+    usage = "%(prog)s CONFIGURATION.yaml [--field value ...]"  # all fields are listed below
     parser = Parser({"data": data_class, "training": training_class}, command, description, usage=usage)
     parser.add_argument("configuration", metavar="CONFIGURATION.yaml", help="the file that names model, data and run")
     group = parser.add_argument_group("model")
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     documentation = _field_documentation(config_class)
     for name in model_fields(config_class):
-        # Fields that are not given are left to the configuration class.
+        # The configuration class sets the defaults.
         help_text = f"{documentation[name]} (default: {defaults[name]})".replace("%", "%%")
         group.add_argument(f"--{name}", type=_yaml_value, default=argparse.SUPPRESS, metavar="VALUE", help=help_text)
     group.add_argument(
         f"--{INITIAL_CHECKPOINT}",
-        help="The path or Hub id of a checkpoint to start from instead of random weights: of DCA, or of a residual model "
-        "that becomes DCA. All fields that decide the shape of the model are then those of the checkpoint.",
+        help="The path or Hub id of a checkpoint to start from instead of random weights: a DCA model, or a residual model to "
+        "convert to DCA. The checkpoint then decides all fields of the model's architecture.",
     )
     # `--resume_from_checkpoint` alone means the last checkpoint.
     resume = parser._option_string_actions["--resume_from_checkpoint"]
     resume.nargs, resume.const = "?", LAST
     resume.help = (
-        "Go on with the run that `output_dir` holds: from its last checkpoint, or from the one whose path is given. With 'auto' "
-        "a run is started if there is none, and else gone on with from its last checkpoint that is whole."
+        "Resume the run in `output_dir` from its last checkpoint, or from the given path. 'auto' starts a run if there is none, "
+        "and otherwise resumes it from the last checkpoint that is intact."
     )
     return parser
 
 
 def _read_yaml(path: Path, sections: dict[str, list[str]], named_by: tuple[Path, ...] = ()) -> dict[str, dict]:
     """
-    The fields that a run's YAML file sets, by section, over those of the file that its `base` names.
+    The fields that a run's YAML file sets, by section, merged with those of the file that its `base` names.
 
     Args:
-        named_by: the files that lead here by their `base`, the run's own first.
+        named_by: the files whose `base` leads here, the run's own first.
     """
     name = f"The configuration {path}" + (f", the `{BASE}` of {named_by[-1]}," if named_by else "")
     try:
@@ -124,11 +124,11 @@ def _read_yaml(path: Path, sections: dict[str, list[str]], named_by: tuple[Path,
         base, named_by = content.pop(BASE), (*named_by, path)
         if not isinstance(base, str):
             raise UserError(
-                f"`{BASE}` of {path} is {base!r}; it must be the path of a YAML file, as seen from the folder of this one."
+                f"`{BASE}` of {path} is {base!r}; it must be the path of a YAML file, relative to the folder of this one."
             )
         base_file = path.parent / base
         if os.path.realpath(base_file) in map(os.path.realpath, named_by):
-            raise UserError(f"`{BASE}` of {path} is {base!r}, but no file can be its own base: name another.")
+            raise UserError(f"`{BASE}` of {path} is {base!r}, but a file cannot be its own base: name another file.")
         merged = _read_yaml(base_file, sections, named_by)
     for section, fields in content.items():
         if section not in sections:
@@ -137,7 +137,7 @@ def _read_yaml(path: Path, sections: dict[str, list[str]], named_by: tuple[Path,
             )
         fields = {} if fields is None else fields
         if not isinstance(fields, dict):
-            raise UserError(f"The section {section!r} of {path} is {fields!r}; it must name fields and their values.")
+            raise UserError(f"The section {section!r} of {path} is {fields!r}; it must map fields to values.")
         for name in fields:
             if name not in sections[section]:
                 raise UserError(
@@ -162,13 +162,13 @@ def as_arguments(content: dict[str, dict]) -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """The nearest known field: a run has too many of them to list."""
+    """The nearest known field, without the list of all: a run has too many."""
     sentence = nearest_name(name, known)
     return sentence.partition(" Known: ")[0] if sentence.startswith("did you mean") else "see --help for all fields."
 
 
 def default_output_dir(configuration_file: Path) -> Path:
-    """`runs/<path below configuration>`, or `runs/<name>` for a file from elsewhere."""
+    """`runs/<path below configuration>`, or `runs/<name>` for a file elsewhere."""
     parts = configuration_file.with_suffix("").parts
     if CONFIGURATION_ROOM in parts:
         last = len(parts) - 1 - parts[::-1].index(CONFIGURATION_ROOM)
@@ -178,10 +178,10 @@ def default_output_dir(configuration_file: Path) -> Path:
 
 def parse_run(argv: list[str], command: str, description: str, model_class, data_class, training_class) -> Run:
     """
-    The run that `argv` (`CONFIGURATION.yaml [--field value ...]`) asks for.
+    The run that `argv` (`CONFIGURATION.yaml [--field value ...]`) requests.
 
     Raises:
-        [`UserError`]: with the field or file, its value and what would be right.
+        [`UserError`]: a file cannot be read, or a field is unknown or has an invalid value.
     """
     parser = _build_parser(command, description, model_class.config_class, data_class, training_class)
     if not argv or argv[0].startswith("-"):
@@ -215,20 +215,20 @@ def parse_run(argv: list[str], command: str, description: str, model_class, data
         else:
             config = initial_config(model_class, checkpoint, fields)
         if variant is not None and variant.scheme is not None:
-            # With them a checkpoint is built again.
+            # Loading a checkpoint needs them.
             config.variant, config.variant_fields = training.variant, variant.settings(training.variant_fields or {})
     except (StrictDataclassError, ValueError, TypeError, ImportError, OSError, OverflowError) as error:
         raise UserError(f"{configuration_file} and the command line: {innermost_message(error)}") from error
     if data.is_split_drawn:
-        named.add("split_seed")  # so that no other default can ever hold out something else
+        named.add("split_seed")  # so that a new default never holds out other examples
     values = {"model": model, "data": vars(data), "training": training.to_dict()}
-    values["training"]["report_to"] = training.report_to or ["none"]  # an empty list is none that could be given
+    values["training"]["report_to"] = training.report_to or ["none"]  # the parser takes no empty list
     record = {
         section: {name: value for name, value in values[section].items() if name in named - NOT_RECORDED}
         for section in sections
     }
     if training.hub_token is not None:
-        # The token must reach the client, but none of the files that training arguments are saved to.
+        # The client needs the token, but no file that the training arguments are saved to may hold it.
         os.environ["HF_TOKEN"] = training.hub_token
         training.hub_token = None
     return Run(config, checkpoint, data, training, json.loads(json.dumps(record, default=str)))

@@ -1,4 +1,4 @@
-"""A task: a kind of models that runs train, and that are evaluated."""
+"""A task: a kind of model that runs train and that can be evaluated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,18 +11,20 @@ from training.run.fields import RunArguments
 
 
 class Task(NamedTuple):
-    """What a task needs to be trained and evaluated."""
+    """How the models of a task are trained and evaluated."""
 
-    name: str  # as the Hub calls it
+    name: str  # on the Hub
     model_class: type[PreTrainedModel]
     data_class: type[DataArguments]
     arguments_class: type[RunArguments]
     mapping: Any  # of transformers, from configurations to the classes of all models of this task
-    train: Callable  # of a run
-    evaluation: Callable[..., dict[str, Any]]  # of data, configuration and checkpoint: how a `Trainer` evaluates
-    example: Callable[..., Example]  # of a text, or the file of an image, and the same three: what a page shows
+    train: Callable  # takes a run
+    # Takes data, configuration, checkpoint and metrics, and returns the arguments of a `Trainer` for the evaluation.
+    evaluation: Callable[..., dict[str, Any]]
+    # Takes a text, or the file of an image, data, configuration and checkpoint, and returns what a page shows.
+    example: Callable[..., Example]
 
     @property
     def fields(self) -> tuple[type, type, type]:
-        """The classes that the sections `model`, `data` and `training` have their fields from."""
+        """The classes that define the fields of the sections `model`, `data` and `training`."""
         return self.model_class, self.data_class, self.arguments_class

@@ -1,4 +1,4 @@
-"""What a run does at SIGTERM."""
+"""Checkpoint and exit at SIGTERM."""
 
 from pathlib import Path
 
@@ -11,17 +11,14 @@ from training.run.checkpoints import goes_on
 from training.support.errors import Terminated, at_sigterm
 
 
-# SIGTERM
-
-
 class Termination(TrainerCallback):
     """
-    Ends a training at SIGTERM with a checkpoint: after the step, evaluation or checkpoint that is under way, and of
-    several processes after the same step, though the signal reaches some later, or only one.
+    Ends a training at SIGTERM with a checkpoint, after the step, evaluation or checkpoint in progress. Several processes end
+    after the same step, even if the signal reaches some of them later, or only one.
 
-    The processes agree through a collective of their hosts, which is waited for one step later: no device is, and a host
-    that runs ahead of its device seldom. As it fails when a process is gone, the others notice that, too, while their
-    devices still wait. TPU processes have no such collective, and agree whenever they log or save.
+    The processes agree through a collective on their hosts, whose result they wait for one step later. That waits for no
+    device, and seldom for a host that runs ahead of its device. It fails when a process is gone, so that the others notice
+    this, too, while their devices still wait. TPU processes have no such collective, and agree when they log or save.
     """
 
     def __init__(self, trainer):
@@ -31,7 +28,7 @@ class Termination(TrainerCallback):
 
     def __enter__(self):
         self.requested = self.agreed = False
-        # (Also in the workers of a data loader, whom a batch system may send the signal, too: they are still needed.)
+        # (The workers of a data loader inherit it: a batch system may signal them, too, and they are still needed.)
         self.handler = at_sigterm(self._request)
         self.handler.__enter__()
 
@@ -67,7 +64,7 @@ class Termination(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._agree(control):
-            # What was not yet logged is not in the checkpoint.
+            # Otherwise, the checkpoint would lack what is not yet logged.
             control.should_log = control.should_save = True
 
     def on_evaluate(self, args, state, control, **kwargs):

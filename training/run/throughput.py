@@ -1,4 +1,4 @@
-"""How fast a run trains: examples a second, the use made of the device, and the share of time spent waiting for data."""
+"""The speed of a run: examples per second, the utilization of the device, and the share of time spent waiting for data."""
 
 import os
 import time
@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
-#: Dense FLOPs a second of matrix products in 16 bits, as the makers state them, by the name that a device gives itself. What
-#: is not here, a part of a device among it, has no share.
+#: Dense 16-bit FLOPs per second of matrix products, as the vendors state them, by the name of the device. Other devices, and
+#: parts of a device, have no MFU.
 PEAK_FLOPS = {
     "Tesla V100-PCIE-16GB": 112e12,
     "Tesla V100-PCIE-32GB": 112e12,
@@ -39,12 +39,12 @@ PEAK_FLOPS = {
     "AMD Instinct MI250X": 191.5e12,
     "AMD Instinct MI300X": 1307e12,
 }
-#: The same of Google's TPUs, a chip, by the start of `TPU_ACCELERATOR_TYPE`.
+#: The same for a chip of Google's TPUs, by the start of `TPU_ACCELERATOR_TYPE`.
 TPU_PEAK_FLOPS = {"v4": 275e12, "v5litepod": 197e12, "v5p": 459e12, "v6e": 918e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense FLOPs a second of a device in 16 bits, or `None` where they are not known."""
+    """The dense 16-bit FLOPs per second of a device, or `None` if not known."""
     if device.type == "cuda":
         return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
     if device.type == "xla":
@@ -54,20 +54,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 def training_flops(model: PreTrainedModel, sequence_length: int) -> float:
     """
-    The floating-point operations of a training step for each token: 6 for each weight that takes part in a product with
-    it, and 12 x layers x width x length for attention, without the saving of a causal mask (Chowdhery et al., 2022,
-    "PaLM", appendix B). Weights of generalized residuals count as any other.
+    The floating-point operations per token of a training step: 6 for each weight that a token is multiplied with, and
+    12 x layers x width x length for attention, without the saving of a causal mask (Chowdhery et al., 2022, "PaLM",
+    appendix B). Weights of generalized residuals count as any other.
     """
     config = model.config
     used = model.num_parameters(exclude_embeddings=True)
     output = model.get_output_embeddings()
     if output is not None and config.tie_word_embeddings:
-        used += output.weight.numel()  # which was left out as an embedding
+        used += output.weight.numel()  # left out above as an embedding
     return 6 * used + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * sequence_length
 
 
 class Waiting:
-    """An iterator that notes in `seconds` how long its user waited for it."""
+    """Measures in `seconds` how long the training waits for an iterator."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -86,8 +86,8 @@ class Waiting:
 
 class Throughput(TrainerCallback, ExportableState):
     """
-    Counts what a run trains on, and how long that takes. Evaluation, saving and the first step, which may compile, are
-    left out; a resumed run goes on counting.
+    Counts the training examples of a run and the time they take. It leaves out evaluation, saving, and the first step, which
+    may compile. A resumed run continues to count.
     """
 
     def __init__(self):
@@ -110,7 +110,7 @@ class Throughput(TrainerCallback, ExportableState):
             self.peak = peak_flops(args.device)
 
     def count(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], data_parallel_size: int) -> None:
-        """A batch, of which `data_parallel_size` processes, or groups of them, have one each."""
+        """Count a batch of this size in each of `data_parallel_size` processes, or groups of processes."""
         if self.unit == "tokens":
             number, (_, length), tokens = inputs["input_ids"].numel(), inputs["input_ids"].shape, 1
         else:
@@ -124,7 +124,7 @@ class Throughput(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
-            torch.cuda.synchronize(args.device)  # the step may only have been queued
+            torch.cuda.synchronize(args.device)  # the step may only be queued
         now = time.perf_counter()
         if self.clock is not None:
             self.seconds += now - self.clock
@@ -139,8 +139,8 @@ class Throughput(TrainerCallback, ExportableState):
     def measured(self, world_size: int, since_last_log: bool) -> dict[str, float]:
         """
         `tokens_per_second` or `images_per_second`, `data_wait` (the share of the time spent waiting for data) and, in
-        16 bits on a device whose peak is known, `mfu` (the share of it that was used); of all of the training, or of
-        what came since the last log.
+        16 bits on a device whose peak is known, `mfu` (the share of the peak that is used), over the whole training or since
+        the last log.
         """
         now = (self.examples, self.seconds, self.waited)
         before = self.logged if since_last_log else (0.0, 0.0, 0.0)
@@ -158,7 +158,7 @@ class SpeedProgress(ProgressCallback):
     """The Trainer's progress bar, with the speed of the run."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.training_bar is not None:  # of a batch that did not fit into memory
+        if self.training_bar is not None:  # of an attempt that ran out of memory
             self.training_bar.close()
         super().on_train_begin(args, state, control, **kwargs)
 

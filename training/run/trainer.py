@@ -1,4 +1,4 @@
-"""The trainer of a run: what the Trainer of transformers does not do by itself, or does otherwise."""
+"""The trainer of a run: a Trainer of transformers with atomic checkpoints, streams, throughput and checks of the loss."""
 
 import contextlib
 import dataclasses
@@ -47,16 +47,15 @@ if is_torch_xla_available():
     import torch_xla
 
 
-# Of how many batches the losses are kept that nobody has looked at.
+# The number of losses to keep on the device before they are checked.
 LOSSES_KEPT = 1000
 
 
 class XlaStep(TrainerCallback):
     """
-    Ends the graph of an XLA device with the step, before anything looks at a value of it: a value that is asked for earlier
-    has all that leads to it compiled, and computed, for itself. The data loader, which would end it, is part of the next
-    step, which would then be said to wait for data while it compiles; and of batches whose gradients are accumulated it
-    would make a single graph.
+    Ends the graph of an XLA device after each step, before any value is read: reading a value earlier would compile and run
+    the graph up to it separately. The data loader would end the graph only in the next step, which would count compilation
+    as waiting for data, and would make one graph of all batches whose gradients are accumulated.
     """
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -66,7 +65,7 @@ class XlaStep(TrainerCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Stops a run whose loss or weights are no longer finite, before such weights are logged, evaluated or saved."""
+    """Stops a run whose loss or weights are no longer finite, before it logs, evaluates or saves them."""
 
     def __init__(self, trainer: "RunTrainer"):
         self.trainer = trainer
@@ -74,29 +73,29 @@ class NonFiniteGuard(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         saves = control.should_save or state.global_step >= state.max_steps
         if not (saves or control.should_log or control.should_evaluate or len(self.trainer.losses) >= LOSSES_KEPT):
-            return  # looking at a value on the device means waiting for it
+            return  # reading a value waits for the device
         losses, what = self.trainer.take_losses(), "loss"
         learning_rates = {step: learning_rate for step, learning_rate, _ in losses}
         step = self._first([step for step, _, loss in losses if not math.isfinite(loss)])
         if step is None and saves:
             what, learning_rates = "weights", {state.global_step: self.trainer._get_learning_rate()}
-            # (Of weights that are shared out, the part of this process.)
+            # (Of sharded weights, the part of this process.)
             own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
             step = self._first([] if get_total_norm(own).isfinite() else [state.global_step])
         if step is not None:
             last = get_last_checkpoint(args.output_dir)
             if args.should_save:
                 found = {"step": step, "learning_rate": learning_rates[step], "what": what}
-                with told_if_not_written("What was found", args.output_dir):
+                with told_if_not_written("The report of the divergence", args.output_dir):
                     write_whole(Path(args.output_dir, DIVERGED), json.dumps(found))
             raise UserError(
                 f"The {what} became NaN or infinite at step {step}, with a learning rate of {learning_rates[step]:.3g}: lower "
                 "`learning_rate` or lengthen `warmup_steps`. "
-                + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved.")
+                + (f"The last good checkpoint is {last}." if last else "There is no checkpoint yet.")
             )
 
     def _first(self, steps: list[int]) -> int | None:
-        """The first of the steps that any of the processes found, the same in all of them."""
+        """The first of the steps that any process found, returned in all processes."""
         accelerator, never = self.trainer.accelerator, self.trainer.state.global_step + 1
         first = min(steps, default=never)
         if accelerator.num_processes > 1:
@@ -105,22 +104,22 @@ class NonFiniteGuard(TrainerCallback):
 
 
 class StreamBatches(Protocol):
-    """The batches of one process, without end. It knows how far the training is, however far it has read ahead itself."""
+    """The endless batches of one process. It knows the position of the training, however far it has read ahead."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
     def trained(self) -> None:
-        """Every process was trained on a batch."""
+        """Note that every process was trained on a batch."""
 
     def save(self, folder: str) -> None:
-        """Write to a checkpoint where the stream is."""
+        """Write the position of the stream to a checkpoint."""
 
     def load(self, folder: str) -> None:
-        """Go on where the processes were, however many, that wrote a checkpoint."""
+        """Continue at the position in a checkpoint, whatever the number of processes that wrote it."""
 
 
 class Stream(Protocol):
-    """Examples that are read while they are trained on."""
+    """Examples that are read during the training."""
 
     def batches(self, batch_size: int, collate: Callable, **options: int | None) -> StreamBatches:
         """
@@ -133,20 +132,20 @@ class Stream(Protocol):
 
 class RunTrainer(Trainer):
     """
-    The trainer of a run: what it saves is whole or not there, it stops with a checkpoint at SIGTERM and without one at a
-    loss that is not finite, and publishes the run as a whole.
+    The trainer of a run. It saves atomically, stops with a checkpoint at SIGTERM and without one if the loss is not finite,
+    and publishes the run as a whole.
 
     Args:
-        stream: what is trained on, in place of `train_dataset`; it says where it is and goes on from there.
+        stream: the training data in place of `train_dataset`; it saves and restores its position.
     """
 
     def __init__(self, *args, stream: Stream | None = None, **kwargs):
         state = PartialState()
         arguments = kwargs["args"]
         if state.distributed_type is DistributedType.MULTI_CPU and (uses_fsdp(arguments) or arguments.tp_size > 1):
-            # The processes of CPUs are all that accelerate does not pass on to FSDP: it would train with DDP, and not say so.
+            # Accelerate passes no CPU processes on to FSDP: it would silently train with DDP.
             state.distributed_type = DistributedType.MULTI_GPU
-        # The trainer refuses to save the optimizer of a model that is divided, which it has no way to load.
+        # The Trainer refuses to save the optimizer of a model that is divided, as it cannot load one.
         save_only_model, arguments.save_only_model = (
             arguments.save_only_model,
             arguments.save_only_model or arguments.tp_size > 1,
@@ -157,7 +156,7 @@ class RunTrainer(Trainer):
         self.initial_weights = None
         self.stream, self.stream_batches = stream, None
         if stream is not None:
-            self.args.ignore_data_skip = True  # it goes on where it was, and is not read again from its start
+            self.args.ignore_data_skip = True  # it continues at its position, and is not read again from the start
         if self.args.device.type == "xla":
             self.add_callback(XlaStep)
         self.throughput = Throughput()
@@ -168,7 +167,7 @@ class RunTrainer(Trainer):
         self.folder = Path(self.args.output_dir)
         self.checkpoints_folder = None
         self.termination = Termination(self)
-        self.add_callback(self.termination)  # before the guard, which looks at what is to be saved
+        self.add_callback(self.termination)  # before the guard, which checks what is about to be saved
         self.add_callback(NonFiniteGuard(self))
 
     def create_accelerator_and_postprocess(self):
@@ -176,10 +175,10 @@ class RunTrainer(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = plugin and plugin.mixed_precision_policy
         if policy is not None:
-            # Left to itself, Accelerate reduces gradients, and rounds losses, in the 16 bits of the products.
+            # By default, Accelerate reduces gradients and rounds losses in 16 bits.
             whole = {"reduce_dtype": torch.float32}
             if plugin.fsdp_version == 2:
-                whole["output_dtype"] = None  # as the model gives them: losses in 32 bits, and what blocks add in 16
+                whole["output_dtype"] = None  # unchanged: losses in 32 bits, and layer outputs in 16
             plugin.mixed_precision_policy = dataclasses.replace(policy, **whole)
 
     def train(self, *args, **kwargs):
@@ -201,7 +200,7 @@ class RunTrainer(Trainer):
                 raise
             message = textwrap.shorten(innermost_message(error), 200, placeholder=" ...")
             raise UserError(
-                f"The memory does not suffice with {getattr(self.args, field)} as `{field}`: lower it, or make the model "
+                f"The device is out of memory with {getattr(self.args, field)} as `{field}`: lower it, or make the model "
                 f"smaller ({message})."
             ) from error
 
@@ -211,7 +210,7 @@ class RunTrainer(Trainer):
                 self.initial_weights = {
                     name: value.to("cpu", copy=True) for name, value in self.model.state_dict().items()
                 }
-            else:  # what did not fit into memory may have come some way
+            else:  # the attempt that ran out of memory may have trained for some steps
                 self.model.load_state_dict(self.initial_weights)
                 self.optimizer, self.losses = None, []
                 self.throughput.__init__()
@@ -234,7 +233,7 @@ class RunTrainer(Trainer):
         sampler, batch = super()._get_train_sampler(train_dataset), self.args.global_batch_size
         if batch is None or sampler is None:
             return sampler
-        # Left to itself, the last batch of an epoch is smaller on one process, and filled up for several.
+        # By default, the last batch of an epoch is smaller with one process, and filled up with several.
         whole = -(-len(sampler) // batch) * batch
         if isinstance(sampler, RandomSampler):
             return RandomSampler(sampler.data_source, num_samples=whole)
@@ -257,43 +256,43 @@ class RunTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),
         )
-        # Each process reads its own part: as one of several, accelerate would take a part of that, too.
+        # Each process reads its own part, of which accelerate must not take a part again.
         return prepare_data_loader(
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # that is for the training
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # it is for training only
         try:
             loader = super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop_last
-        # Accelerate's loader for XLA reads ahead in a thread. It has met the end before the last batch is evaluated, so
-        # that nothing leaves out what fills that batch up: the loss would count it as a whole one.
+        # Accelerate's loader for XLA reads ahead in a thread, and reaches the end before the last batch is evaluated. Then
+        # the examples that fill that batch up would count in the loss.
         return loader.dataloader if self.args.device.type == "xla" else loader
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step < self.state.max_steps:
             if self.stream_batches is not None and kwargs["resume_from_checkpoint"] is not None:
                 self.stream_batches.load(kwargs["resume_from_checkpoint"])
-                # (The trainer, which skips nothing, would count the epoch from 0.)
+                # (The Trainer, which skips nothing, would count the epoch from 0.)
                 kwargs["epoch"] = kwargs["epochs_trained"] = self.state.global_step / self.state.max_steps
             return super()._run_epoch(*args, **kwargs)
-        # A run that had come to its end is resumed: the trainer would take one more step before it saw that.
+        # The resumed run is at its end already: the Trainer would take one more step.
         self.control.should_training_stop = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = super().get_batch_samples(self.throughput.waiting.over(epoch_iterator), num_batches, device)
         if self.args.device.type == "xla" and len(batches[0]) < num_batches:
-            # An error in the thread that reads ahead ends the data, and only its traceback tells of it.
+            # An error in the thread that reads ahead ends the data, and only its traceback shows it.
             raise UserError(
-                f"The data could not be read on after step {self.state.global_step}; why stands above. The same command "
-                "with --resume_from_checkpoint goes on from the last checkpoint when this is mended."
+                f"Reading the data failed after step {self.state.global_step}, for the reason above. When that is fixed, run "
+                "the same command with --resume_from_checkpoint to continue from the last checkpoint."
             )
         return batches
 
     def log(self, logs, start_time=None):
-        # What is said of a step and of the whole training; evaluations have speeds of their own.
+        # For logged steps and for the whole training; evaluations have their own speed.
         if "loss" in logs:
             logs.update(self.throughput.measured(self.args.world_size, since_last_log=True))
         elif "train_loss" in logs:
@@ -312,7 +311,7 @@ class RunTrainer(Trainer):
     def compute_loss(self, model, *args, **kwargs):
         if model.training:
             return super().compute_loss(model, *args, **kwargs)
-        # What is held out has the model's own loss, which can be compared, whatever was done to the one that is trained on.
+        # The held-out loss is the model's own, which can be compared, without what modifies the training loss.
         smoother, loss_func = self.label_smoother, self.compute_loss_func
         self.label_smoother = self.compute_loss_func = None
         try:
@@ -321,7 +320,7 @@ class RunTrainer(Trainer):
             self.label_smoother, self.compute_loss_func = smoother, loss_func
 
     def floating_point_ops(self, inputs):
-        # The trainer adds up those of all processes.
+        # The Trainer sums those of all processes.
         return super().floating_point_ops(inputs) * self.args.data_parallel_size // self.args.world_size
 
     def _track_num_input_tokens(self, inputs):
@@ -351,17 +350,17 @@ class RunTrainer(Trainer):
             if self.state.best_model_checkpoint == str(unfinished):
                 self.state.best_model_checkpoint = str(self.folder / name)
             self.accelerator.wait_for_everyone()
-            # (The processes of a machine see the same.)
+            # (The processes of one machine see the same files.)
             written = from_all(files_below(unfinished) if self.args.local_process_index == 0 else [])
             if self.args.should_save:
-                self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the name of the best one
+                self.state.save_to_json(str(unfinished / "trainer_state.json"))  # with the final name of the best one
                 finish_checkpoint(unfinished, self.folder, written)
                 limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(self.folder, self.state.global_step, limit, best)
             self.accelerator.wait_for_everyone()
 
-    # The optimizer of a model that is divided is one of `torch.distributed.checkpoint`, which any number of processes loads;
-    # the weights are saved whole.
+    # The optimizer of a model that is divided is saved by `torch.distributed.checkpoint`, so that any number of processes can
+    # load it; the weights are saved whole.
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.args.tp_size == 1:
@@ -375,7 +374,7 @@ class RunTrainer(Trainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer_distributed(self.model, self.optimizer.optimizer, f"{checkpoint}/{OPTIMIZER_FOLDER}")
         schedule = torch.load(f"{checkpoint}/{SCHEDULER_NAME}", weights_only=True)
-        # It has a rate for each group of weights, which are all alike; how many groups there are depends on the processes.
+        # It has one learning rate per parameter group, all equal; the number of groups depends on the processes.
         groups = len(self.optimizer.param_groups)
         schedule.update({name: value[:1] * groups for name, value in schedule.items() if isinstance(value, list)})
         self.lr_scheduler.load_state_dict(schedule)
@@ -405,7 +404,7 @@ class RunTrainer(Trainer):
                 return super().save_model(output_dir, _internal_call)
         unfinished = self.folder / UNFINISHED / "model"
         with told_if_not_written("The trained model", self.folder), self.whole_weights():
-            # (The trainer would publish a run that is not yet whole.)
+            # (The Trainer would publish a run that is not complete.)
             with self._plain_arguments():
                 super().save_model(str(unfinished), _internal_call=True)
             self.accelerator.wait_for_everyone()
@@ -416,8 +415,7 @@ class RunTrainer(Trainer):
     @contextlib.contextmanager
     def _plain_arguments(self) -> Iterator[None]:
         """
-        Saves the arguments as those of transformers, which keep all fields: whoever loads them need not have this project,
-        and never has the module that the command was.
+        Saves the arguments as transformers' `TrainingArguments`, with all fields, so that they load without this project.
         """
         own = self.args
         self.args = object.__new__(TrainingArguments)
@@ -429,7 +427,7 @@ class RunTrainer(Trainer):
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Saves weights that FSDP has shared out as those of one model, not as the parts that the processes have."""
+        """Saves weights that FSDP has sharded as those of one model, not as the shards of the processes."""
         if not self.is_fsdp_enabled:
             yield
             return
@@ -447,7 +445,7 @@ class RunTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _gather_once(self, values):
-        """As the accelerator gathers for metrics, but what several processes have computed together is taken from one."""
+        """Gathers for metrics as the accelerator does, but takes what several processes have computed together only once."""
         size, world_size = self.args.data_parallel_size, self.args.world_size
         state = self.accelerator.gradient_state
         end = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
@@ -462,8 +460,8 @@ class RunTrainer(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         state, size = self.accelerator.gradient_state, self.args.eval_batch_size
         if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
-            # The last batches of the processes are filled up, with examples that were evaluated before. The loss, which the
-            # trainer then takes as often as there are others, is to be that of those alone.
+            # The last batches of the processes are filled up with examples that were evaluated before. The loss, which the
+            # Trainer weighs by the number of the other examples, must be that of those only.
             own = min(max(state.remainder - self.args.data_parallel_index * size, 1), size)
             inputs = self._prepare_inputs({name: values[:own] for name, values in inputs.items()})
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -471,7 +469,7 @@ class RunTrainer(Trainer):
         return loss, logits, labels
 
     def save_metrics(self, split, metrics, combined=True):
-        """As the trainer does, but that a file is replaced as a whole: `all_results.json` is read again in a resumed run."""
+        """As in the Trainer, but files are replaced atomically: a resumed run reads `all_results.json` again."""
         if self.is_world_process_zero():
             together = self.folder / "all_results.json"
             before = read_json(together) if together.exists() else {}
@@ -479,10 +477,10 @@ class RunTrainer(Trainer):
                 write_whole(file, json.dumps(values, indent=4, sort_keys=True))
 
     def init_hf_repo(self, *args, **kwargs):
-        """The repository is there: the commands have seen to it before anything else."""
+        """Nothing to do: `check_hub` has created the repository."""
 
     def push_to_hub(self, *args, **kwargs):
-        """Publish the folder of the run, model card and all, rather than what transformers would make of it."""
+        """Publish the folder of the run, with its own model card, in place of what transformers would push."""
         if self.is_world_process_zero():
             repo_id, revision = self.args.hub_model_id, self.args.hub_revision
             try:
@@ -493,7 +491,7 @@ class RunTrainer(Trainer):
                     [f" --revision {revision}" if revision else "", " --private" if self.args.hub_private_repo else ""]
                 )
                 raise UserError(
-                    f"The run in {self.folder} is complete, but not published; when this is mended, `python -m "
-                    f"training.publish {self.folder} {repo_id}{options}` does it: "
+                    f"The run in {self.folder} is complete, but not published; when this is fixed, publish it with `python -m "
+                    f"training.publish {self.folder} {repo_id}{options}`: "
                     + str(error).replace("the same command", "that command")
                 ) from error

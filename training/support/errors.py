@@ -1,4 +1,4 @@
-"""What a command tells its user when it cannot go on: one line on standard error, free of access tokens."""
+"""The errors of the commands: one line on standard error, without access tokens."""
 
 import errno
 import functools
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-#: What stands in a message where a secret stood.
+#: What replaces a secret in a message.
 HIDDEN = "[hidden]"
 
 NO_TOKEN = (
@@ -41,14 +41,14 @@ NO_TOKEN = (
 )
 
 LOST_PROCESS = (
-    "Another process of this run has ended, or the connection to it is lost; if it could say why, that stands above. "
-    "The same command with --resume_from_checkpoint goes on from the last checkpoint"
+    "Another process of this run has ended, or the connection to it was lost; its own message, if any, is above. "
+    "Run the same command with --resume_from_checkpoint to continue from the last checkpoint"
 )
 
-# How many seconds a process, other than the first of its machine, waits before it says what went wrong.
+# How many seconds a process waits before it prints its error, unless it is the first of its machine.
 PATIENCE = 10.0
 
-# What gloo says, whose errors have no class of their own.
+# The messages of gloo, whose errors have no class of their own.
 LOSS_OF_PROCESS = re.compile(r"gloo|Connection (closed|reset) by peer|Broken pipe")
 
 SECRETS = re.compile(
@@ -64,8 +64,8 @@ SECRETS = re.compile(
 
 class UserError(Exception):
     """
-    A sentence about what the user did or met, and what helps. What looks like an access token, a password or a signed
-    URL is hidden, and line breaks become spaces.
+    An error that the user can fix: one sentence with the cause and the remedy. Access tokens, passwords and signed URLs
+    are hidden, and line breaks become spaces.
     """
 
     def __init__(self, message: str):
@@ -81,20 +81,20 @@ class Terminated(SystemExit):
 
 
 def innermost_message(error: BaseException) -> str:
-    """What an error says, in one line and without what strict dataclasses put around the words of a validator."""
+    """The message of an error, in one line and without what strict dataclasses wrap around that of a validator."""
     field = re.match(r"Validation error for field '(\w+)'", str(error))
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     message = " ".join(str(error).split())
-    # A validator of a range, say, does not know which field it is for.
+    # A range validator does not know the name of its field.
     return f"`{field[1]}`: {message}" if field and field[1] not in message else message
 
 
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """
-    Makes `main` a command: a `UserError` and a configuration that does not fit end it with `error: ...` on standard
-    error and exit status 2, an interrupt with status 130, SIGTERM with status 143, and the loss of another process of the
-    run with status 2. All other exceptions are faults in the code and pass through.
+    Makes `main` a command. A `UserError`, an invalid configuration or the loss of another process of the run ends it with
+    `error: ...` on standard error and exit status 2, an interrupt with status 130, and SIGTERM with status 143. All other
+    exceptions are faults in the code and pass through.
     """
 
     @functools.wraps(main)
@@ -121,7 +121,7 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
 @contextmanager
 def told(source: str, done: str = "converted"):
-    """Makes what goes wrong in reading a model and writing another a sentence for the user, on what cannot be `done`."""
+    """Turns errors of loading and saving models into a `UserError`: `source` cannot be `done` (converted, evaluated, ...)."""
     try:
         yield
     except (ImportError, OSError, RuntimeError, SafetensorError, ValueError, HTTPError) as error:
@@ -134,15 +134,15 @@ def told(source: str, done: str = "converted"):
 
         message = f"{source!r} cannot be {done}: {innermost_message(error)}"
         if met(GatedRepoError):
-            message = f"{source!r} is gated: ask for access on its page on the Hub, and log in with `hf auth login`."
+            message = f"{source!r} is gated: request access on its page on the Hub, and log in with `hf auth login`."
         elif met(RepositoryNotFoundError, HFValidationError):
-            message = f"{source!r} is neither a folder nor a model on the Hub, or the access token may not read it."
+            message = f"{source!r} is neither a local folder nor a model on the Hub that the access token can read."
         elif met(RevisionNotFoundError):
-            message = f"{source!r} does not have the revision that --revision names."
+            message = f"{source!r} does not have the revision given by --revision."
         elif met(HTTPError, ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled):
             message = (
-                f"{source!r} is no folder, and the Hub cannot be reached or refuses it: check the name, the network and "
-                f"HF_HUB_OFFLINE ({type(causes[-1]).__name__})."
+                f"{source!r} is not a local folder, and the Hub cannot be reached or refused the request: check the name, the "
+                f"network and HF_HUB_OFFLINE ({type(causes[-1]).__name__})."
             )
         elif any("No space left" in str(cause) or getattr(cause, "errno", None) == errno.EDQUOT for cause in causes):
             message = "There is not enough disk space for the checkpoint, or for the cache of the Hub (HF_HOME)."
@@ -151,7 +151,7 @@ def told(source: str, done: str = "converted"):
 
 @contextmanager
 def at_sigterm(handler: Callable):
-    """Has SIGTERM handled so; but not in other threads than the first, as the processes of a TPU are, where nothing can be."""
+    """Handles SIGTERM with `handler`. Only the main thread can: the processes of a TPU, which are threads, are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -163,7 +163,7 @@ def at_sigterm(handler: Callable):
 
 
 def _wait_for_the_first():
-    """What went wrong in all processes alike is said once: when the first has ended, the launcher ends the others."""
+    """Prints an error that all processes share only once: when the first process ends, the launcher ends the others."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(PATIENCE)
 
@@ -176,7 +176,7 @@ def _is_loss_of_process(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
-    from torch import distributed  # (which takes long to import, and commands that train nothing do without)
+    from torch import distributed  # (slow to import, and not needed by commands that do not train)
 
     if isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError)):
         return True
@@ -185,13 +185,13 @@ def _is_loss_of_process(error: RuntimeError) -> bool:
 
 def hub_error(error: Exception) -> UserError:
     """
-    What huggingface_hub raised in a push, as a sentence for the user.
+    The `UserError` for an exception that was raised during a push.
 
     Args:
-        error: any exception that came out of a call of huggingface_hub, or of a `push_to_hub`.
+        error: any exception of huggingface_hub, or of a `push_to_hub`.
     """
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        # The client wraps what goes wrong in the upload of a file.
+        # The client wraps errors in the upload of a file.
         error = error.__cause__
     if isinstance(error, HfHubHTTPError):
         return _refusal(error)
@@ -201,26 +201,26 @@ def hub_error(error: Exception) -> UserError:
     if isinstance(error, (HTTPError, ConnectionError)):
         return UserError(f"The connection to the Hub failed: run the same command again ({reason}).")
     if isinstance(error, json.JSONDecodeError):
-        return UserError("What answers is no Hub: check HF_ENDPOINT and the proxy.")
+        return UserError("The server that answered is not a Hub: check HF_ENDPOINT and the proxy.")
     return UserError(f"The push to the Hub failed ({reason}).")
 
 
 def _refusal(error: HfHubHTTPError) -> UserError:
-    """What an answer of status 400 or above means for who pushes."""
+    """The `UserError` for an answer with status 400 or above."""
     scheme, _, token = error.response.request.headers.get("authorization", "").partition(" ")
     status = error.response.status_code
     if status == 401 and not scheme:
         return UserError(NO_TOKEN)
     if status == 401:
-        advice = "The Hub does not accept the access token: make a new one with write access and `hf auth login` again"
+        advice = "The Hub rejected the access token: create one with write access, and run `hf auth login` again"
     elif status == 403:
         advice = "The access token does not allow this: it needs write access to the repository"
     elif status == 404:
-        advice = "The Hub has no such repository, or hides it from the access token"
+        advice = "The Hub has no such repository, or the access token cannot see it"
     elif status == 429:
-        advice = "The Hub had too many requests: wait a few minutes and run the same command again"
+        advice = "The Hub received too many requests: wait a few minutes, and run the same command again"
     elif status >= 500:
-        advice = "The Hub has trouble of its own: run the same command again later"
+        advice = "The Hub has an internal error: run the same command again later"
     else:
         advice = "The Hub refused the push"
     answer = textwrap.shorten(error.server_message or "", 300, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""Files: read, written as a whole, and known to be on the disk."""
+"""Reading files, replacing them atomically, and flushing them to disk."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from training.support.errors import UserError
 
 
 def share(files: list[Path], folder: Path) -> None:
-    """Give files the mode that new ones have in a folder: safetensors writes some that their owner alone can read."""
+    """Give files the mode of new files in a folder: safetensors writes files that only their owner can read."""
     new = folder / ".new"
     new.touch()
     mode = stat.S_IMODE(new.stat().st_mode)
@@ -24,12 +24,12 @@ def share(files: list[Path], folder: Path) -> None:
 
 
 def unfinished_name(name: str) -> str:
-    """What a file is called until all of it is written."""
+    """The name of a file until it is written completely."""
     return f".{name}.unfinished"
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file, of which there is at any moment what was before, or all that is new."""
+    """Replace a text file atomically: at any moment it has its old content, or all of the new."""
     unfinished = file.with_name(unfinished_name(file.name))
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -40,35 +40,35 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive the loss of power."""
+    """Wait until a file, or the names in a folder, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system does not support it
             raise
     finally:
         os.close(descriptor)
 
 
 class DamagedFile(UserError, ValueError):
-    """A file does not hold what a command left in it, or cannot be read."""
+    """A file does not hold what a command wrote to it, or cannot be read."""
 
 
 def read_whole(
-    file: Path, load: Callable[[str], Any], *keys: str, kind: type = dict, remedy: str = "put back what it was"
+    file: Path, load: Callable[[str], Any], *keys: str, kind: type = dict, remedy: str = "restore it"
 ) -> Any:
     """
-    What a command left in a text file.
+    The content of a text file that a command has written.
 
     Args:
-        load: makes the text what is returned, or raises a `ValueError` or `yaml.YAMLError`.
-        keys: what it must have.
-        kind: the type that it must be of.
-        remedy: what helps, as the end of a sentence.
+        load: parses the text, or raises a `ValueError` or `yaml.YAMLError`.
+        keys: the keys that the content must have.
+        kind: the type that the content must have.
+        remedy: what the user can do, as the end of a sentence.
 
     Raises:
-        [`DamagedFile`]: it cannot be read, or is something else.
+        [`DamagedFile`]: the file cannot be read, or holds something else.
     """
     try:
         content = load(file.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def read_json(file: Path, *keys: str, **options: Any) -> Any:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """A loader that refuses a key that is there twice, of which the first would be lost."""
+    """A loader that refuses duplicate keys, the first of which would be lost."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -108,11 +108,11 @@ class _YamlLoader(yaml.SafeLoader):
 def load_yaml(text: str) -> Any:
     """
     Raises:
-        `yaml.YAMLError`: the text is no YAML, or has a key twice.
+        `yaml.YAMLError`: the text is not YAML, or has a key twice.
     """
     try:
         return yaml.load(text, Loader=_YamlLoader)
-    except (ValueError, RecursionError) as error:  # a date that is none, say
+    except (ValueError, RecursionError) as error:  # an impossible date, for example
         raise yaml.YAMLError(str(error)) from error
 
 
@@ -120,16 +120,16 @@ def output_folder(
     folder: Path, written: Iterable[str], is_own: Callable[[], bool], overwrite: bool | None = None
 ) -> Path:
     """
-    The folder that a command writes into, which is made if missing.
+    The folder that a command writes to. It is created if missing.
 
     Args:
         written: the names of the files that the command writes.
-        is_own: whether such files, where some are there, are of an earlier call of the same command.
-        overwrite: whether those may be replaced; `None` where they always may, as the command goes on from them.
+        is_own: whether existing files of these names are from an earlier call of the same command.
+        overwrite: whether such files may be replaced; `None` if they always may.
 
     Raises:
         [`UserError`]: the folder holds files of these names that are not the command's own or may not be replaced, or it
-            cannot be made.
+            cannot be created.
     """
     named = f"`output_dir` is {str(folder)!r}"
     there = [name for name in written if (folder / name).exists()]
@@ -139,11 +139,11 @@ def output_folder(
         except (OSError, ValueError, KeyError, TypeError):
             own = False
         if not own:
-            raise UserError(f"{named}, where a {there[0]} is that is not of this command: name another folder.")
+            raise UserError(f"{named}, which has a {there[0]} that this command did not write: choose another folder.")
         if overwrite is False:
-            raise UserError(f"{named}, which holds results: name another folder, or pass --overwrite to replace them.")
+            raise UserError(f"{named}, which holds results: choose another, or pass --overwrite to replace them.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{named}, which cannot be made ({error.strerror}): name another folder.") from error
+        raise UserError(f"{named}, which cannot be created ({error.strerror}): choose another folder.") from error
     return folder

@@ -1,4 +1,4 @@
-"""The machine that something is measured on."""
+"""The machine that a benchmark runs on."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 
-#: What figures depend on; the last two are other implementations, that of the benchmarks among them.
+#: The packages that results depend on; the last two are other implementations, which the benchmarks compare with.
 PACKAGES = ("torch", "transformers", "triton", "deep-cross-attention", "fla-core")
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int | None]:
-    """What the results depend on besides the arguments."""
+    """What results depend on, apart from the arguments."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)

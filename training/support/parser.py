@@ -9,7 +9,7 @@ from training.support.errors import UserError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they stand, and the defaults of arguments that have one and do not tell it themselves."""
+    """Keeps the line breaks of descriptions, and adds the default to the help of arguments that do not state it."""
 
     def __init__(self, prog: str):
         width = min(120, os.get_terminal_size().columns if os.isatty(1) else 120)
@@ -22,12 +22,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class Parser(HfArgumentParser):
     """
-    A parser of dataclasses, of which each can be a group, and of other arguments. What it refuses is one sentence.
+    A parser of dataclasses and of other arguments. It reports errors as a `UserError`.
 
     Args:
-        dataclasses: the classes, by the name of the group that the fields of each stand in, or one class.
+        dataclasses: one class, or several by the name of the group that `--help` lists their fields in.
         command: what the user types after `python -m`.
-        description: what the command does, as its help tells it.
+        description: what the command does, for `--help`.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Tables of text."""
+"""Text tables."""
 
 
 def align(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown that can be read as it is."""
+    """A Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in (header, *rows)]
     lines.insert(1, ["-" * width for width in widths])

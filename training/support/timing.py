@@ -1,4 +1,4 @@
-"""How long things take, measured round by round, so that what else happens on the machine meets all alike."""
+"""Measurements in rounds, so that other load on the machine affects all subjects alike."""
 
 import time
 from collections.abc import Callable
@@ -23,11 +23,11 @@ def interleave(
     Measure each of `subjects` once in each round.
 
     Args:
-        title: what the progress bar says.
+        title: the text of the progress bar.
         subjects: what is measured, by name.
         meter: takes one measurement.
-        rounds: how many rounds count.
-        warmup: how many rounds before them do not.
+        rounds: the number of measured rounds.
+        warmup: the number of warm-up rounds.
 
     Returns:
         The `rounds` values of each subject.
@@ -45,7 +45,7 @@ def interleave(
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """How long `run` takes; on a GPU, until its stream has done it."""
+    """How long `run` takes; on a GPU, until its stream has finished."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

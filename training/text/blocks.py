@@ -22,17 +22,17 @@ TOKENIZER_BATCH = 256
 
 class PackedBlocks:
     """
-    Documents, packed into blocks of `block_size` token ids. Each document is followed by an end-of-text token, and the
-    sequence of them all is cut every `block_size` tokens. Only a last block that is not full is dropped.
+    Documents, packed into blocks of `block_size` token ids. An end-of-text token follows each document, and the whole
+    sequence is cut every `block_size` tokens. An incomplete last block is dropped.
 
-    The name of a special token in a text is text: the only special token is the end of a document.
+    The name of a special token in a text is plain text: the only special token is the end of a document.
 
     Args:
         data: the documents, with a column of texts or of lists of token ids.
-        vocab_size: every token id must lie below it.
+        vocab_size: all token ids must be below it.
 
     Raises:
-        [`UserError`]: a document holds something else than text, or a token id out of range.
+        [`UserError`]: a document is not text, or has a token id out of range.
     """
 
     def __init__(self, data, column: str, tokenizer: PreTrainedTokenizerBase, block_size: int, vocab_size: int):
@@ -50,27 +50,27 @@ class PackedBlocks:
 
     def encode(self, documents: Iterable[str | list[int]]) -> Iterator[list[int]]:
         """The token ids of documents that were `checked`, with the end-of-text token."""
-        documents, size = iter(documents), 1  # who looks at the first block does not wait for many documents
+        documents, size = iter(documents), 1  # small at first, so that the first block comes soon
         are_texts = set()
         while batch := list(itertools.islice(documents, size)):
             size = min(2 * size, TOKENIZER_BATCH)
             are_texts |= {isinstance(document, str) for document in batch}
             if len(are_texts) > 1:
-                raise UserError(f"The column {self.column!r} has both texts and lists of token ids: give one of them.")
+                raise UserError(f"The column {self.column!r} has both texts and lists of token ids: use one of them.")
             if True in are_texts:
                 batch = plain_tokens(self.tokenizer, batch)
             for document in batch:
                 yield [*document, self.tokenizer.eos_token_id]
 
     def checked(self, document: Any, place: str) -> str | list[int]:
-        """The document, which stands at a `place`, if it can be packed."""
+        """The document itself, if it can be packed; `place` is for the error message."""
         check_document(document, self.column, place)
         if isinstance(document, str):
             return document
         for token in document:
             if not 0 <= token < self.vocab_size:
                 raise UserError(
-                    f"{place} has the token id {token}; with `vocab_size` = {self.vocab_size} it must lie from 0 to {self.vocab_size - 1}."
+                    f"{place} has the token id {token}; with `vocab_size` = {self.vocab_size} it must be from 0 to {self.vocab_size - 1}."
                 )
         return document
 
@@ -91,14 +91,16 @@ class PackedBlocks:
             left, count = tokens[whole:], count + whole // size
         if not count:
             raise UserError(
-                f"The text has {len(left)} tokens, too short for one block of `block_size` = {size}: give more text, or a "
-                "smaller `block_size`."
+                f"The text has {len(left)} tokens, too few for one block of `block_size` = {size}: give more text, or lower "
+                "`block_size`."
             )
 
     def materialize(self) -> Dataset:
-        """All blocks, as a memory-mapped data set on disk. They are packed again when data, tokenizer or code change."""
-        plain_tokens(self.tokenizer, [""])  # how it was called last is a part of it, and for all packing the same
-        warned = {"deprecation_warnings": None}  # what it has warned of is a part of it, too
+        """All blocks, as a memory-mapped data set on disk. It is rebuilt when data, tokenizer or code change."""
+        plain_tokens(
+            self.tokenizer, [""]
+        )  # (its state includes the arguments of the last call: these are always the same)
+        warned = {"deprecation_warnings": None}  # (it also includes the warnings that were given)
         decisive = {**vars(self), "tokenizer": {**vars(self.tokenizer), **warned}}
         return made_once(
             self.__iter__,
@@ -119,8 +121,8 @@ class PackedBlocks:
 
     def tokens_per_byte(self) -> float:
         """
-        The number of tokens per byte of the documents in UTF-8, end-of-text tokens included. Bytes are counted in the text
-        itself; where documents are token ids, in what they decode to.
+        The number of tokens per byte of the documents in UTF-8, end-of-text tokens included. If documents are token ids, the
+        bytes are those of the decoded text.
         """
         tokens = num_bytes = 0
         documents, encoded = itertools.tee(self.documents())
@@ -128,5 +130,5 @@ class PackedBlocks:
             tokens += len(ids)
             num_bytes += len((document if isinstance(document, str) else self.tokenizer.decode(document)).encode())
         if num_bytes == 0:
-            raise UserError("All of the documents to evaluate on are empty: give some text.")
+            raise UserError("All held-out documents are empty: give some text.")
         return tokens / num_bytes

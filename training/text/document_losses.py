@@ -1,4 +1,4 @@
-"""The losses of the held-out documents, one by one: with them a difference has an interval over documents, too."""
+"""The loss of each held-out document, for confidence intervals over documents."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ DOCUMENT_LOSSES = "document_losses.json"
 
 class DocumentLosses(TrainerCallback):
     """
-    Leaves in the folder of a run, at each evaluation, how many tokens of each held-out document were predicted, and their mean
+    Writes to the folder of a run, at each evaluation, the number of predicted tokens of each held-out document and their mean
     loss in nats.
 
     Args:
-        held_out: the documents. They are called by their column `path`, if there is one, and else by their number.
+        held_out: the documents, which are identified by their column `path`, or by their number if there is none.
     """
 
     def __init__(self, held_out: PackedBlocks):
@@ -30,12 +30,12 @@ class DocumentLosses(TrainerCallback):
         self.documents = []
 
     def update(self, losses: np.ndarray) -> None:
-        """Takes the losses of all blocks, `(blocks, block_size - 1)`: of all but the first token of each."""
+        """Takes the losses of all blocks, `(blocks, block_size - 1)`: those of all tokens but the first of each block."""
         positions = np.arange(len(losses) * self.block_size).reshape(-1, self.block_size)[:, 1:]
         document = np.searchsorted(self.ends, positions.ravel(), side="right")
         tokens = np.bincount(document, minlength=len(self.ends))
         sums = np.bincount(document, weights=losses.ravel().astype(np.float64), minlength=len(self.ends))
-        # The end of the last document is in no block, and so may be all of it.
+        # The end of the last document, or all of it, may be in no block.
         self.documents = [
             {"document": name, "tokens": int(count), "loss": float(total / count)}
             for name, count, total in zip(self.names, tokens, sums)

@@ -18,10 +18,10 @@ from training.text.fields import TextDataArguments
 
 def standard_library(arguments: TextDataArguments) -> tuple[Dataset, Dataset]:
     """
-    The source text of the running Python's standard library, one document a file, `text` and `path`.
+    The source code of the running Python's standard library, one document per file, `text` and `path`.
 
-    Files of equal text are taken once. A file is held out by its path alone, whatever the seed: no release of Python
-    and no run has a file in both parts.
+    Files with the same text count once. Whether a file is held out depends only on its path: no release of Python and no run
+    has a file in both parts.
     """
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
@@ -39,7 +39,7 @@ def standard_library(arguments: TextDataArguments) -> tuple[Dataset, Dataset]:
         draw = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
         if text:
             parts[draw < arguments.eval_fraction].append((draw, path, text))
-    # In the order of the draws, a first few documents are a fair sample.
+    # In the order of the draws, the first documents are a random sample.
     held_out, train = (
         Dataset.from_dict({"path": [path for _, path, _ in part], "text": [text for _, _, text in part]})
         for part in (sorted(parts[True]), sorted(parts[False]))
@@ -47,23 +47,23 @@ def standard_library(arguments: TextDataArguments) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
-#: Documents overlap in runs of so many words or signs, as is usual for near copies.
+#: The number of words or punctuation marks in the n-grams that measure overlap, the usual one for near duplicates.
 OVERLAP_LENGTH = 13
 
 
 def runs_of_words(document: str | list[int]) -> set[int]:
-    """The hashes of all runs of `OVERLAP_LENGTH` words or signs of a text, or of token ids."""
+    """The hashes of all n-grams of `OVERLAP_LENGTH` words or punctuation marks of a text, or of token ids."""
     words = document if isinstance(document, list) else re.findall(r"\w+|[^\w\s]", str(document))
     return {hash(tuple(words[i : i + OVERLAP_LENGTH])) for i in range(len(words) - OVERLAP_LENGTH + 1)}
 
 
 def without_copies(held_out: Dataset, train: Dataset, column: str, share: float) -> Dataset:
     """
-    The documents of which no more than a `share` of their runs of words are in the training documents, too. (Those that are
-    shorter than one run have none.)
+    The held-out documents that have at most a `share` of their n-grams in common with the training documents. (Documents that
+    are shorter than one n-gram have none.)
 
     Raises:
-        [`UserError`]: none is left.
+        [`UserError`]: no document is left.
     """
 
     def kept():
@@ -78,8 +78,8 @@ def without_copies(held_out: Dataset, train: Dataset, column: str, share: float)
     indices = made_once(kept, Features({"kept": List(Value("int64"))}), *decisive)[0]["kept"]
     if not indices:
         raise UserError(
-            f"`max_eval_overlap` is {share}, but all documents to evaluate on have more than that share in common with the training "
-            "documents: give a larger one, or other documents."
+            f"`max_eval_overlap` is {share}, but all held-out documents have more than that in common with the training "
+            "documents: raise it, or give other documents."
         )
     return held_out.select(indices)
 
@@ -88,11 +88,11 @@ def load_text(
     arguments: TextDataArguments, held_out_only: bool = False
 ) -> tuple[Dataset | IterableDataset | None, Dataset]:
     """
-    The documents to train on and those held out, with the column `arguments.text_column`.
+    The training documents and the held-out documents, with the column `arguments.text_column`.
 
     Args:
-        held_out_only: return `None` in place of the training documents. They are not loaded, unless those held out are a
-            share of them.
+        held_out_only: return `None` in place of the training documents, and do not load them unless the held-out documents
+            are a share of them.
     """
     if arguments.block_size < 2:
         raise UserError(f"`block_size` is {arguments.block_size}; a block must have at least 2 tokens.")
@@ -102,16 +102,16 @@ def load_text(
             raise UserError(f"`{name}` is {value}; it must be at least 1.")
     overlap = arguments.max_eval_overlap
     if overlap is not None and not 0 <= overlap < 1:
-        raise UserError(f"`max_eval_overlap` is {overlap}; it must lie from 0 up to 1, which it must not reach.")
+        raise UserError(f"`max_eval_overlap` is {overlap}; it must be at least 0 and below 1.")
     if overlap is not None and arguments.streaming:
-        raise UserError("`max_eval_overlap` needs all training documents at hand: leave it out, or `streaming`.")
+        raise UserError("`max_eval_overlap` needs all training documents in advance: leave it out, or `streaming`.")
     train, held_out = load_splits(
         arguments,
         {"stdlib": standard_library},
         TEXT_FORMATS,
         [arguments.text_column],
         streaming=arguments.streaming,
-        # A few documents need not be downloaded with all of the others.
+        # A few documents can be read without downloading all.
         held_out_streaming=arguments.streaming and arguments.max_eval_documents is not None,
         held_out_only=held_out_only and overlap is None,
     )
@@ -130,12 +130,12 @@ def texts(data: Dataset | IterableDataset, column: str) -> Iterator[str]:
     The texts of a column, one by one.
 
     Raises:
-        [`UserError`]: a document holds something else than text.
+        [`UserError`]: a document is not text.
     """
     for document in values_of(data, column):
         if not isinstance(document, str):
             raise UserError(
-                f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, "
-                "or lists of token ids with the `tokenizer` that they are of."
+                f"A document has in {column!r} {document!r:.40}, from which no tokenizer can be trained: give text, or set "
+                "`tokenizer` to the one that the token ids come from."
             )
         yield document

@@ -1,4 +1,4 @@
-"""Tasks for lm-evaluation-harness, made of held-out text: what comes next, as a word (cloze) and out of four (choice)."""
+"""Tasks for lm-evaluation-harness from held-out text: predict the next word (cloze), or choose one of four continuations."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ from training.text.documents import load_text, texts
 from training.text.fields import TextDataArguments
 
 
-#: In words: what is given of a text, and what of its continuation is chosen.
+#: The lengths of a context and of its continuation, in words.
 CONTEXT, CONTINUATION = 32, 8
 CHOICES = 4
 #: A word with the space before it.
 WORD = re.compile(r"\s*\S+")
-#: The task files, without the data: accuracy, and for words their perplexity, as the harness has them for LAMBADA and HellaSwag.
+#: The task files, without the data. The metrics are those of LAMBADA and HellaSwag in the harness.
 TASKS = {
     "held_out_cloze": {
         "output_type": "loglikelihood",
@@ -37,14 +37,12 @@ TASKS = {
 
 @dataclasses.dataclass
 class HarnessArguments:
-    """Which tasks are written."""
+    """The tasks to write."""
 
-    output_dir: str = dataclasses.field(
-        default="data/harness", metadata={"help": "The folder for the tasks, which is made."}
-    )
-    items: int = dataclasses.field(default=300, metadata={"help": "The items of each task."})
-    seed: int = dataclasses.field(default=0, metadata={"help": "What places in the text are drawn with."})
-    overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace the tasks that `output_dir` holds."})
+    output_dir: str = dataclasses.field(default="data/harness", metadata={"help": "The folder for the tasks."})
+    items: int = dataclasses.field(default=300, metadata={"help": "The number of items per task."})
+    seed: int = dataclasses.field(default=0, metadata={"help": "The seed that draws passages of the text."})
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace earlier tasks in `output_dir`."})
 
     def __post_init__(self):
         if self.items < 1:
@@ -52,7 +50,7 @@ class HarnessArguments:
 
 
 def passages(documents: list[str]) -> list[tuple[str, str]]:
-    """All places of the text, which do not overlap: the words before, and those after."""
+    """All passages of the text, without overlap: the context and the continuation of each."""
     found, length = [], CONTEXT + CONTINUATION
     for document in documents:
         words = WORD.findall(document)
@@ -64,11 +62,11 @@ def passages(documents: list[str]) -> list[tuple[str, str]]:
 
 def items_of(documents: list[str], count: int, seed: int) -> dict[str, list[dict]]:
     """
-    The items of both tasks. A word to fill in stands in the context, too, so that it can be told from that; the other
-    continuations of a choice are those of other places.
+    The items of both tasks. The word to predict also occurs in the context, from which it can be inferred; the other
+    continuations of a choice come from other passages.
 
     Raises:
-        [`UserError`]: the text has not so many places.
+        [`UserError`]: the text has too few passages.
     """
     draw = random.Random(seed)
     found = passages(documents)
@@ -90,24 +88,24 @@ def items_of(documents: list[str], count: int, seed: int) -> dict[str, list[dict
     for name, items in tasks.items():
         if len(items) < count:
             raise UserError(
-                f"`items` is {count}, but the held-out text has {len(items)} places for {name!r}: give no more than that, or "
-                "more text as `eval_dataset`."
+                f"`items` is {count}, but the held-out text has only {len(items)} passages for {name!r}: lower it, or give more "
+                "text as `eval_dataset`."
             )
     return {name: items[:count] for name, items in tasks.items()}
 
 
 def write_tasks(data: TextDataArguments, arguments: HarnessArguments) -> Path:
     """
-    Writes the tasks to a folder, which `lm-eval` takes as `--include_path`; returns it.
+    Writes the tasks to a folder, which is the `--include_path` of `lm-eval`, and returns it.
 
     Raises:
-        [`UserError`]: the folder holds tasks, cannot be written, or the text is too short.
+        [`UserError`]: the folder holds tasks or cannot be written, or the text is too short.
     """
     folder = Path(arguments.output_dir).resolve()
     there = sorted(name for task in TASKS for name in (f"{task}.yaml", f"{task}.jsonl") if (folder / name).exists())
     if there and not arguments.overwrite:
         raise UserError(
-            f"`output_dir` is {arguments.output_dir!r}, which holds {there[0]}: name another, or pass --overwrite."
+            f"`output_dir` is {arguments.output_dir!r}, which holds {there[0]}: choose another, or pass --overwrite."
         )
     _, documents = load_text(data, held_out_only=True)
     items = items_of(list(texts(documents, data.text_column)), arguments.items, arguments.seed)

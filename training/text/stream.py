@@ -1,8 +1,8 @@
 """
-Text that is streamed during training, in an order that is the same for any number of processes and workers.
+Text that is streamed during training, in the same order for any number of processes and workers.
 
-The documents are divided into a fixed number of lanes. Each lane takes its part of the files, shuffles it on its own and
-packs it into blocks; block `g` of a run is block `g // lanes` of lane `g % lanes`, whoever reads that lane.
+The documents are divided into a fixed number of lanes. Each lane shuffles its part of the files independently and packs it
+into blocks. Block `g` of a run is block `g // lanes` of lane `g % lanes`, whichever process reads that lane.
 """
 
 import itertools
@@ -29,17 +29,17 @@ STATE_FILE = "stream_state_{}.json"
 
 
 class _Read:
-    """A file that is being read, and the last of its documents, for the lanes that come later."""
+    """A file that is being read, and a buffer of its last documents for slower lanes."""
 
     def __init__(self, batches: Iterator[tuple[int, list]], row: int, of: Callable[[int], bool], capacity: int):
         self.batches, self.of, self.capacity = batches, of, capacity
-        self.first = self.end = row  # what is kept begins with the one row, and what comes next is the other
-        # Of each batch its first row, the row after it, and the documents with their rows.
+        self.first = self.end = row  # the first row in the buffer, and the row after its last one
+        # For each batch its first row, the row after its last one, and the documents with their rows.
         self.kept: deque[tuple[int, int, list[tuple[int, Any]]]] = deque()
         self.num_kept = 0
 
     def advance(self) -> bool:
-        """Read a batch, if there is one more."""
+        """Read the next batch; return whether there was one."""
         batch = next(self.batches, None)
         if batch is None:
             return False
@@ -54,23 +54,23 @@ class _Read:
         return True
 
     def documents(self, row: int) -> tuple[int, list[tuple[int, Any]]]:
-        """What is kept of the batch that holds a row, from that row on, and the row that comes after it."""
+        """The row after the batch that holds `row`, and the buffered documents of the batch from `row` on."""
         end, documents = next((end, documents) for _, end, documents in self.kept if row < end)
         return end, [(index, document) for index, document in documents if index >= row]
 
 
 class SharedReads:
     """
-    Reads a file once for all lanes that share it, as long as they are no further apart than what is kept: two shuffle
-    buffers per lane. A lane that is further behind opens the file again, and lanes as far behind read with it.
+    Reads a file once for all lanes that share it, while they are within a buffer of two shuffle buffers per lane. A lane that
+    is further behind opens the file again, together with other lanes near it.
 
     Args:
-        lanes: the lanes that read; of the others nothing is kept.
+        lanes: the lanes that read; documents of other lanes are not buffered.
     """
 
     def __init__(self, stream: "TextStream", lanes: Collection[int]):
         self.stream, self.lanes = stream, lanes
-        # By file; gone when no lane reads it, but the last of a file that lanes share: another may come to it yet.
+        # By file. A read is dropped when no lane uses it, except the last one of a shared file, which a lane may still need.
         self.open: dict[int, weakref.WeakSet[_Read]] = defaultdict(weakref.WeakSet)
         self.last: dict[int, _Read] = {}
 
@@ -103,13 +103,13 @@ class TextStream:
     """
     The blocks of a stream, as endless lanes that share no document.
 
-    Each file is divided into `num_lanes` parts by the rows `r % num_lanes`, and each lane has as many of the parts as any
-    other: whole files where there are a multiple of `num_lanes`. When a lane has come to its end, its next epoch begins.
+    Each file is divided into `num_lanes` parts by the rows `r % num_lanes`, and all lanes have the same number of parts: whole
+    files if their number is a multiple of `num_lanes`. At its end, a lane starts its next epoch.
 
     Args:
-        packed: the documents, and how they become blocks.
-        shuffle_buffer: how many documents of a lane are read and shuffled at a time, and the order of its files with
-            them; with 1, documents keep their order.
+        packed: the documents, and how they are packed into blocks.
+        shuffle_buffer: the number of documents of a lane that are read and shuffled at a time; the order of its files is
+            shuffled, too. 1 keeps the order of both.
         seed: the seed of the shuffles.
     """
 
@@ -119,7 +119,7 @@ class TextStream:
 
     @property
     def order(self) -> dict[str, int]:
-        """What the order of the blocks depends on, besides the text."""
+        """What the order of the blocks depends on, apart from the text."""
         return {
             "files": self.num_files,
             "stream_lanes": self.num_lanes,
@@ -132,7 +132,7 @@ class TextStream:
         return StreamBatches(self, batch_size, collate, **options)
 
     def start(self) -> dict[str, Any]:
-        """Where a lane begins: `blocks` is how many came before, and `tokens` are left over from them."""
+        """The start of a lane. `blocks` counts the blocks before a mark, and `tokens` are left over from them."""
         return {"epoch": 0, "chunk": 0, "file": 0, "row": 0, "tokens": [], "blocks": 0}
 
     def _shuffle(self, values: list, *place: int) -> None:
@@ -151,8 +151,8 @@ class TextStream:
     def _documents(
         self, lane: int, epoch: int, file: int, row: int, reads: SharedReads
     ) -> Iterator[tuple[int, int, Any]]:
-        """What is left of an epoch of a lane from a row of a file on, as (file, row, document)."""
-        parts = self.num_files  # each of the files is `num_lanes` parts, and so is each of the lanes `num_files`
+        """The rest of an epoch of a lane, from a row of a file on, as (file, row, document)."""
+        parts = self.num_files  # a file has `num_lanes` parts, and a lane has `num_files`
         files = list(range(lane * parts // self.num_lanes, ((lane + 1) * parts - 1) // self.num_lanes + 1))
         self._shuffle(files, lane, epoch)
         for position in range(file, len(files)):
@@ -167,9 +167,9 @@ class TextStream:
         self, lane: int, mark: dict[str, Any], reads: SharedReads | None = None
     ) -> Iterator[tuple[list[int], dict[str, Any] | None]]:
         """
-        The blocks of a lane from a mark on, without end. What it reads, it shares with other lanes by `reads`.
+        The endless blocks of a lane from a mark on. It shares what it reads with other lanes through `reads`.
 
-        With the first block of each chunk of documents comes the mark to begin that chunk again.
+        The first block of each chunk of documents comes with a mark from which that chunk can be read again.
         """
         reads = reads or SharedReads(self, [lane])
         epoch, chunk, file, row = (mark[name] for name in ("epoch", "chunk", "file", "row"))
@@ -190,8 +190,8 @@ class TextStream:
                 chunk += 1
             if chunk == 0:
                 raise UserError(
-                    f"The data has no document for lane {lane + 1} of the `stream_lanes` = {self.num_lanes}: give more "
-                    "documents, or a smaller `stream_lanes`."
+                    f"The data has no document for lane {lane + 1} of `stream_lanes` = {self.num_lanes}: give more documents, "
+                    "or lower `stream_lanes`."
                 )
             epoch, chunk, file, row = epoch + 1, 0, 0, 0
 
@@ -209,7 +209,7 @@ def check_lanes(num_lanes: int, num_processes: int) -> None:
 
 
 class _Rounds(torch.utils.data.IterableDataset):
-    """One block of each lane at a time, as (lane, block, mark); each worker has lanes of its own."""
+    """One block of each lane at a time, as (lane, block, mark). Each worker has its own lanes."""
 
     def __init__(self, stream: TextStream, starts: dict[int, tuple[dict[str, Any], int]]):
         self.stream, self.starts = stream, starts
@@ -225,7 +225,7 @@ class _Rounds(torch.utils.data.IterableDataset):
             while blocks:
                 yield [(lane, *next(blocks[lane])) for lane in lanes]
         except UserError as error:
-            yield error  # raised here, it would reach the user with the whole traceback of the worker
+            yield error  # raised here, it would carry the traceback of the worker
 
 
 def _unchanged(item: Any) -> Any:
@@ -239,11 +239,11 @@ def _start_worker(worker_id: int) -> None:
 
 class StreamBatches(torch.utils.data.IterableDataset):
     """
-    The batches of one process, and where it is in the stream.
+    The batches of one process, and its position in the stream.
 
     Args:
-        collate: makes a batch of examples with `input_ids`.
-        prefetch_factor: how many batches ahead each of the workers reads.
+        collate: makes a batch from examples with `input_ids`.
+        prefetch_factor: the number of batches that each worker reads ahead.
 
     Raises:
         [`UserError`]: the lanes cannot be divided evenly among the processes.
@@ -263,13 +263,13 @@ class StreamBatches(torch.utils.data.IterableDataset):
         self.stream, self.batch_size, self.collate = stream, batch_size, collate
         self.num_processes, self.process_index = num_processes, process_index
         self.num_workers, self.prefetch_factor = num_workers, prefetch_factor or 2
-        # How many blocks all of the processes were trained on, and for each lane of this one the mark before its next
-        # block, with those that the loader, which is ahead of the training, has met.
+        # The number of blocks that all processes were trained on. For each lane of this process: the mark before its next
+        # block, and the later marks that the loader, which reads ahead, has passed.
         self.num_blocks = 0
         self.marks = {lane: deque([stream.start()]) for lane in range(process_index, stream.num_lanes, num_processes)}
 
     def _blocks_of(self, lane: int) -> int:
-        """How many blocks of a lane were trained on."""
+        """The number of blocks of a lane that were trained on."""
         rounds, rest = divmod(self.num_blocks, self.stream.num_lanes)
         return rounds + (lane < rest)
 
@@ -279,7 +279,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
         if self.num_workers:
             rounds = -(-self.batch_size // len(starts))
             options = {"prefetch_factor": self.prefetch_factor * rounds, "worker_init_fn": _start_worker}
-        # With a generator of its own, it leaves the one of the model as it is.
+        # With its own generator, it does not change the state of the global one.
         loader = DataLoader(
             _Rounds(self.stream, starts),
             batch_size=None,
@@ -293,7 +293,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
             yield self.collate([{"input_ids": block} for block in itertools.islice(blocks, self.batch_size)])
 
     def _in_order(self, rounds: Iterator, first: int) -> Iterator[list[int]]:
-        """The blocks of this process from block `first` of the run on."""
+        """The blocks of this process, starting at block `first` of the run."""
         waiting = {lane: deque() for lane in self.marks}
         first += (self.process_index - first) % self.num_processes
         for number in itertools.count(first, self.num_processes):
@@ -310,14 +310,14 @@ class StreamBatches(torch.utils.data.IterableDataset):
             yield block
 
     def trained(self) -> None:
-        """Take note that every process was trained on a batch."""
+        """Note that every process was trained on a batch."""
         self.num_blocks += self.batch_size * self.num_processes
         for lane, marks in self.marks.items():
             while len(marks) > 1 and marks[1]["blocks"] <= self._blocks_of(lane):
                 marks.popleft()
 
     def save(self, folder: str | Path) -> None:
-        """Write to a checkpoint where the lanes of this process are."""
+        """Write the positions of the lanes of this process to a checkpoint."""
         state = {
             "order": self.stream.order,
             "num_processes": self.num_processes,
@@ -330,10 +330,10 @@ class StreamBatches(torch.utils.data.IterableDataset):
 
     def load(self, folder: str | Path) -> None:
         """
-        Go on where the processes were, however many, that wrote a checkpoint.
+        Continue at the position in a checkpoint, whatever the number of processes that wrote it.
 
         Raises:
-            [`UserError`]: the checkpoint does not say it, or its stream was another.
+            [`UserError`]: the checkpoint has no position, or that of a stream in another order.
         """
         lanes = {}
         process, num_processes = 0, 1
@@ -343,14 +343,14 @@ class StreamBatches(torch.utils.data.IterableDataset):
                 state = read_json(file, "order", "num_processes", "lanes", "num_blocks")
             except DamagedFile as error:
                 raise UserError(
-                    f"The checkpoint {folder} does not say where its stream was: {file.name} is missing or damaged."
+                    f"The checkpoint {folder} lacks the position of its stream: {file.name} is missing or damaged."
                 ) from error
             if state["order"] != self.stream.order:
                 now, before = (" ".join(f"{k}={v}" for k, v in o.items()) for o in (self.stream.order, state["order"]))
                 raise UserError(
-                    f"The checkpoint {folder} is of a stream in another order ({before}) than this one ({now})."
+                    f"The checkpoint {folder} is of a stream with another order ({before}) than this run ({now})."
                 )
-            # (In a folder that was written before, there may be files of more processes.)
+            # (A folder that was written twice may have files of more processes.)
             process, num_processes = process + 1, state["num_processes"]
             lanes.update(state["lanes"])
         self.num_blocks = state["num_blocks"]

@@ -1,4 +1,4 @@
-"""Language models: what they are trained and evaluated on, and how."""
+"""The training and evaluation of language models."""
 
 import functools
 import itertools
@@ -26,22 +26,11 @@ from training.data.splits import is_on_the_hub
 from training.results.hub import public_name
 from training.results.metrics import Perplexity, load_metrics, plain
 from training.results.page import Example
-from training.run.checks import (
-    check_batches,
-    check_best_metric,
-    check_hub,
-    check_model,
-    check_optimizer,
-    check_trainer,
-    check_variant,
-    config_of_baseline,
-)
+from training.run.checks import check_batches, check_best_metric, check_hub
 from training.run.fields import Run
-from training.run.folder import check_output_folder, make_output_folder
-from training.run.parallel import check_divided
+from training.run.folder import make_output_folder
 from training.run.task import Task
-from training.run.training import model_and_callbacks, run_models
-from training.run.tuning import check_tuning
+from training.run.training import check_run, run_models
 from training.support.errors import UserError
 from training.text.blocks import PackedBlocks
 from training.text.document_losses import DocumentLosses
@@ -51,11 +40,10 @@ from training.text.stream import TextStream, check_lanes
 from training.text.tokenizer import keep_tokenizer, load_tokenizer, plain_tokens, train_tokenizer
 
 
-#: How many tokens one character has at most: the bytes of UTF-8.
+#: The most tokens that one character can have: the bytes of UTF-8.
 LONGEST_CHARACTER = 4
 
-
-#: How many tokens are shown of what a model writes.
+#: The length of the text that a model generates at the end of a run, in tokens.
 SAMPLE_TOKENS = 80
 
 
@@ -79,13 +67,13 @@ def next_tokens(logits: torch.Tensor | tuple) -> torch.Tensor:
 
 def next_token_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing: float) -> torch.Tensor:
     """
-    The loss of next-token prediction with smoothed labels; a `compute_loss_func` of the Trainer, whose own goes by the names
-    of models.
+    The next-token loss with label smoothing, a `compute_loss_func` of the Trainer. (The Trainer's own depends on the names of
+    models.)
 
     Args:
-        outputs: of the model, with `logits` `(batch, length, vocab)`.
+        outputs: those of the model, with `logits` `(batch, length, vocab)`.
         labels: `(batch, length)`, the tokens themselves.
-        num_items_in_batch: how many tokens an optimizer step predicts; by default, those of these.
+        num_items_in_batch: the number of tokens that an optimizer step predicts; by default the number in `labels`.
     """
     logits, labels = outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
     items = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
@@ -99,18 +87,18 @@ def evaluation_options(
     by_document: DocumentLosses | None = None,
 ) -> dict[str, Any]:
     """
-    How a [`~transformers.Trainer`] evaluates a language model: the same for all of them, wherever they come from.
+    The arguments with which a [`~transformers.Trainer`] evaluates a language model, the same for any model.
 
     Args:
-        named: metrics of the tokens that are predicted, see [`load_metrics`].
-        by_document: what is told the loss of each token.
+        named: metrics of the predicted tokens, see [`load_metrics`].
+        by_document: receives the loss of each token.
     """
     of_losses, tokens_per_byte = evaluate.combine([Perplexity()]), held_out.tokens_per_byte()
     of_tokens = evaluate.combine(named)
 
     def losses_and_tokens(logits, labels):
         losses = token_losses(logits, labels)
-        # The sum of each block is all that most metrics need of `(batch, length, vocab)`.
+        # Most metrics need only the sum of each block, not `(batch, length, vocab)`.
         needed = [losses.sum(-1)]
         if by_document:
             needed.append(losses)
@@ -138,7 +126,7 @@ def evaluation_options(
 
 
 def describe(data: TextDataArguments, train_documents, held_out_documents, held_out_blocks) -> str:
-    """What a model card says of the text."""
+    """What a model card says about the text."""
     source = public_name(data.dataset) + (f" ({data.dataset_config})" if data.dataset_config is not None else "")
     if data.dataset == "stdlib":
         source = f"the source text of the standard library of Python {platform.python_version()}, split by file"
@@ -154,27 +142,19 @@ def train_language_model(run: Run) -> None:
     data, config, folder = run.data, run.config, run.training.output_dir
     if config.position_embedding == "learned" and data.block_size > config.max_position_embeddings:
         raise UserError(
-            f"`block_size` is {data.block_size}, longer than the learned positions allow: `max_position_embeddings` is "
-            f"{config.max_position_embeddings}."
+            f"`block_size` is {data.block_size}, but there are only {config.max_position_embeddings} learned positions "
+            "(`max_position_embeddings`): lower it."
         )
     if data.streaming and run.training.max_steps < 1:
-        raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must say when the run ends.")
+        raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must be at least 1.")
     if data.streaming and run.training.train_sampling_strategy != "random":
         raise UserError(
-            f"`train_sampling_strategy` is {run.training.train_sampling_strategy!r}, but `shuffle_buffer` says in what order a "
-            "stream is trained on: leave it out, or `streaming`."
+            f"`train_sampling_strategy` is {run.training.train_sampling_strategy!r}, but `shuffle_buffer` determines the order "
+            "of a stream: leave it out, or `streaming`."
         )
     if data.streaming:
         check_lanes(data.stream_lanes, run.training.data_parallel_size)
-    baseline = config_of_baseline(run)
-    check_variant(run)
-    check_tuning(run)
-    model_class, callbacks = model_and_callbacks(run, DCAForCausalLM)
-    check_model(model_class, config, run.training.device)
-    check_divided(config, run.training.tp_size, data.block_size)
-    check_optimizer(run.training)
-    check_trainer(run.training)
-    check_output_folder(run.training)
+    baseline, model_class, callbacks = check_run(run, DCAForCausalLM, data.block_size)
     named, figures = load_metrics(run.training.metrics, run.training.held_out_metrics, config.vocab_size)
     check_best_metric(run.training, figures)
     check_hub(run.training)
@@ -183,7 +163,7 @@ def train_language_model(run: Run) -> None:
         train_documents, held_out_documents = load_text(data)
         trained_tokenizer = data.tokenizer or run.initial_checkpoint
         if run.training.resume_from_checkpoint is not None and Path(folder, "tokenizer_config.json").exists():
-            trained_tokenizer = folder  # the one that the run was begun with
+            trained_tokenizer = folder  # the one that the run started with
         if trained_tokenizer is not None:
             tokenizer = load_tokenizer(trained_tokenizer, config.vocab_size)
         else:
@@ -233,7 +213,7 @@ def train_language_model(run: Run) -> None:
 
 
 def sample_text(model_class: type[PreTrainedModel], folder: Path, prompt: str, seed: int) -> str:
-    """What a language model writes after a prompt, with the prompt; the same at each call."""
+    """The text that a language model generates from a prompt, including the prompt; the same at each call."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     model = model_class.from_pretrained(folder)
@@ -250,15 +230,15 @@ def sample_text(model_class: type[PreTrainedModel], folder: Path, prompt: str, s
 
 def text_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """
-    The mean loss of a batch, the same for all models: some add further losses to it in their own, and of some the trainer
-    does not know how many labels that counts.
+    The mean loss of a batch, the same for all models. (Some models add further losses to their own, and for some the Trainer
+    does not know how many labels count.)
     """
     logits = outputs["logits"]
     return ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch=labels[:, 1:].numel())
 
 
 def longest_text(config: PreTrainedConfig) -> int | None:
-    """How many tokens a model takes at most, or `None` where its positions set no limit."""
+    """The most tokens that a model takes, or `None` if its positions set no limit."""
     limited = getattr(config, "position_embedding", "learned") == "learned"
     limited = limited and getattr(config, "rope_parameters", None) is None
     return getattr(config, "max_position_embeddings", None) if limited else None
@@ -270,7 +250,7 @@ def text_options(
     """The held-out text in blocks, and how to evaluate on it."""
     longest = longest_text(config)
     if longest is not None and data.block_size > longest:
-        raise UserError(f"`block_size` is {data.block_size}, but {checkpoint!r} takes no more than {longest} tokens.")
+        raise UserError(f"`block_size` is {data.block_size}, but {checkpoint!r} takes at most {longest} tokens.")
     tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
     _, documents = load_text(data, held_out_only=True)
     held_out = PackedBlocks(documents, data.text_column, tokenizer, data.block_size, config.vocab_size)
@@ -279,7 +259,7 @@ def text_options(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text of each token. Of a character that several tokens make up, each of them has all, and its number."""
+    """The text of each token. If several tokens form a character, each shows the character and its own number."""
     found, start = [], 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
@@ -295,10 +275,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 def text_example(text: str, data: TextDataArguments, config: PreTrainedConfig, checkpoint: str) -> Example:
     """
-    A text as a language model takes it: after the token that its tokenizer begins texts with, if by any.
+    A text as a language model takes it, with the token that its tokenizer puts first, if any.
 
     Raises:
-        [`UserError`]: it has no tokens, or more than the model takes, or the tokenizer cannot be had.
+        [`UserError`]: the text has no tokens, or more than the model takes, or the tokenizer cannot be loaded.
     """
     check_document(text, "text", "`text`")
     tokenizer = load_tokenizer(data.tokenizer or checkpoint, config.vocab_size)
@@ -309,7 +289,7 @@ def text_example(text: str, data: TextDataArguments, config: PreTrainedConfig, c
     ids = begin + ids
     longest = longest_text(config)
     if longest is not None and len(ids) > longest:
-        raise UserError(f"`text` has {len(ids):,} tokens, but {checkpoint!r} takes no more than {longest:,}.")
+        raise UserError(f"`text` has {len(ids):,} tokens, but {checkpoint!r} takes at most {longest:,}.")
     return Example({"input_ids": torch.tensor([ids])}, "token", pieces(tokenizer, ids))
 
 

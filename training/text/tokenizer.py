@@ -1,4 +1,4 @@
-"""Tokenizers of language models: a byte-level BPE trained on the run's own text, or one that exists."""
+"""Tokenizers of language models: a byte-level BPE that is trained on the run's text, or an existing one."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from training.support.errors import UserError, innermost_message
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
-#: What models of this family take of a tokenizer: no types of tokens, which those of BERT's kind return.
+#: What the models take from a tokenizer: no `token_type_ids`, which BERT's tokenizers return.
 INPUT_NAMES = ["input_ids", "attention_mask"]
 
 
@@ -25,14 +25,14 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int
 
     Args:
         texts: the documents to train on.
-        vocab_size: the number of tokens wanted: the 256 bytes, two special tokens, and merges for the rest.
-        model_max_length: the number of tokens that the model is made for.
+        vocab_size: the number of tokens: the 256 bytes, two special tokens, and merges for the rest.
+        model_max_length: the longest sequence of the model, in tokens.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     if vocab_size < smallest:
         raise UserError(
             f"`vocab_size` is {vocab_size}, but a byte-level tokenizer has at least {smallest} tokens: "
-            f"give {smallest} or more."
+            f"set it to {smallest} or more."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, model_max_length: int
 
 def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """
-    Load a tokenizer from a local path or the Hub. It is told what models of this family take, and saves it.
+    Load a tokenizer from a local path or the Hub, and set its `model_input_names` to those of the models.
 
     Raises:
         [`UserError`]: there is none, it has no end-of-text token, or it has more tokens than `vocab_size`.
@@ -66,27 +66,27 @@ def load_tokenizer(name_or_path: str, vocab_size: int) -> PreTrainedTokenizerBas
     except (OSError, ValueError) as error:
         where = "folder" if Path(name_or_path).exists() else "local folder or Hub id"
         raise UserError(
-            f"`tokenizer` is {name_or_path!r}, a {where} with no tokenizer: {innermost_message(error)}"
+            f"`tokenizer` is {name_or_path!r}, a {where} without a tokenizer: {innermost_message(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"The tokenizer {name_or_path!r} has no end-of-text token (`eos_token`) to part documents with."
+            f"The tokenizer {name_or_path!r} has no end-of-text token (`eos_token`) to separate documents: choose another."
         )
-    # (There may be numbers that no token has.)
+    # (Some ids may have no token.)
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if size > vocab_size:
         raise UserError(
-            f"`vocab_size` is {vocab_size}, but the tokenizer {name_or_path!r} has {size} tokens: give {size} or more."
+            f"`vocab_size` is {vocab_size}, but the tokenizer {name_or_path!r} has {size} tokens: set it to {size} or more."
         )
     return tokenizer
 
 
 def plain_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """
-    The token ids of texts in which nothing is special: what reads like a special token is text.
+    The token ids of plain texts: the names of special tokens are read as text.
 
     Raises:
-        [`UserError`]: the tokenizer has no other way to read it.
+        [`UserError`]: the tokenizer always reads such a name as a special token.
     """
     encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True, verbose=False)
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -96,20 +96,20 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     for index, ids in enumerate(encoded):
         if special.keys().isdisjoint(ids):
             continue
-        # Some find it among their words even so: its first character is then read without the others.
+        # Some tokenizers find it nevertheless: then its first character is encoded apart from the others.
         cut = re.compile("|".join(f"(?<={re.escape(each[0])})(?={re.escape(each[1:])})" for each in special.values()))
         pieces = cut.split(texts[index])
         encoded[index] = ids = list(itertools.chain.from_iterable(encode(pieces)["input_ids"]))
         met = next((special[each] for each in ids if each in special), None)
         if met is not None:
             raise UserError(
-                f"A document has {met!r} in its text, which its tokenizer can only read as its special token: take it out."
+                f"A document has {met!r} in its text, which the tokenizer can only read as a special token: remove it."
             )
     return encoded
 
 
 def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer to the folder of a run: a run that is resumed need not train it again."""
+    """Write a tokenizer to the folder of a run, so that a resumed run need not train it again."""
     unfinished = folder / UNFINISHED / "tokenizer"
     with told_if_not_written("The tokenizer", folder):
         tokenizer.save_pretrained(unfinished)

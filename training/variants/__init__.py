@@ -1,1 +1,1 @@
-"""What is trained beside DCA, by the names that a run gives it (its `variant`)."""
+"""Models that studies train for comparison with DCA, by their names in a run (`variant`)."""

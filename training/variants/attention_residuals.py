@@ -59,11 +59,11 @@ class AttentionResiduals(Scheme):
 
         h_l = sum_{i < l} s_{l,i} v_i,    s_l = softmax over i of w_l . RMS_g(v_i)
 
-    and once more before the norm of the output. `RMS_g` has a learned weight, the values are not normalised. `w` is zero at
-    the start: `h` is the mean of all entries, which behind the norms of the layers is what their sum is, and so the
-    standard transformer, but for the norms' epsilon (and but where `norm_placement` has no norms before the modules). No
-    weight decay on `g`, and that of the run on `w`. The first layer, which has one entry to attend to, has no `w` and `g`
-    here. Parameters: `2 d` for each other layer, and for the output.
+    and once more before the norm of the output. `RMS_g` has a learned weight; the values are not normalised. `w` is zero at
+    the start: `h` is the mean of all entries, which norms before the modules (see `norm_placement`) map to the same as their
+    sum. With these, it is the standard transformer, except for the norms' epsilon. `g` has no weight decay, and `w` that of
+    the run. The first layer has a single entry to attend to, and no `w` and `g`. Parameters: `2 d` for each other layer, and
+    for the output.
     """
 
     def num_groups(self, num_layers: int) -> int:
@@ -90,7 +90,9 @@ class BlockAttentionResiduals(AttentionResiduals):
     [`AttentionResiduals`]. Parameters: as there.
     """
 
-    groups: int | None = setting(None, "The number of groups; if none, 8, or as many as there are layers.", 1)
+    groups: int | None = setting(
+        None, "The number of groups; by default 8, or the number of layers if that is less.", 1
+    )
 
     def num_groups(self, num_layers):
         if self.groups is not None and self.groups > num_layers:

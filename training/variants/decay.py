@@ -1,4 +1,4 @@
-"""Other weight decays of `b`."""
+"""Other forms of weight decay on `b`."""
 
 import torch
 from transformers import TrainerCallback
@@ -6,8 +6,8 @@ from transformers import TrainerCallback
 
 class DecayOfB(TrainerCallback):
     """
-    Puts another pull on `b = 1 + delta` in the place of AdamW's, which draws it to 1 by `lr * weight_decay * delta` in a
-    step: one that draws it to 0, by `lr * weight_decay * b`, or none.
+    Replaces AdamW's weight decay on `b = 1 + delta`, which pulls it to 1 by `lr * weight_decay * delta` per step, with one
+    that pulls it to 0, by `lr * weight_decay * b`, or with none.
     """
 
     def __init__(self, to_zero: bool):

@@ -10,8 +10,7 @@ from training.variants.scheme import Connection, Scheme, SchemeLayer, setting, w
 
 class DepthWeightedAverage(Connection):
     """
-    `Y_i = sum_j a_ij X_j` over those `j <= i` with `j = i (mod dilation)`. Of blocks after which nothing is averaged,
-    `Y_i = X_i`.
+    `Y_i = sum_j a_ij X_j` over those `j <= i` with `j = i (mod dilation)`. After blocks without an average, `Y_i = X_i`.
 
     Args:
         block: `i`, the number of blocks before.
@@ -62,7 +61,7 @@ class DenseFormer(Scheme):
     """
 
     dilation: int = setting(1, "Only streams j = i (mod dilation) are averaged.", 1)
-    period: int = setting(1, "Averages are taken after each so many blocks alone.", 1)
+    period: int = setting(1, "Averages are taken only after every `period` blocks.", 1)
 
     def build(self, layers, config):
         averages = [DepthWeightedAverage(i, self.dilation, self.period) for i in range(len(layers) + 1)]

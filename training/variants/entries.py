@@ -1,4 +1,4 @@
-"""Stacks of which some entries alone are seen (paper, table 9)."""
+"""Generalized residuals of only some entries of the stack (paper, table 9)."""
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ class ChosenResidual(GeneralizedResidual):
     A generalized residual of some entries of the stack; the others are left out, not merged.
 
     Args:
-        first, last (`int`): how many of the first and of the last entries it takes.
+        first, last (`int`): the number of first and of last entries that it takes.
     """
 
     def __init__(self, whole: GeneralizedResidual, first: int, last: int):
@@ -29,7 +29,7 @@ class ChosenResidual(GeneralizedResidual):
 
 
 def choose_entries(first: int, last: int, model: PreTrainedModel) -> None:
-    """Let the blocks of a new model, and its output, see the first and the last entries alone, so many of each."""
+    """Let the blocks and the output of a new model see only the `first` first and the `last` last entries."""
     network = model.base_model
     for module in (*network.layers, network):
         module.residual = ChosenResidual(module.residual, first, last)

@@ -1,4 +1,4 @@
-"""Gates of other forms than DCA's."""
+"""Other forms of the gate."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from modeling_dca.grn import GATE_NORM_EPS
 
 
 class AlteredGate(GeneralizedResidual):
-    """A generalized residual in plain PyTorch, whose gate is of another form."""
+    """A generalized residual in plain PyTorch with another form of the gate."""
 
     def pre_activations(self, entry: torch.Tensor) -> torch.Tensor:
         """`w . n(f)` of an entry `(..., hidden_size)`: `(..., outputs)`."""
@@ -19,7 +19,7 @@ class AlteredGate(GeneralizedResidual):
         return nn.functional.linear(entry, self.gate) * scale
 
     def weight(self, b: torch.Tensor, pre_activation: torch.Tensor) -> torch.Tensor:
-        """What an entry is multiplied by, of `b` `(hidden_size,)` and `pre_activation` `(..., 1)`."""
+        """The weight of an entry, from `b` `(hidden_size,)` and `pre_activation` `(..., 1)`."""
         raise NotImplementedError
 
     def forward(self, *stack: torch.Tensor) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
@@ -41,14 +41,14 @@ class AlteredGate(GeneralizedResidual):
 
 
 class DeadGate(AlteredGate):
-    """Zero behind `torch.relu`, whose gradient at exactly 0 is 0: the gate never learns (method, the first reading)."""
+    """A gate that starts at zero with `torch.relu`, whose gradient at 0 is 0: it never learns (the first reading)."""
 
     def weight(self, b, pre_activation):
         return b + torch.relu(pre_activation)
 
 
 class RawGate(AlteredGate):
-    """`b + relu(w . f)`: the gate sees the entry as it is, and grows with it (the second reading)."""
+    """`b + relu(w . f)`: the gate sees the entry without a norm, and grows with it (the second reading)."""
 
     def pre_activations(self, entry):
         return nn.functional.linear(entry, self.gate)
@@ -66,7 +66,7 @@ class BiasInsideGate(AlteredGate):
 
 def set_gates(gate_class: type[AlteredGate], model: PreTrainedModel) -> None:
     """
-    Give all generalized residuals of a new model gates of another form.
+    Give all generalized residuals of a new model another form of gate.
 
     Raises:
         `ValueError`: the model has no gates.
@@ -84,7 +84,7 @@ dead_gate, raw_gate, bias_inside_gate = (partial(set_gates, each) for each in (D
 
 @torch.no_grad()
 def random_gate(model: PreTrainedModel) -> None:
-    """Gates that start at small random values, as all other weights do: the model does not start as the plain residual sum."""
+    """Gates that start at small random values, as other weights do: the model does not start as the plain residual sum."""
     for name, parameter in model.named_parameters():
         if name.endswith("residual.gate"):
             parameter.normal_(std=model.config.initializer_range)

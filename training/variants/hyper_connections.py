@@ -15,7 +15,7 @@ class Streams(Connection):
     `n` streams of width `d` around a layer `f`: the state is one tensor `(batch, sequence, n, d)`.
 
     Args:
-        index: of the layer in the model; the first finds the embeddings alone, and makes `n` streams of them.
+        index: the index of the layer in the model; the first one gets the embeddings, and makes `n` streams of them.
     """
 
     def __init__(self, n: int, index: int):
@@ -24,9 +24,8 @@ class Streams(Connection):
 
     def coefficients(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        With what the layer's input is read of the streams `(..., n)`, how these are mixed `(..., n, n)`, with a row
-        for each new stream, and with what the layer's output is written to each `(..., n)`; they may be the same for
-        all tokens.
+        The coefficients that read the layer's input from the streams `(..., n)`, mix the streams `(..., n, n)`, with a row
+        for each new stream, and write the layer's output to each `(..., n)`. They may be the same for all tokens.
         """
         raise NotImplementedError
 
@@ -66,7 +65,7 @@ class HyperConnection(Streams):
 
 
 class DynamicHyperConnection(HyperConnection):
-    """What is added to them of each token: `W_m` and `W_b` `(d, 1)`, `W_r` `(d, n)`, and the scalars `s_a` and `s_b`."""
+    """Adds terms that depend on the token: `W_m` and `W_b` `(d, 1)`, `W_r` `(d, n)`, and the scalars `s_a` and `s_b`."""
 
     def __init__(self, n: int, index: int, width: int):
         super().__init__(n, index, width)
@@ -133,13 +132,13 @@ class DynamicHyperConnections(HyperConnections):
     connection = DynamicHyperConnection
 
 
-# How much of a stream goes on in its place at the start, and how much of the one stream a layer reads.
+# The initial weight of a stream in its new value, and of the one stream that a layer reads.
 NEAR_ONE = 0.9
 
 
 def sinkhorn(R: torch.Tensor, rounds: int) -> torch.Tensor:
-    """`exp(R)` `(..., n, n)` with its rows and its columns normalised in turn, so many times: nearly doubly stochastic."""
-    M = (R - R.amax((-2, -1), keepdim=True)).exp()  # (a factor of all is normalised away, and `exp` cannot overflow)
+    """`exp(R)` `(..., n, n)` after `rounds` normalisations of its rows and columns: nearly doubly stochastic."""
+    M = (R - R.amax((-2, -1), keepdim=True)).exp()  # (so `exp` cannot overflow; a common factor is normalised away)
     for _ in range(rounds):
         M = M / M.sum(-1, keepdim=True)
         M = M / M.sum(-2, keepdim=True)
@@ -192,7 +191,7 @@ class ManifoldHyperConnections(Scheme):
     """
 
     n: int = setting(4, "The number of streams.", 2)
-    sinkhorn_rounds: int = setting(20, "How often rows and columns are normalised.", 1)
+    sinkhorn_rounds: int = setting(20, "The number of normalisations of rows and columns.", 1)
 
     def build(self, layers, config):
         def connection(index: int) -> ManifoldConnection:

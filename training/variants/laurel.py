@@ -31,9 +31,9 @@ class LowRank(Connection):
     `x' = f(x) + x + h(x)` with `h(x) = B A x`; `A` is normal with variance `1 / d` at the start, and `B` zero.
 
     Args:
-        streams: how many of the last streams `h` sees, with the weights `g`: `h(sum_j g_j x_{i-j})`, which is `sum_j
-            g_j h(x_{i-j})`. If none, the layer's own input alone, without a weight.
-        kept: how many streams the state has afterwards.
+        streams: the number of last streams that `h` sees, with the weights `g`: `h(sum_j g_j x_{i-j})`, which equals `sum_j
+            g_j h(x_{i-j})`. If `None`, it sees only the layer's own input, without a weight.
+        kept: the number of streams in the new state.
     """
 
     static = ("g",)
@@ -98,7 +98,7 @@ class LaurelPA(LaurelLR):
     8 these are 0.10M at 6 blocks of 512.
     """
 
-    k: int = setting(3, "How many of the last streams are seen.", 1)
+    k: int = setting(3, "The number of last streams that a layer sees.", 1)
 
     def build(self, layers, config):
         def connection(index: int) -> LowRank:

@@ -15,7 +15,7 @@ class DynamicDense(Connection):
     Args:
         width: `d`.
         entries: `i + 1`.
-        ways: 4 for queries, keys, values and the residual stream, or 1 for the last alone.
+        ways: 4 for queries, keys, values and the residual stream, or 1 for only the latter.
         deep: the sources are normalised, and `z` times the normalised sum is added to `X_i`.
     """
 
@@ -58,7 +58,7 @@ class MUDDLayer(SchemeLayer):
 
 
 class LastDense(DynamicDense):
-    """The model's output, of the residual way alone."""
+    """The model's output, which has only the way of the residual stream."""
 
     def forward(self, *streams: torch.Tensor) -> torch.Tensor:
         (output,) = super().forward(*streams)
@@ -83,7 +83,7 @@ class MUDD(Scheme):
     = T + 1`.
     """
 
-    deep: bool = setting(False, "Whether sources and sum are normalised, for many blocks.")
+    deep: bool = setting(False, "Whether sources and sum are normalised, for deep models.")
 
     def build(self, layers, config):
         width = config.hidden_size

@@ -1,9 +1,8 @@
 """
-The variants by name: what studies train to learn what a part of DCA is good for. They are not for models to be used.
+The variants by name. Studies train them to measure the effect of a part of DCA; they are not for use.
 
-A variant is a model, which is made of the one that a run would train, and callbacks of its trainer. Some are other
-residual schemes, on the backbone of the standard transformer: these have settings, the `variant_fields` of a run.
-Another one is one more entry.
+A variant modifies the model that a run would train, or has callbacks for its trainer. Some are other residual schemes, on the
+backbone of the standard transformer: these have settings, the `variant_fields` of a run. To add a variant, add an entry here.
 """
 
 import functools
@@ -30,18 +29,18 @@ Model = type[PreTrainedModel]
 
 
 class Variant(NamedTuple):
-    """What of a run is another."""
+    """What differs from a run without a variant."""
 
     model: Callable[[Model], Model] = lambda model_class: model_class
     callbacks: tuple[TrainerCallback, ...] = ()
-    scheme: type[Scheme] | None = None  # of a residual scheme of its own, on the standard transformer
+    scheme: type[Scheme] | None = None  # another residual scheme, on the standard transformer
 
     def settings(self, fields: dict[str, Any]) -> dict[str, Any]:
         """
-        All settings of the variant, of those that a run names.
+        All settings of the variant: those that a run names, and defaults.
 
         Raises:
-            `ValueError`: it has no such setting, or it cannot have such a value.
+            `ValueError`: a setting is unknown, or has an invalid value.
         """
         if self.scheme is not None:
             return vars(read_settings(self.scheme, fields))
@@ -52,7 +51,7 @@ class Variant(NamedTuple):
 
 @functools.cache
 def altered(name: str, alter: Callable[[PreTrainedModel], None], model_class: Model) -> Model:
-    """A class of models that are altered when they are built, and whose code is not saved with them."""
+    """A model class whose models are altered when they are built, and saved without their code."""
 
     def __init__(self, config):
         model_class.__init__(self, config)
@@ -64,11 +63,11 @@ def altered(name: str, alter: Callable[[PreTrainedModel], None], model_class: Mo
 
 
 def scheme(scheme_class: type[Scheme]) -> Variant:
-    """A residual scheme of its own."""
+    """A variant that is another residual scheme."""
     return Variant(partial(altered, scheme_class.__name__, partial(set_scheme, scheme_class)), scheme=scheme_class)
 
 
-#: By the names that runs give them.
+#: The variants, by their names in a run.
 VARIANTS = {
     "dead_gate": Variant(partial(altered, "DeadGate", dead_gate)),
     "raw_gate": Variant(partial(altered, "RawGate", raw_gate)),

@@ -9,7 +9,7 @@ from training.variants.scheme import Connection, Newest, Scheme, SchemeLayer
 
 
 class OuterValues(nn.Linear):
-    """A block's value projection, which the block calls itself (`project`), and whose results the attention takes as they are."""
+    """The value projection of a block, which the block calls itself (`project`); the attention takes its values unchanged."""
 
     def __init__(self, projection: nn.Linear):
         super().__init__(projection.in_features, projection.out_features, projection.bias is not None, device="meta")

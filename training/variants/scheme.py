@@ -1,10 +1,10 @@
 """
-Other residual schemes, on the backbone of a standard transformer: its blocks are run without their residual sums, and
-a scheme states its own.
+Other residual schemes, on the backbone of a standard transformer: its blocks run without their residual sums, which the scheme
+replaces.
 
-A scheme hands a state from block to block: tensors, at first the embeddings `(batch, sequence, hidden_size)` alone.
-Attention, feed-forward module, norms, positions and their initial weights are those of the standard transformer of the
-same seed. What a scheme learns is in [`Connection`]s, in plain PyTorch.
+A scheme passes a state from block to block: a tuple of tensors, initially only the embeddings `(batch, sequence,
+hidden_size)`. Attention, feed-forward module, norms, positions and their initial weights are those of the standard
+transformer with the same seed. The parameters of a scheme are in [`Connection`]s, in plain PyTorch.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from training.support.errors import UserError
 EPS = 1e-6
 
 
-# What schemes compute with
+# Operations
 
 
 def rms(states: torch.Tensor) -> torch.Tensor:
@@ -40,12 +40,12 @@ def rms(states: torch.Tensor) -> torch.Tensor:
 
 
 def without_autocast(states: torch.Tensor):
-    """A context in which residual streams are not rounded to the type of autocast, which is for the modules' matrices."""
+    """A context without autocast, so that residual streams are not rounded: it is meant for matrix products."""
     return maybe_autocast(states.device.type, enabled=False)
 
 
 def weighted_sum(weights: Sequence[torch.Tensor], entries: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`sum_j w_j x_j` of as many weights, scalars or `(..., 1)`, as entries `(..., d)`; the sum is taken in float32 at least."""
+    """`sum_j w_j x_j` of weights, scalars or `(..., 1)`, and entries `(..., d)`, with the sum in float32 at least."""
     dtype = output_dtype(entries)
     compute_dtype = torch.promote_types(dtype, torch.float32)
     total = weights[0].to(compute_dtype) * entries[0].to(compute_dtype)
@@ -54,13 +54,13 @@ def weighted_sum(weights: Sequence[torch.Tensor], entries: Sequence[torch.Tensor
     return total.to(dtype)
 
 
-# What schemes are made of
+# Parts of schemes
 
 
 class Connection(nn.Module):
     """
-    What a scheme learns in one place. The parameters that `static` names are those for which 0 is no neutral value,
-    such as the weight of the residual stream; decay would pull them there.
+    The parameters of a scheme in one place. For those that `static` names, such as the weight of the residual stream, 0 is
+    not neutral, and weight decay would be harmful.
     """
 
     static: ClassVar[tuple[str, ...]] = ()
@@ -68,39 +68,39 @@ class Connection(nn.Module):
 
 class SchemeLayer(GradientCheckpointingLayer):
     """
-    The modules of a standard block, with their norms, and without the residual sums. A scheme's own `forward` takes
-    the state and returns it; its keyword arguments are for the attention.
+    The modules of a standard block, with their norms and without the residual sums. A scheme's `forward` takes the state and
+    returns the new one; its keyword arguments are for the attention.
     """
 
     def __init__(self, layer: DCALayer):
         super().__init__()
-        self.residual = layer.residual  # of one entry, which it returns: there hidden states are recorded
+        self.residual = layer.residual  # returns its only entry; hidden states are recorded there
         self.input_layernorm, self.self_attn = layer.input_layernorm, layer.self_attn
         self.post_attention_layernorm, self.mlp = layer.post_attention_layernorm, layer.mlp
         self.attention_output_norm, self.mlp_output_norm = layer.attention_output_norm, layer.mlp_output_norm
 
     def normed(self, attention_input: torch.Tensor) -> torch.Tensor:
-        """The input of the attention, as its projections take it, where all three have one."""
+        """The normed input of the attention, if queries, keys and values share one."""
         attention_input, _ = self.residual(attention_input)
         return self.input_layernorm(attention_input)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What the attention gives for inputs that are normed."""
+        """The output of the attention for normed inputs."""
         output, _ = self.self_attn(query, key, value, **kwargs)
         return output if self.attention_output_norm is None else self.attention_output_norm(output)
 
     def attention(self, query: torch.Tensor, *others: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What the attention gives for the queries' input, and those of keys and values where they are others."""
+        """The output of the attention for the input of the queries, and those of keys and values if they differ."""
         inputs = [self.normed(query), *map(self.input_layernorm, others)]
         return self.attend(*(inputs if others else 3 * inputs), **kwargs)
 
     def feed_forward(self, mlp_input: torch.Tensor) -> torch.Tensor:
-        """What the feed-forward module gives."""
+        """The output of the feed-forward module."""
         output = self.mlp(self.post_attention_layernorm(mlp_input))
         return output if self.mlp_output_norm is None else self.mlp_output_norm(output)
 
     def block(self, stream: torch.Tensor, *inputs: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The whole standard block, with its sums, on a stream; `inputs` are the attention's, where they are others."""
+        """The whole standard block, with its sums, on a stream; `inputs` are those of the attention, if they differ."""
         stream = stream + self.attention(*(inputs or (stream,)), **kwargs)
         return stream + self.feed_forward(stream)
 
@@ -110,8 +110,8 @@ class ModuleLayer(SchemeLayer):
     A block of a scheme that treats the attention and the feed-forward module alike, each as a layer `f`.
 
     Args:
-        connections: of the two modules. Each takes the state and `f`, a function of one tensor with the norms inside,
-            and returns the state: a tuple.
+        connections: one for each of the two modules. Each takes the state and `f`, a function of one tensor that includes
+            the norms, and returns the new state, a tuple.
     """
 
     def __init__(self, layer: DCALayer, connections: Sequence[Connection]):
@@ -124,7 +124,7 @@ class ModuleLayer(SchemeLayer):
 
 
 class Newest(nn.Module):
-    """The model's output where that is the last tensor of the state."""
+    """The model's output is the last tensor of the state."""
 
     def forward(self, *state: torch.Tensor) -> torch.Tensor:
         return state[-1]
@@ -132,11 +132,11 @@ class Newest(nn.Module):
 
 class Output(nn.Module):
     """
-    In the place of the generalized residual that forms the model's output.
+    Replaces the generalized residual that forms the model's output.
 
     Args:
-        residual: the standard transformer's, which returns its one entry: there the last hidden state is recorded.
-        connection: makes the output `(batch, sequence, hidden_size)` of the last block's state.
+        residual: that of the standard transformer, which returns its only entry; the last hidden state is recorded there.
+        connection: forms the output `(batch, sequence, hidden_size)` from the state of the last block.
     """
 
     delta = gate = None
@@ -149,9 +149,9 @@ class Output(nn.Module):
         return self.residual(self.connection(*state))
 
 
-# What a run can set
+# Settings
 
-#: The types of settings, as errors call them.
+#: The types of settings, for error messages.
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
 
 
@@ -162,15 +162,15 @@ def setting(default: Any, help: str, least: float | None = None) -> Any:
 @dataclasses.dataclass
 class Scheme:
     """
-    A residual scheme: its settings, the `variant_fields` of a run, and what it builds.
+    A residual scheme: its settings (the `variant_fields` of a run), and how it builds a model.
 
     Raises:
         `ValueError`: a setting has another type than its default, or is too small.
     """
 
     connection_learning_rate: float = setting(1.0, "Learning rate of the connections, as a multiple of the run's.", 0)
-    static_weight_decay: float = setting(0.0, "Weight decay of connections for which 0 is no neutral value.", 0)
-    dynamic_weight_decay: float | None = setting(None, "Weight decay of all other connections; if none, the run's.", 0)
+    static_weight_decay: float = setting(0.0, "Weight decay of connections for which 0 is not neutral.", 0)
+    dynamic_weight_decay: float | None = setting(None, "Weight decay of other connections; by default the run's.", 0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -178,7 +178,7 @@ class Scheme:
             named, least = f"`{field.name}` of `variant_fields` is {value!r}", field.metadata["least"]
             if float in kinds and type(value) in (int, str):
                 with contextlib.suppress(ValueError):
-                    value = float(value)  # YAML 1.1 does not take 1e-3 for a number
+                    value = float(value)  # in YAML 1.1, 1e-3 is not a number
             if type(value) not in kinds:
                 raise ValueError(f"{named}; it must be {' or '.join(WORDS[kind] for kind in kinds)}.")
             if value is not None and least is not None and not least <= value < math.inf:
@@ -187,25 +187,25 @@ class Scheme:
 
     def build(self, layers: Sequence[DCALayer], config: DCABaseConfig) -> tuple[list[SchemeLayer], nn.Module]:
         """
-        The blocks of a model, made of those of a new standard transformer, and what makes the model's output of the
-        last state.
+        The blocks of a model, made from those of a new standard transformer, and the module that forms the model's output
+        from the last state.
 
         Raises:
-            `ValueError`: a setting does not go with the model.
+            `ValueError`: a setting does not fit the model.
         """
         raise NotImplementedError
 
     def learning_rate_of(self, parameter: str) -> float:
-        """The learning rate of a connection's parameter, by its name in it, as a multiple of the run's."""
+        """The learning rate of a connection's parameter, by its name, as a multiple of the run's."""
         return self.connection_learning_rate
 
 
 def read_settings(scheme_class: type[Scheme], fields: dict[str, Any]) -> Scheme:
     """
-    A scheme with the settings that a run names.
+    A scheme with the settings of a run.
 
     Raises:
-        `ValueError`: the scheme has no such setting, or it cannot have such a value.
+        `ValueError`: a setting is unknown, or has an invalid value.
     """
     known = [field.name for field in dataclasses.fields(scheme_class)]
     for name in fields:
@@ -219,32 +219,32 @@ def set_scheme(scheme_class: type[Scheme], model: PreTrainedModel) -> None:
     Give a new standard transformer another residual scheme, with the settings in `config.variant_fields`.
 
     Raises:
-        `ValueError`: the model is none, or a setting cannot be.
+        `ValueError`: the model is not a standard transformer, or a setting is invalid.
     """
     config, network = model.config, model.base_model
     if config.residual_scheme != "standard":
         raise ValueError(
-            f"`residual_scheme` is {config.residual_scheme!r}, but the variant is a scheme of its own: it must be 'standard'."
+            f"`residual_scheme` is {config.residual_scheme!r}, but the variant is itself a scheme: it must be 'standard'."
         )
     if config.parallel_blocks:
         raise ValueError(
-            "`parallel_blocks` is true, but the variant is for blocks of two modules in turn: leave it out."
+            "`parallel_blocks` is true, but the variant needs attention and feed-forward module in sequence: leave it out."
         )
     scheme = read_settings(scheme_class, getattr(config, "variant_fields", None) or {})
     layers, output = scheme.build(network.layers, config)
     network.layers, network.residual = nn.ModuleList(layers), Output(network.residual, output)
     network.scheme = scheme
-    for each in (network, model):  # (what is sharded, or placed on a device, as a whole)
+    for each in (network, model):  # (units of sharding and device placement)
         each._no_split_modules = sorted({type(layer).__name__ for layer in layers})
 
 
 def set_connection_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """
-    Put the connections of a scheme's model into groups of their own of a new optimizer, with the learning rates and
-    the weight decays that the scheme has for them. Of other models nothing is changed.
+    Put the connections of a scheme's model into separate parameter groups of a new optimizer, with the scheme's learning rates
+    and weight decays. Other models are not changed.
 
     Raises:
-        [`UserError`]: the optimizer has no such groups.
+        [`UserError`]: the optimizer does not support it.
     """
     scheme = next(
         (module.scheme for module in model.modules() if isinstance(getattr(module, "scheme", None), Scheme)), None
@@ -269,8 +269,8 @@ def set_connection_groups(optimizer: torch.optim.Optimizer, model: nn.Module) ->
         group["params"] = kept
     if settings or any(group.get("lr") is None for group in optimizer.param_groups):
         raise UserError(
-            f"`optim` is a {type(optimizer).__name__}, which cannot give the connections of the variant a learning rate and a weight "
-            "decay of their own: choose 'adamw_torch'."
+            f"`optim` is a {type(optimizer).__name__}, which does not support separate learning rates and weight decays for the "
+            "connections of the variant: choose 'adamw_torch'."
         )
     for (index, learning_rate, own_decay), parameters in added.items():
         group = {**optimizer.param_groups[index], "params": parameters}

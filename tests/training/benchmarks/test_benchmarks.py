@@ -237,7 +237,7 @@ def test_only_some_measures_without_the_published_model(folder, not_published, c
     before = snapshot(folder)
     arguments = [*TINY.split(), "--only", "prefill", "--output_dir", "results"]
     assert failure(capsys, main, *arguments) == (
-        "error: `output_dir` is 'results', which holds results: name another folder, or pass --overwrite to replace them."
+        "error: `output_dir` is 'results', which holds results: choose another, or pass --overwrite to replace them."
     )
     assert snapshot(folder) == before
     call(main, *arguments, "--overwrite")
@@ -247,7 +247,7 @@ def test_only_some_measures_without_the_published_model(folder, not_published, c
 def test_no_peak_memory_where_the_system_does_not_tell(folder, not_published, monkeypatch, capsys):
     monkeypatch.setattr(run, "PEAK_RESET", folder / "missing")
     assert failure(capsys, main, "--only", "peak_memory") == (
-        f"error: `only` names 'peak_memory', which the CPU has on Linux alone ({folder / 'missing'}): leave it out."
+        f"error: `only` names 'peak_memory', which on the CPU needs Linux ({folder / 'missing'}): leave it out."
     )
     assert "peak_memory" not in run.BenchmarkArguments().only
     assert run.BenchmarkArguments(compile=True).only[:2] == ["compile_time", "training_step"]
@@ -289,7 +289,7 @@ def test_residuals_are_computed_as_named(folder):
         ("--layer 2", "Unrecognized arguments: --layer 2"),
         ("--only prefil", "`only` names 'prefil'; did you mean 'prefill'?"),
         ("--only compile_time", "`only` names 'compile_time' without `compile`: pass --compile, too."),
-        ("--output_dir file", "`output_dir` is 'file', which cannot be made (File exists): name another folder."),
+        ("--output_dir file", "`output_dir` is 'file', which cannot be created (File exists): choose another folder."),
         ("--grn_implementation egaer", "`grn_implementation` is 'egaer'; did you mean 'eager'?"),
         ("--device cuda", "`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu."),
     ],

@@ -373,7 +373,7 @@ import training.benchmarks.gpu
         (gpu.main, "--minutes 0", "`minutes` is 0; it must be more than 0."),
         (gpu.main, "--minutes nan", "`minutes` is nan; it must be more than 0."),
         (gpu.main, "--only profil", "`only` names 'profil'; did you mean 'profile'?"),
-        (gpu.main, "--data none.npz", "`data` is 'none.npz', which is no file: `make gpu-data` writes data/gpu/text.npz."),
+        (gpu.main, "--data none.npz", "`data` is 'none.npz', which is not a file: `make gpu-data` writes data/gpu/text.npz."),
         (gpu.main, "--device cuda", "`device` is 'cuda', but PyTorch finds no GPU here: pass --device cpu"),
         (gpu.main, "--device cpu --output_dir full", "`output_dir` is 'full', which holds results"),
     ],

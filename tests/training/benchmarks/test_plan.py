@@ -233,7 +233,7 @@ def test_the_command_tells_all_of_it(capsys):
     assert "8 layers x 256, 2-DCA; 1 x 512 tokens on each of 16 NVIDIA H200" in text
     assert re.search(rf"\| all +\| {DCAForCausalLM(config).num_parameters():,} +\|", text)
     assert "With checkpointing 10 tensors" in text
-    assert f"Cut 1: 4 tensors, {4 * 512 * 256 * 2:,} bytes each way" in text
+    assert f"Cut 1: 4 tensors, {4 * 512 * 256 * 2:,} bytes per direction" in text
     for words in ("sharding", "tensor", "pipeline", "full DCA", "the residual sum", "fits", "slowdown", "141 GB"):
         assert words in text
 
@@ -277,7 +277,7 @@ def test_a_runs_file_is_planned(room, capsys):
         (["--layers=2", "--pipeline=4", "--devices=4"], "`pipeline` is 4, but the model has 2 blocks"),
         (["--device=H1000"], "`device` is 'H1000'; Known: NVIDIA A100"),
         (["--device=A100"], "`device` is 'A100'; it may be NVIDIA A100-SXM4-40GB or NVIDIA A100-SXM4-80GB or"),
-        (["--utilization=0"], "`utilization` is 0.0; it must lie above 0 and not above 1"),
+        (["--utilization=0"], "`utilization` is 0.0; it must be above 0 and at most 1"),
         (["--hidden=100", "--heads=3"], "The model: .*hidden_size"),
         (["--residual_scheme=dcb"], "The model: .*`residual_scheme` is 'dcb'"),
         (["--seq=0"], "`seq` is 0; it must be at least 1"),

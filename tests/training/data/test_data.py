@@ -244,9 +244,9 @@ def test_near_copies_are_not_held_out(tmp_path, ids):
     assert kept(0.99) == kept(8 / 28) == documents[1:]
     assert kept(0.28) == kept(0) == documents[2:]
     write_jsonl(tmp_path / "held_out.jsonl", as_documents(numbers))
-    with pytest.raises(UserError, match="`max_eval_overlap` is 0.5, but all documents to evaluate on have more"):
+    with pytest.raises(UserError, match="`max_eval_overlap` is 0.5, but all held-out documents have more"):
         kept(0.5)
-    with pytest.raises(UserError, match="needs all training documents at hand: leave it out, or `streaming`"):
+    with pytest.raises(UserError, match="needs all training documents in advance: leave it out, or `streaming`"):
         load(tmp_path / "train.jsonl", max_eval_overlap=0.5, streaming=True)
 
 
@@ -291,7 +291,7 @@ def test_folders_that_are_called_as_splits_are_splits(tmp_path):
     assert load(data, train_split="train+test", eval_split="validation")[0]["text"][:] == ["b", "a", "d"]
     with pytest.raises(UserError, match='Unknown split "val". Should be one of .*validation'):
         load(data, eval_split="val")
-    with pytest.raises(UserError, match="has the splits .*: name the folder of one of them"):
+    with pytest.raises(UserError, match="has the splits .*: give the folder of one of them"):
         load(data / "test" / "test.txt", eval_dataset=str(data))
     # With any other folder or file next to them, they are not.
     (data / "notes").mkdir()
@@ -341,7 +341,7 @@ def test_files_that_are_trained_on_and_held_out_are_told_of(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     load(tmp_path, eval_dataset=str(tmp_path / "b.txt"))
     line = capsys.readouterr().err
-    assert "warning: 1 of the files of `eval_dataset` are trained on, too" in line and "b.txt" in line
+    assert "warning: 1 files of `eval_dataset` are trained on, too" in line and "b.txt" in line
 
 
 def test_what_is_held_out_is_named_once(tmp_path):

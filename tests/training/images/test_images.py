@@ -121,12 +121,12 @@ def test_splits_are_all_folders_at_the_top_or_none(tmp_path):
     for split, count in (("validation", 6), ("test", 4)):
         train, held_out, names = images(tmp_path / "images", eval_split=split)
         assert (len(train), len(held_out), names) == (10, count, ["test", "train"])
-    with pytest.raises(UserError, match="has the splits .*: name the folder of one of them"):
+    with pytest.raises(UserError, match="has the splits .*: give the folder of one of them"):
         images(tmp_path / "images" / "test", eval_dataset=str(tmp_path / "images"))
     # With another folder next to them, there would be two folders of each class.
     write_images(tmp_path / "images" / "more", count=4, classes=("test", "train"))
     with pytest.raises(
-        UserError, match="Training/test' and in .*/dev/test' cannot be told apart as classes: .*train, "
+        UserError, match="Training/test' and .*/dev/test' of .* cannot be told apart as classes: .*train, "
     ):
         images(tmp_path / "images")
 
@@ -134,10 +134,10 @@ def test_splits_are_all_folders_at_the_top_or_none(tmp_path):
 def test_folders_that_cannot_be_told_apart_as_classes(tmp_path):
     write_images(tmp_path / "images", count=10, classes=("cat", "dog"))
     write_images(tmp_path / "images" / "cat", count=10, classes=("black", "white"))
-    with pytest.raises(UserError, match="images/cat' and in .*images/cat/black' cannot be told apart"):
+    with pytest.raises(UserError, match="images/cat' and .*images/cat/black' of .* cannot be told apart"):
         images(tmp_path / "images")
     image(1).save(tmp_path / "images" / "dog.png")
-    with pytest.raises(UserError, match="images' and in .*images/cat' cannot be told apart"):
+    with pytest.raises(UserError, match="images' and .*images/cat' of .* cannot be told apart"):
         images(tmp_path / "images")
 
 
@@ -149,7 +149,7 @@ def test_classes_that_are_not_among_those_held_out_keep_their_numbers(tmp_path):
         assert len(train) == 12 and names == held_out.features["label"].names == ["a", "b", "c"]
         assert {names[label] for label in held_out["label"]} == set(classes)
     write_images(tmp_path / "images" / "val", count=4, classes=("c", "d"))
-    with pytest.raises(UserError, match="held out has the classes c, d, but those to train on are a, b, c"):
+    with pytest.raises(UserError, match="held-out data has the classes c, d, but the training data has a, b, c"):
         images(tmp_path / "images", eval_split="validation")
 
 
@@ -414,7 +414,7 @@ def test_run_ends_where_too_many_cannot_be_read():
         examples[20]
     # Of 40 images, 4 may be broken. (The one after image 24 was met.)
     assert str(error.value).startswith(
-        "5 of 25 images cannot be read: image 20 of 'pictures' (20.jpg), for one: cannot"
+        "5 of 25 images cannot be read, for example image 20 of 'pictures' (20.jpg): cannot"
     )
     with pytest.raises(UnreadableImages) as in_main_process:
         ExceptionWrapper((type(error.value), error.value, error.tb), "in DataLoader worker process 0").reraise()
@@ -639,7 +639,7 @@ WRONG_IMAGES = [
     (lambda path: None, "nowhere", [], ["'nowhere'", "Hub"]),
     (lambda path: path.mkdir(), "images", [], ["'images'"]),
     (lambda path: write_images(path, channels=3), "images", ["--num_channels=4"], ["image 1 of 'images'", "3 channels", "`num_channels` is 4"]),
-    (write_broken, "images", [], ["2 of ", "of 'images'", "odd/", ".png", "cannot be read", "mend or remove"]),
+    (write_broken, "images", [], ["2 of ", "of 'images'", "odd/", ".png", "cannot be read", "repair or remove"]),
     (lambda path: write_images(path), "images", ["--eval_resize=7"], ["`eval_resize` is 7", "at least `image_size`, 8"]),
     (lambda path: write_images(path), "images", ["--mixup_alpha=-1"], ["`mixup_alpha` is -1.0", "at least 0"]),
     (lambda path: write_images(path), "images", ["--mixup_alpha=0.2", "--per_device_train_batch_size=3"], ["`mixup_alpha` is 0.2", "`per_device_train_batch_size` is 3", "even"]),

@@ -651,7 +651,7 @@ def test_command_reads_an_image_classifier(room):
         (["empty"], ["'empty' cannot be evaluated"]),
         (["damaged"], ["'damaged' cannot be evaluated"]),
         (["altered"], ["'altered' is a LastFourForCausalLM"]),
-        (["first", "gone"], ["'gone' is no folder"]),
+        (["first", "gone"], ["'gone' is not a local folder"]),
         (["bert"], ["'bert' is a BertModel"]),
         (["llama"], ["'llama' has no generalized residuals"]),
         (["first", "--without=5"], ["`without` is '5'", "to 4 (of the last block)", "'all'"]),
@@ -684,16 +684,20 @@ def test_checkpoints_that_cannot_be_measured(saved, capsys, checkpoints, words):
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("result", "mine", "which cannot be made (File exists)"),
-        ("result/depth_weights.png", "mine", "where a depth_weights.png is that is not of this command"),
-        ("result/depth_spreads.png", "mine", "where a depth_spreads.png is that is not of this command"),
-        ("result/depth_weights.json", "mine", "where a depth_weights.json is that is not of this command"),
-        ("result/depth_weights.json", "{}", "where a depth_weights.json is that is not of this command"),
-        ("result/depth_weights.json", "[]", "where a depth_weights.json is that is not of this command"),  # a run's
-        ("result/depth_weights.json", "3", "where a depth_weights.json is that is not of this command"),
-        ("result/depth_weights.json/mine", "", "where a depth_weights.json is that is not of this command"),
-        ("result/without.json", "{}", "where a without.json is that is not of this command"),
-        ("result/without.png", "mine", "where a without.png is that is not of this command"),
+        ("result", "mine", "which cannot be created (File exists)"),
+        ("result/depth_weights.png", "mine", "which has a depth_weights.png that this command did not write"),
+        ("result/depth_spreads.png", "mine", "which has a depth_spreads.png that this command did not write"),
+        ("result/depth_weights.json", "mine", "which has a depth_weights.json that this command did not write"),
+        ("result/depth_weights.json", "{}", "which has a depth_weights.json that this command did not write"),
+        (
+            "result/depth_weights.json",
+            "[]",
+            "which has a depth_weights.json that this command did not write",
+        ),  # a run's
+        ("result/depth_weights.json", "3", "which has a depth_weights.json that this command did not write"),
+        ("result/depth_weights.json/mine", "", "which has a depth_weights.json that this command did not write"),
+        ("result/without.json", "{}", "which has a without.json that this command did not write"),
+        ("result/without.png", "mine", "which has a without.png that this command did not write"),
     ],
     ids=["file", "map", "spreads", "text", "other", "run", "number", "folder", "other_losses", "picture_of_losses"],
 )

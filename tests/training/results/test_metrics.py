@@ -142,11 +142,11 @@ def test_metric_that_is_named_is_measured_beside_the_others(in_room, capsys, kin
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        ('{"curve": [0.5, 0.6]}', ["'curve'", "no number"]),
+        ('{"curve": [0.5, 0.6]}', ["'curve'", "not a number"]),
         ("0.5", ["gives 0.5"]),
         ('{"perplexity": 1.0, "accuracy": 1.0}', ["as does the run itself", "leave it out"]),
         ('{"loss": 1.0}', ["'loss'", "as does the run itself"]),
-        ("1 / 0", ["cannot be had", "ZeroDivisionError"]),
+        ("1 / 0", ["fails for", "ZeroDivisionError"]),
     ],
 )
 @pytest.mark.parametrize("kind", RUNS)

@@ -275,17 +275,20 @@ def test_shut_gates_are_zero():
         (["dca", "--page=page.html", "--text=a", "--image=x.png"], "and no --image"),
         (["dca", "--page=page.html", "--text="], "`text` has no tokens"),
         (["dca", "--page=page.html", "--text=\udcff"], "`text` has in 'text' '\\udcff' as character 0"),
-        (["dca", "--page=page.txt", "--text=a"], "`page` is 'page.txt', which no browser opens as a page"),
-        (["dca", "--page=run", "--text=a"], "`page` is 'run', which no browser opens"),
-        (["dca", "--page=mine.html", "--text=a"], "`page` is 'mine.html', which exists and is not of this command"),
+        (["dca", "--page=page.txt", "--text=a"], "`page` is 'page.txt', which browsers do not open as a page"),
+        (["dca", "--page=run", "--text=a"], "`page` is 'run', which browsers do not open"),
+        (
+            ["dca", "--page=mine.html", "--text=a"],
+            "`page` is 'mine.html', which exists and this command did not write",
+        ),
         (
             ["dca", "--page=folder.html", "--text=a"],
             "`page` is 'folder.html', which cannot be written: Is a directory",
         ),
         (["dca", "--page=mine.html/page.html", "--text=a"], "which cannot be written: "),
-        (["dca", "k", "--page=page.html", "--text=a"], "--page shows one model, and 2 are named"),
-        (["dca", "--text=a", "--output_dir=new"], "--text and --image are what --page shows"),
-        (["dca", "--image=a", "--output_dir=new"], "--text and --image are what --page shows"),
+        (["dca", "k", "--page=page.html", "--text=a"], "--page shows one model, but 2 are given"),
+        (["dca", "--text=a", "--output_dir=new"], "--text and --image need --page"),
+        (["dca", "--image=a", "--output_dir=new"], "--text and --image need --page"),
         (["dca"], "required: --output_dir or --page"),
         (["dca", "--page=page.html", "--text=a", "--times_size"], "--output_dir, which is missing"),
         (["dca", "--page=page.html", "--text=a", "--without=1"], "--output_dir, which is missing"),
@@ -294,9 +297,9 @@ def test_shut_gates_are_zero():
         (["dca", "--page=page.html", "--text=a", "--device=none"], "'dca' cannot be shown"),
         (["standard", "--page=page.html", "--text=a"], "'standard' has no generalized residuals"),
         (["llama", "--page=page.html", "--text=a"], "'llama' has no generalized residuals"),
-        (["gone", "--page=page.html", "--text=a"], "'gone' is no folder"),
+        (["gone", "--page=page.html", "--text=a"], "'gone' is not a local folder"),
         (["nan", "--page=page.html", "--text=a"], "'nan' has weights that are NaN or infinite"),
-        (["learned", "--page=page.html", "--text=aaaaaaaaaaaa"], "takes no more than 4"),
+        (["learned", "--page=page.html", "--text=aaaaaaaaaaaa"], "takes at most 4"),
     ],
     ids=lambda value: (
         None
@@ -349,14 +352,14 @@ def test_images_that_cannot_be_shown(room, bokeh, capsys, arguments, words):
 def test_page_without_bokeh(saved, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bokeh", None)
     line = failure(capsys, command.main, "dca", "--page=page.html", "--text=a")
-    assert "`page` needs bokeh, which draws the maps: install it with `pip install bokeh`." in line
+    assert "`page` needs bokeh: install it with `pip install bokeh`." in line
 
 
 def test_text_too_long_for_a_page(saved, bokeh, capsys, monkeypatch):
     monkeypatch.setattr(page, "MOST_GATES", 3 * (1 + 2 + 3 + 4) * 5)
     shown("dca", "aaaaa" if len(AutoTokenizer.from_pretrained("dca")("aaaaa")["input_ids"]) == 5 else "a")
     line = failure(capsys, command.main, "dca", "--page=page.html", f"--text={TEXT}")
-    assert "tokens, and a page of 'dca' holds 5 at most: give a smaller text." in line
+    assert "tokens, but a page of 'dca' holds at most 5: give a smaller text." in line
 
 
 def test_page_is_replaced_and_kept_on_a_full_disk(saved, bokeh, capsys, monkeypatch):

@@ -428,7 +428,7 @@ def test_push_that_fails_leaves_the_model_of_the_push_before(hub, vision_run, tm
     ("token", "repo_id", "words"),
     [
         pytest.param(None, "writer/no_token", ["no access token", "hf auth login", "HF_TOKEN"], id="no_token"),
-        pytest.param(WRONG_TOKEN, "writer/wrong_token", ["does not accept", "status 401"], id="wrong_token"),
+        pytest.param(WRONG_TOKEN, "writer/wrong_token", ["rejected", "status 401"], id="wrong_token"),
         pytest.param(READ_TOKEN, "writer/read_token", ["write access", "status 403"], id="token_that_only_reads"),
         pytest.param(ODD_TOKEN, "writer/odd_token", ["characters"], id="token_that_cannot_be_sent"),
         pytest.param(TOKEN, "somebody/new", ["write access", "somebody"], id="name_of_another_user"),
@@ -503,7 +503,7 @@ def test_run_that_diverged_is_refused(main, run_copy):
 def test_altered_model_is_refused(main, run_copy):
     record = {"model": {}, "data": {"dataset": "stdlib"}, "training": {"alteration": "decay_b_to_0"}}
     (run_copy / "run.yaml").write_text(yaml.safe_dump(record))
-    assert "altered for a study ('decay_b_to_0')" in main(run_copy, "writer/x")
+    assert "a variant for a study ('decay_b_to_0')" in main(run_copy, "writer/x")
 
 
 def test_card_of_other_figures_is_refused(main, run_copy):
@@ -640,7 +640,9 @@ def test_main_can_be_named(here, run_copy):
     assert here.repositories["writer/main"].branches == {}
 
 
-@pytest.mark.parametrize(("revision", "word"), [("v1", "no branch"), ("0" * 40, "no branch"), ("a b", "status 400")])
+@pytest.mark.parametrize(
+    ("revision", "word"), [("v1", "not a branch"), ("0" * 40, "not a branch"), ("a b", "status 400")]
+)
 def test_revision_that_is_no_branch_is_refused(here, run_copy, capsys, revision, word):
     first = Commit("0" * 40, "initial commit", {})
     here.repositories["writer/tagged"] = Repository(False, [first], tags={"v1": first})
@@ -672,7 +674,7 @@ def test_model_that_is_not_of_this_project_is_not_replaced(here, run_copy, capsy
     llama = Commit("0" * 40, "Llama", {"config.json": b"{}", "model.safetensors": b"theirs", "README.md": b"Theirs"})
     here.repositories["writer/llama"] = Repository(False, [llama])
     line = refused(capsys, run_copy, "writer/llama")
-    assert "holds a model that was not published by this command" in line and "another revision" in line
+    assert "holds a model that this command did not publish" in line and "another revision" in line
     # A branch is another place; what it began with is not lost.
     call(publish_command.main, run_copy, "writer/llama", "--revision=dca")
     assert here.repositories["writer/llama"].commits == [llama]
@@ -752,13 +754,13 @@ def runs_in(folder, monkeypatch):
         (["--hub_model_id=somebody/model"], TOKEN, ["write access", "status 403"]),
         (["--hub_model_id=somebody/new"], TOKEN, ["write access", "somebody"]),
         (["--hub_model_id=writer/public"], READ_TOKEN, ["write access", "status 403"]),
-        (["--hub_model_id=writer/public"], WRONG_TOKEN, ["does not accept", "status 401"]),
+        (["--hub_model_id=writer/public"], WRONG_TOKEN, ["rejected", "status 401"]),
         (["--hub_model_id=writer/public"], ODD_TOKEN, ["characters"]),
         (["--hub_model_id=writer/public"], "", ["no access token"]),
-        (["--hub_model_id=writer/public", "--hub_revision=v1"], TOKEN, ["'v1'", "is no branch"]),
-        (["--hub_model_id=writer/public", "--hub_revision=refs/pr/1"], TOKEN, ["'refs/pr/1'", "is no branch"]),
+        (["--hub_model_id=writer/public", "--hub_revision=v1"], TOKEN, ["'v1'", "is not a branch"]),
+        (["--hub_model_id=writer/public", "--hub_revision=refs/pr/1"], TOKEN, ["'refs/pr/1'", "is not a branch"]),
         (["--hub_model_id=writer/public", "--hub_revision=a b"], TOKEN, ["status 400"]),
-        (["--hub_model_id=writer/theirs"], TOKEN, ["not published by this command"]),
+        (["--hub_model_id=writer/theirs"], TOKEN, ["this command did not publish"]),
         (["--hub_model_id=a/b/c"], TOKEN, ["'a/b/c'"]),
         (["--hub_model_id=https://huggingface.co/writer/x"], TOKEN, ["'https://huggingface.co/writer/x'"]),
         (["--output_dir=my run"], TOKEN, ["'my run'"]),

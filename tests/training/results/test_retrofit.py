@@ -232,7 +232,7 @@ def test_source_without_a_tokenizer(room, capsys):
         file.unlink()
     assert "has no tokenizer" in failure(capsys, command.main, "llama", "out", "--verify", "--text=deep")
     call(command.main, "llama", "out")
-    assert "no tokenizer is copied" in capsys.readouterr().err
+    assert "has no tokenizer that can be loaded" in capsys.readouterr().err
     assert DCAForCausalLM.from_pretrained("out")
 
 
@@ -559,19 +559,19 @@ def test_converted_classifier_is_what_the_trainer_fine_tunes(room):
     [
         (["llama", "out", "--num_labels=3"], "pass --head, one of sequence_classification, token_classification"),
         (["llama", "out", "--head=base", "--num_labels=3"], "the head 'base' has no labels"),
-        (["llama", "out", "--head=image_classification"], "'llama' model: give one of causal_lm, sequence_"),
-        (["vit", "out", "--head=causal_lm"], "'vit' model: give one of image_classification, base."),
+        (["llama", "out", "--head=image_classification"], "'llama' model: choose one of causal_lm, sequence_"),
+        (["vit", "out", "--head=causal_lm"], "'vit' model: choose one of image_classification, base."),
         (["vit", "out", "--num_labels=0"], "`num_labels` is 0; it must be at least 1"),
         (["llama", "out", "--head=sequence_classification"], "pass `num_labels`"),
         (["llama", "out", "--head=question_answering", "--num_labels=3"], "an answer has a start and an end: give 2"),
         (["llama", "out", "--head=score"], "invalid choice: 'score'"),
-        (["double", "out"], "is a GPT2DoubleHeadsModel, whose head DCA has not: pass --head, one of causal_lm"),
+        (["double", "out"], "is a GPT2DoubleHeadsModel, whose head DCA does not have: pass --head, one of causal_lm"),
         (["double", "out", "--head=causal_lm"], "it also has multiple_choice_head"),
         (["base", "out", "--head=causal_lm"], "it lacks lm_head.weight"),
-        (["many", "out"], "holds GGUF files: name one of them with --gguf_file (a.gguf, b.gguf)"),
+        (["many", "out"], "holds GGUF files: choose one of them with --gguf_file (a.gguf, b.gguf)"),
         (["many/a.gguf", "out", "--gguf_file=b.gguf"], "is the file 'many/a.gguf': leave out `gguf_file`"),
         (["many", "out", "--gguf_file=c.gguf"], "'many' cannot be converted"),
-        (["many/a.gguf", "out"], "'a.gguf' in 'many' is no whole GGUF file of a model"),
+        (["many/a.gguf", "out"], "'a.gguf' in 'many' is not a complete GGUF file of a model"),
     ],
     ids=str,
 )
@@ -639,7 +639,7 @@ def test_gguf_file(room, capsys, arguments):
     Path("deep").mkdir()
     write_gguf("deep/tiny.gguf", **TELLING)
     call(command.main, arguments[0], "out", *arguments[1:], "--last_k=1", "--verify", "--text=nothing in the sum")
-    assert "tokenizer is copied" not in capsys.readouterr().err
+    assert "none is copied" not in capsys.readouterr().err
     model = DCAForCausalLM.from_pretrained("out")
     source = LlamaForCausalLM.from_pretrained("deep", gguf_file="tiny.gguf")
     assert model.dtype == source.dtype == torch.float32
@@ -719,7 +719,7 @@ def test_damaged_sources(room, capsys):
         (["llama", "out", "--verify", "--text="], "`text` has no tokens"),
         (["vit", "out", "--verify", "--text=deep"], "has no tokenizer"),
         (["llama", "out", "--max_shard_size=5XB"], "Unit 'XB' not supported"),
-        (["runs/nothing/here", "out"], "neither a folder nor a model on the Hub"),
+        (["runs/nothing/here", "out"], "neither a local folder nor a model on the Hub"),
         (["nobody/nothing", "out"], "the Hub cannot be reached"),
     ],
 )
@@ -771,8 +771,8 @@ def test_from_the_hub(sources, tmp_path):
         *["STATUS 2"] * 3,
     ], completed.stderr
     unknown, private, revision = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
-    assert "'reader/none' is neither a folder nor a model on the Hub" in unknown
-    assert "'writer/private' is neither a folder nor a model on the Hub" in private
+    assert "'reader/none' is neither a local folder nor a model on the Hub" in unknown
+    assert "'writer/private' is neither a local folder nor a model on the Hub" in private
     assert "does not have the revision" in revision
     assert TOKEN not in completed.stdout + completed.stderr
     assert not (tmp_path / "none").exists()

@@ -475,11 +475,11 @@ def test_device_is_full_while_a_checkpoint_is_saved(room, uninterrupted, file):
 
     status, printed = forked(lambda: (arrange(), call(causal_lm.main, *OPTIONS)))
     assert last_whole(room / "run") == 2
-    words = ("The checkpoint of step 4", "run/checkpoint-2 is whole", RESUME, "MB are free")
+    words = ("The checkpoint of step 4", "run/checkpoint-2 is intact", RESUME, "MB are free")
     assert_told_and_resumed(room, printed, status, uninterrupted, *words)
 
 
-@pytest.mark.parametrize(("size", "words"), [(8_000, ["No checkpoint had been written", "--overwrite"])])
+@pytest.mark.parametrize(("size", "words"), [(8_000, ["There is no checkpoint yet", "--overwrite"])])
 def test_file_may_not_be_as_large_as_a_checkpoint_is(room, size, words):
     def arrange():
         def limit(self, *args, **kwargs):
@@ -532,9 +532,9 @@ def mount_small_disk(folder: str, size: int):
 @pytest.mark.parametrize(
     ("moment", "words"),
     [
-        (in_call("_save_checkpoint", 2), ("The checkpoint of step 4", "run/checkpoint-2 is whole")),
-        (in_call("save_model", 4), ("The trained model", "run/checkpoint-6 is whole")),
-        (in_call("save_metrics", 1), ("What was logged or found", "run/checkpoint-6 is whole")),
+        (in_call("_save_checkpoint", 2), ("The checkpoint of step 4", "run/checkpoint-2 is intact")),
+        (in_call("save_model", 4), ("The trained model", "run/checkpoint-6 is intact")),
+        (in_call("save_metrics", 1), ("The logs or results", "run/checkpoint-6 is intact")),
     ],
 )
 def test_disk_is_full(room, uninterrupted, moment, words):
@@ -595,7 +595,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_offered(finished, caps
     damage_file(finished / "run" / "checkpoint-6" / file)
     line = refusal(capsys, causal_lm.main, *COMPARISON, RESUME + named)
     assert f"run/checkpoint-6/{file} {words}" in line
-    assert f"go on from there with {RESUME}=run/checkpoint-4." in line
+    assert f"resume from there with {RESUME}=run/checkpoint-4." in line
 
 
 def test_offer_of_a_whole_checkpoint_holds(finished, comparison, capsys):
@@ -638,7 +638,7 @@ def test_without_a_whole_checkpoint_a_run_is_started_again(finished, capsys):
     for number in (2, 4, 6):
         flip(finished / "run" / f"checkpoint-{number}" / "model.safetensors")
     line = refusal(capsys, causal_lm.main, *COMPARISON, RESUME)
-    assert "No other checkpoint is whole: start again with --overwrite." in line and "checkpoint-4" not in line
+    assert "No other checkpoint is intact: start again with --overwrite." in line and "checkpoint-4" not in line
 
 
 def test_missing_manifest_is_told_where_earlier_checkpoints_have_one(finished, capsys):
@@ -851,7 +851,7 @@ def test_both_processes_end_when_the_disk_of_one_is_full(room):
 
     (first, second) = two_processes(arrange=arrange)
     assert first[0] == second[0] == 2
-    assert "No space left on device" in error_of(first[1]) and "run/checkpoint-2 is whole" in error_of(first[1])
+    assert "No space left on device" in error_of(first[1]) and "run/checkpoint-2 is intact" in error_of(first[1])
     assert "Another process of this run has ended" in error_of(second[1])
     assert not (room / "run" / UNFINISHED).exists()
 

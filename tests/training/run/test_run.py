@@ -271,7 +271,7 @@ def test_what_is_no_checkpoint_of_the_run_is_not_resumed(room, capsys, checkpoin
     call(causal_lm.main, TEXT_RUN, "--output_dir=run")
     call(causal_lm.main, TEXT_RUN, "--output_dir=other", "--seed=2", "--max_steps=2")
     arguments = (TEXT_RUN, "--output_dir=run", f"--resume_from_checkpoint={checkpoint}")
-    assert f"'{checkpoint}', which is no checkpoint" in refusal(capsys, causal_lm.main, *arguments)
+    assert f"'{checkpoint}', which is not a checkpoint" in refusal(capsys, causal_lm.main, *arguments)
 
 
 def spoil(patch, step, change):
@@ -654,7 +654,7 @@ def test_run_ends_with_both_models_figures_and_what_they_write(room, capsys):
             DCAForCausalLM, folder, "def f(", 0
         )
     assert "This is one run with one seed." in said
-    samples = re.findall(r"^(\S+) goes on from ('.*'):\n\n(.*)", said, flags=re.MULTILINE)
+    samples = re.findall(r"^(\S+) continues ('.*'):\n\n(.*)", said, flags=re.MULTILINE)
     assert [name for name, _, _ in samples] == ["dca", "standard"]
     for _, prompt, sample in samples:
         assert sample.startswith(ast.literal_eval(prompt).partition("\n")[0])

@@ -68,7 +68,7 @@ def test_frozen_backbone_stays_as_it_was(llama, capsys):
     before = DCAForCausalLM.from_residual("llama").state_dict()
     assert changed(Path("run"), before) == {name for name in before if name.endswith(("delta", "gate"))}
     trained = sum(weight.numel() for name, weight in before.items() if name.endswith(("delta", "gate")))
-    assert f"{trained:,} parameters are trained, beside " in capsys.readouterr().out
+    assert f"{trained:,} parameters are trained, and " in capsys.readouterr().out
     assert "| `freeze_backbone` | True |" in Path("run/README.md").read_text()
     assert yaml.safe_load(Path("run/run.yaml").read_text())["training"]["freeze_backbone"] is True
 
@@ -81,7 +81,7 @@ def test_adapters_are_added_to_the_weights(llama, capsys):
     for name in projections:
         assert torch.linalg.matrix_rank(weights(Path("run"))[name] - before[name], rtol=1e-3) <= 2, name
     trained = sum(2 * sum(before[name].shape) for name in projections)
-    assert f"{trained:,} parameters are trained, beside " in capsys.readouterr().out
+    assert f"{trained:,} parameters are trained, and " in capsys.readouterr().out
     assert "| `lora_rank` | 2 |" in Path("run/README.md").read_text()
     # What was evaluated is what was saved.
     told = json.loads(Path("run/all_results.json").read_text())["eval_loss"]
@@ -143,15 +143,15 @@ def test_the_head_of_a_classifier_is_trained_too(room, arguments, options):
     ("arguments", "words"),
     [
         ([*FROZEN, "--lora_rank=2"], "`freeze_backbone` and `lora_rank` are both set"),
-        ([*FROZEN, "--residual_scheme=standard"], "`residual_scheme` is 'standard', which has nothing else to train"),
-        ([*FROZEN, "--baseline=standard"], "`baseline` is 'standard', which has nothing else to train"),
+        ([*FROZEN, "--residual_scheme=standard"], "`residual_scheme` is 'standard', which adds nothing to train"),
+        ([*FROZEN, "--baseline=standard"], "`baseline` is 'standard', which adds nothing to train"),
         (["--lora_rank=0"], "`lora_rank` is 0; it must be at least 1"),
         (["--lora_rank=2.5"], "2.5"),
         (["--lora_rank=2", "--initial_checkpoint=adapted/checkpoint-2"], "lacks 14 weights, model.layers.0"),
-        (["--initial_checkpoint=base"], "'base', which lacks 1 weights, lm_head.weight for one"),
+        (["--initial_checkpoint=base"], "'base', which lacks 1 weights, for example lm_head.weight"),
         (["--output_dir=adapted", "--resume_from_checkpoint", "--lora_rank=3"], "with 2 as `lora_rank`, not 3"),
         (["--output_dir=adapted", "--resume_from_checkpoint"], "with 2 as `lora_rank`, not None"),
-        (["--output_dir=adapted", "--resume_from_checkpoint", *FROZEN], "not True, and its checkpoints hold that"),
+        (["--output_dir=adapted", "--resume_from_checkpoint", *FROZEN], "not True, and its checkpoints depend on it"),
     ],
     ids=str,
 )
@@ -181,7 +181,7 @@ def adapted(tmp_path_factory):
 
 @pytest.mark.parametrize("field", ["--freeze_backbone", "--lora_rank=2"])
 def test_a_model_that_was_never_trained_is_not_left_so(room, capsys, field):
-    assert "would stay random: name an `initial_checkpoint`" in refusal(capsys, causal_lm.main, TEXT_RUN, field)
+    assert "would stay random: set `initial_checkpoint`" in refusal(capsys, causal_lm.main, TEXT_RUN, field)
 
 
 def test_adapters_need_their_package(llama, capsys, monkeypatch):
@@ -192,7 +192,7 @@ def test_adapters_need_their_package(llama, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [FROZEN, ADAPTERS], ids=["frozen", "adapters"])
 def test_models_that_are_shared_out_are_refused(llama, capsys, monkeypatch, arguments):
     monkeypatch.setattr("training.run.tuning.uses_fsdp", lambda training: True)
-    assert "is not for models that are shared out" in refusal(capsys, causal_lm.main, TEXT_RUN, *arguments)
+    assert "does not support sharded models" in refusal(capsys, causal_lm.main, TEXT_RUN, *arguments)
 
 
 def test_unmerged_checkpoint_is_not_evaluated(llama, adapted, capsys):

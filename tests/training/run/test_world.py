@@ -158,7 +158,7 @@ def test_image_classifier_is_divided(room):
     [
         ({"tp": 2}, [], ["2 as `parallelism_config_tp_size`", "does not divide the model", "`tp_size`"]),
         ({"sp": 2}, [], ["2 as `parallelism_config_sp_size`", "DeepSpeed"]),
-        ({"cp": 2, "dp_shard": 2}, [], ["2 as `parallelism_config_cp_size`", "GPUs alone"]),
+        ({"cp": 2, "dp_shard": 2}, [], ["2 as `parallelism_config_cp_size`", "on GPUs only"]),
         ({"dp_replicate": 2, "dp_shard": 2}, [], ["`parallelism_config`", "FSDP2", "hsdp.yaml"]),
         ({}, [TENSOR], ["`tp_size` is 2", "1 processes", "product"]),
         ({}, ["--fsdp_size=2"], ["`fsdp_size` is 2", "`tp_size` is 1", "fsdp2.yaml"]),
@@ -192,7 +192,7 @@ def test_what_cannot_be_kept_is_refused(room, monkeypatch, capsys, sizes, option
         ),
         ("fsdp2", [], [TENSOR], ["`tp_size` is 2", "ddp.yaml"]),
         ("ddp", [], [TENSOR, "--num_attention_heads=1"], ["`tp_size` is 2", "`num_attention_heads` = 1"]),
-        ("ddp", [], [TENSOR, "--global_batch_size=6"], ["multiple of 4", "each 2 of which compute a batch together"]),
+        ("ddp", [], [TENSOR, "--global_batch_size=6"], ["multiple of 4", "2 of which compute each batch together"]),
     ],
 )
 def test_what_several_processes_cannot_keep_is_refused(room, capfd, name, options, arguments, words):
@@ -349,8 +349,8 @@ def elsewhere(room):
 @pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_folder_that_machines_do_not_share_is_said_at_the_start(room, capfd, name):
     printed = failure(capfd, name, *RUN, arrange=elsewhere(room))
-    assert "`output_dir` is 'run', which is not one folder for all processes" in printed
-    assert "is not seen by process 1 (on " in printed
+    assert "`output_dir` is 'run', which the processes do not share" in printed
+    assert "is not visible to process 1 (on " in printed
     for folder in (room, room / "other"):
         assert not list(folder.glob("run/*.safetensors")) and not list(folder.glob("run/checkpoint-*"))
 
@@ -362,8 +362,8 @@ def test_checkpoint_of_which_the_first_process_lacks_a_part_gets_no_name(tmp_pat
     (unfinished / "rng_state_0.pth").write_bytes(b"state")
     with pytest.raises(UserError) as raised:
         finish_checkpoint(unfinished, tmp_path, [["rng_state_0.pth"], ["rng_state_1.pth"]])
-    assert "checkpoint-2 is not whole: rng_state_1.pth, which another process wrote" in str(raised.value)
-    assert "No checkpoint had been written." in str(raised.value)
+    assert "checkpoint-2 is not complete: rng_state_1.pth, which another process wrote" in str(raised.value)
+    assert "There is no checkpoint yet." in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -390,7 +390,7 @@ def test_part_that_is_missing_in_the_manifest_too_is_missed(room, capfd, sharded
     del manifest["files"][name]
     crc = checksum_of(manifest["files"])
     file.write_text(json.dumps({**manifest, "crc32": crc}))
-    assert damage(checkpoint) == f"{checkpoint / name} is missing, and the manifest lacks it, too"
+    assert damage(checkpoint) == f"{checkpoint / name} is missing, from the manifest, too"
 
 
 def checksum_of(content):
@@ -454,7 +454,7 @@ def test_one_line_passes_over_a_checkpoint_that_is_damaged(room, capsys):
     for name in ("model.safetensors", "trainer_state.json"):
         (room / "run" / "checkpoint-6" / name).write_bytes(b"spoilt")
     call(causal_lm.main, *AUTO)
-    assert "checkpoint-6 is passed over, because" in capsys.readouterr().out
+    assert "checkpoint-6 is skipped, because" in capsys.readouterr().out
     assert (room / "run" / "model.safetensors").read_bytes() == expected
     assert damage(room / "run" / "checkpoint-6") is None  # it was written anew
 
@@ -469,7 +469,7 @@ def test_one_line_starts_where_a_run_was_killed_before_its_record(room):
 def test_one_line_touches_nothing_else(room, capsys):
     (room / "run").mkdir()
     (room / "run" / "thesis.txt").write_text("mine")
-    assert "which holds no run to resume: name another folder" in refusal(capsys, causal_lm.main, *AUTO)
+    assert "which holds no run to resume: choose another folder" in refusal(capsys, causal_lm.main, *AUTO)
     line = refusal(capsys, causal_lm.main, *AUTO, "--overwrite")
     assert "Both `overwrite` and `resume_from_checkpoint` are set" in line
 

@@ -210,12 +210,12 @@ def test_data_that_cannot_be_read_on_ends_a_run(room, capsys, monkeypatch, optio
 
     monkeypatch.setattr(task, "collate", broken)
     line = failure(capsys, causal_lm.main, TEXT_RUN, "--output_dir=run", *options)
-    assert "could not be read on after step 3;" in line and "--resume_from_checkpoint" in line
+    assert "Reading the data failed after step 3," in line and "--resume_from_checkpoint" in line
 
 
 def test_fused_optimizers_are_refused(room, capsys):
     line = refusal(capsys, causal_lm.main, TEXT_RUN, "--optim=adamw_torch_fused")
-    assert "`optim` is 'adamw_torch_fused', which XLA devices do not have" in line
+    assert "`optim` is 'adamw_torch_fused', which XLA devices do not support" in line
 
 
 def test_weights_that_are_not_finite_are_not_saved(room, capsys, monkeypatch):

@@ -881,7 +881,7 @@ def test_what_is_in_the_way_is_left_alone(room, monkeypatch, capsys, spoil, word
         (["runs/plain/seed-0", "--baseline=x"], ["`baseline` is 'x'"]),
         (["runs/plain/seed-0", "unfinished"], ["unfinished holds a run that is not finished"]),
         (["runs/plain/seed-0", "other-data"], ["`dataset` is 'text.jsonl' for one and 'other.jsonl'"]),
-        (["runs/plain/seed-0", "--output_dir=text.jsonl/x"], ["`output_dir`", "cannot be made"]),
+        (["runs/plain/seed-0", "--output_dir=text.jsonl/x"], ["`output_dir`", "cannot be created"]),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(made_up, capsys, arguments, words):

@@ -314,9 +314,9 @@ def test_command_refuses_what_it_cannot_do(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"title": "other"}')
     before = snapshot(tmp_path)
     line = failure(capsys, command.main, "--output_dir", tmp_path)
-    assert "a README.md is that is not of this command" in line
+    assert "which has a README.md that this command did not write" in line
     line = failure(capsys, command.main, "--output_dir", tmp_path / "README.md" / "below")
-    assert "cannot be made" in line
+    assert "cannot be created" in line
     for seeds in (("1", "1"), ("-1",)):
         assert "different integers from 0" in failure(
             capsys, command.main, "--seeds", *seeds, "--output_dir", tmp_path / "new"

@@ -74,11 +74,13 @@ def test_folder_that_is_written_into(tmp_path):
     assert checked() == folder
     (folder / "raw.json").write_text("mine")
     for own in (lambda: False, lambda: {}["title"], lambda: int("x")):
-        with pytest.raises(UserError, match="where a raw.json is that is not of this command: name another folder"):
+        with pytest.raises(
+            UserError, match="which has a raw.json that this command did not write: choose another folder"
+        ):
             checked(own)
     assert checked(lambda: True) == checked(lambda: True, overwrite=True) == folder
-    with pytest.raises(UserError, match="which holds results: name another folder, or pass --overwrite"):
+    with pytest.raises(UserError, match="which holds results: choose another, or pass --overwrite"):
         checked(lambda: True, overwrite=False)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"other.txt": "mine", "raw.json": "mine"}
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         output_folder(folder / "raw.json" / "below", names, lambda: True)

@@ -68,7 +68,7 @@ def test_smallest_vocabulary_is_the_bytes_and_two_tokens():
     tokenizer = train_tokenizer(iter(TEXTS), 258, 64)
     assert len(tokenizer) == 258
     assert len(tokenizer("größe")["input_ids"]) == len("größe".encode())
-    with pytest.raises(UserError, match="`vocab_size` is 257, .* give 258 or more"):
+    with pytest.raises(UserError, match="`vocab_size` is 257, .* set it to 258 or more"):
         train_tokenizer(iter(TEXTS), 257, 64)
 
 
@@ -77,7 +77,7 @@ def test_tokenizer_is_loaded_from_a_path(tokenizer, tmp_path):
     loaded = load_tokenizer(str(tmp_path), 300)
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.eos_token_id == 0
     assert len(load_tokenizer(str(tmp_path), 301)) == 300
-    with pytest.raises(UserError, match="`vocab_size` is 299, .* has 300 tokens: give 300 or more"):
+    with pytest.raises(UserError, match="`vocab_size` is 299, .* has 300 tokens: set it to 300 or more"):
         load_tokenizer(str(tmp_path), 299)
 
 
@@ -85,7 +85,7 @@ def test_tokenizer_whose_numbers_have_gaps_needs_the_greatest(tmp_path):
     words = Tokenizer(models.WordLevel({"a": 0, "</s>": 9}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path), 10).eos_token_id == 9
-    with pytest.raises(UserError, match="`vocab_size` is 9, .* give 10 or more"):
+    with pytest.raises(UserError, match="`vocab_size` is 9, .* set it to 10 or more"):
         load_tokenizer(str(tmp_path), 9)
 
 
@@ -134,7 +134,7 @@ def test_no_text_becomes_a_special_token(make):
 
 
 def test_text_that_can_only_be_read_as_a_special_token_is_refused():
-    with pytest.raises(UserError, match="has 'b' in its text, which its tokenizer can only read as its special token"):
+    with pytest.raises(UserError, match="has 'b' in its text, which the tokenizer can only read as a special token"):
         plain_tokens(word_level("b"), ["a b a"])
 
 

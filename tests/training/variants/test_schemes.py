@@ -558,7 +558,7 @@ def test_decay_in_a_run(room, monkeypatch):
 def test_optimizer_without_such_groups_is_refused():
     model = model_of("resformer")
     others = torch.optim.AdamW(model.lm_head.parameters())
-    with pytest.raises(UserError, match="`optim` is a AdamW, which cannot give the connections"):
+    with pytest.raises(UserError, match="`optim` is a AdamW, which does not support separate learning rates"):
         set_connection_groups(others, model)
     before = [dict(group) for group in others.param_groups]
     set_connection_groups(others, model_of(None))
@@ -605,9 +605,9 @@ def test_settings_stand_in_the_file_of_a_run(room, capsys):
     assert yaml.safe_load(Path("run/run.yaml").read_text())["training"]["variant_fields"] == {"n": 2}
     others = ("--output_dir=run", "--variant_fields={n: 4}", "--max_steps=4", "--resume_from_checkpoint")
     line = refusal(capsys, causal_lm.main, TEXT_RUN, *others)
-    assert "`variant_fields`" in line and "resume it so" in line
+    assert "`variant_fields`" in line and "resume it with that" in line
     # What takes it for a model to be used tells that it is none.
-    assert "altered for a study ('hyper_connections')" in refusal(capsys, publish.main, "run", "me/model")
+    assert "a variant for a study ('hyper_connections')" in refusal(capsys, publish.main, "run", "me/model")
     assert "no generalized residuals" in refusal(capsys, depth_weights.main, "run", "--output_dir=weights")
 
 
@@ -620,9 +620,9 @@ def test_settings_stand_in_the_file_of_a_run(room, capsys):
         (["--variant=mhc", "--variant_fields={n: 2.5}"], ["`n` of `variant_fields` is 2.5", "a whole number"]),
         (["--variant=mhc", "--variant_fields={n: many}"], ["`n` of `variant_fields` is 'many'", "a whole number"]),
         (["--variant=mhc", "--variant_fields={n: true}"], ["`n` of `variant_fields` is True", "a whole number"]),
-        (["--variant=mhc", "--variant_fields=4"], ["`variant_fields` is 4", "settings and their values"]),
-        (["--variant=mhc", "--variant_fields={n: 4"], ["`variant_fields` is '{n: 4'", "settings and their values"]),
-        (["--variant_fields={n: 4}"], ["no `variant` is named"]),
+        (["--variant=mhc", "--variant_fields=4"], ["`variant_fields` is 4", "must map settings to values"]),
+        (["--variant=mhc", "--variant_fields={n: 4"], ["`variant_fields` is '{n: 4'", "must map settings to values"]),
+        (["--variant_fields={n: 4}"], ["`variant` is not set"]),
         (["--variant=last_4", "--variant_fields={n: 4}"], ["has no fields"]),
         (["--variant=mhc", "--residual_scheme=dca"], ["`variant` is 'mhc'", "`residual_scheme` is 'dca'"]),
         (["--variant=mhc", "--last_k=2"], ["`last_k` is 2"]),

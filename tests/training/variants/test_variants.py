@@ -449,7 +449,7 @@ def test_run_is_not_resumed_as_another_variant(room, capsys, before, after):
         after,
         "--resume_from_checkpoint",
     )
-    assert "`variant`" in line and "resume it so" in line
+    assert "`variant`" in line and "resume it with that" in line
 
 
 def test_run_is_resumed_by_either_name_of_its_variant(room):
