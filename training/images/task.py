@@ -18,7 +18,6 @@ from transformers import (
     BaseImageProcessor,
     EvalPrediction,
     PreTrainedConfig,
-    ViTImageProcessor,
 )
 
 from modeling_dca import DCAForImageClassification, DCAVisionConfig
@@ -64,8 +63,9 @@ def image_processor(config: DCAVisionConfig, eval_resize: int | None) -> BaseIma
         if eval_resize < max(size.values()):
             raise UserError(f"`eval_resize` is {eval_resize}; it must be at least `image_size`, {max(size.values())}.")
         options = {"size": {"shortest_edge": eval_resize}, "do_center_crop": True, "crop_size": size}
-    # Only our own processor converts colours to grey.
-    processor_class = DCAImageProcessor if config.num_channels == 1 else ViTImageProcessor
+    processor_class = DCAImageProcessor  # it alone converts colours to grey
+    if config.num_channels != 1:
+        from transformers import ViTImageProcessor as processor_class  # without torchvision, the import warns
     return processor_class(
         **options,
         do_convert_rgb=config.num_channels == 3,

@@ -324,7 +324,7 @@ def read_results(folder: Path) -> dict[int, dict]:
     Raises:
         [`UserError`]: the folder holds no results.
     """
-    results = [read_json(file, "width", "variant", "runs") for file in sorted(folder.glob("*.json"))]
+    results = [read_json(file, "width", "variant", "runs") for file in sorted(folder.glob("*-*.json"))]
     if not results:
         raise UserError(f"{str(folder)!r} holds no results: name the OUTPUT_DIR of an earlier `train`.")
     losses = {width: {} for width in sorted({result["width"] for result in results}, reverse=True)}

@@ -131,6 +131,11 @@ def test_a_trial_from_its_data_to_its_report(tmp_path, monkeypatch):
     )
     best = min(np.mean([run["loss"] for run in result["runs"] if run["rate"] == rate]) for rate in (0.003, 0.01))
     assert f"{best:.3f} ±" in lines[5]
+    # How sure the difference is, is left beside the results, which can be read again.
+    (cell,) = json.loads((tmp_path / "comparison.json").read_text())["differences"]
+    assert cell["group"] == "6 x 64" and cell["variant"] == "normalised, rms" and cell["seeds"] == 2
+    assert f"| {cell['mean']:+.3f} (" in lines[5] and f"{cell['mean']:+.4f}" in "\n".join(lines)
+    assert gate_trial.report(tmp_path).splitlines() == lines
 
 
 EVIDENCE = Path(__file__).parents[3] / "model_cards" / "evidence" / "gate"
