@@ -141,7 +141,7 @@ def shared(*targets: str, when: Callable[[PreTrainedConfig], bool] = lambda conf
     def revert(config, first, *others):
         if when(config) and not all(torch.equal(first, other) for other in others):
             raise ValueError(
-                f"The model cannot go back: {' and '.join(targets)} are not the same, but a {config.model_type!r} model has "
+                f"The model cannot be converted back: {' and '.join(targets)} are not the same, but a {config.model_type!r} model has "
                 "one norm for both."
             )
         return first
