@@ -345,7 +345,7 @@ def test_files_that_are_trained_on_and_held_out_are_told_of(tmp_path, capsys):
 
 
 def test_what_is_held_out_is_named_once(tmp_path):
-    with pytest.raises(UserError, match="Both `eval_split`, 'test', and `eval_dataset`, 'x.txt'"):
+    with pytest.raises(UserError, match="`eval_split` is 'test' and `eval_dataset` is 'x.txt', but"):
         load(tmp_path, eval_split="test", eval_dataset="x.txt")
 
 
