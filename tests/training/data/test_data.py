@@ -464,7 +464,7 @@ WRONG_TEXTS = [
     (lambda file: write_jsonl(file, [*TEXTS[:90], None]), "null.jsonl", [], ["'text'", "None"]),
     (lambda file: write_jsonl(file, [1.5] * 90), "numbers.jsonl", [], ["'text'", "1.5"]),
     (lambda file: write_jsonl(file, [*TEXTS[:9], [1]]), "mixed.jsonl", ["--tokenizer_documents=1"], ["'text'", "token ids"]),
-    (lambda file: write_jsonl(file, [""] * 90), "blank.jsonl", [], ["evaluate on", "empty"]),
+    (lambda file: write_jsonl(file, [""] * 90), "blank.jsonl", [], ["held-out documents", "empty"]),
 ]  # fmt: skip
 
 
