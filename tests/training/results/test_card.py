@@ -162,12 +162,12 @@ LESS, MORE = ("eval_loss", "held-out loss", True), ("eval_accuracy", "held-out a
         (MORE, 0.5, 0.5, "`dca` and `standard` have the same held-out accuracy."),
     ],
 )
-def testverdict(metric, own, other, sentence):
+def test_verdict(metric, own, other, sentence):
     assert sentence in verdict(metric, {"dca": {metric[0]: own}, "standard": {metric[0]: other}})
 
 
 @pytest.mark.parametrize(("own", "other", "better"), [(2.0, 3.0, "dca"), (3.0, 2.0, "standard")])
-def testverdict_of_a_card_follows_the_results(text_run, own, other, better):
+def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
     for folder, loss in ((text_run, own), (text_run / "standard", other)):
         results = json.loads((folder / "all_results.json").read_text())
         (folder / "all_results.json").write_text(json.dumps({**results, "eval_loss": loss}))
