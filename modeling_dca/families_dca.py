@@ -279,7 +279,7 @@ def stablelm_obstacles(config: PreTrainedConfig) -> Iterator[str]:
 
 def falcon_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.alibi:
-        yield "its attention has biases by distance (ALiBi), which DCA does not"
+        yield "its attention has biases by distance (ALiBi), which DCA's does not"
 
 
 def gpt_bigcode_obstacles(config: PreTrainedConfig) -> Iterator[str]:
@@ -928,32 +928,32 @@ VISION_FAMILIES: dict[str, Family] = {
     ),
 }
 
-#: The families by what they take, named by the Auto class of the checkpoints that are most of them.
+#: The families by kind, which is named by the Auto class of most checkpoints.
 FAMILIES = {"AutoModelForCausalLM": TEXT_FAMILIES, "AutoModelForImageClassification": VISION_FAMILIES}
 
-#: Why other well-known types cannot become DCA.
+#: The reasons why other well-known types cannot become DCA.
 REFUSED = {
-    "its norms stand after the sum of the residual stream and what a module adds, where a DCA block norms but what it adds": (
+    "its norms are after the sum of the residual stream and a module's output, while a DCA block norms only the output": (
         *("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "openai-gpt"),
     ),
     "its feed-forward module is a mixture of experts, which a DCA block does not have": (
         *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "dbrx"),
         *("granitemoe", "glm4_moe", "llama4", "llama4_text", "jamba", "minimax"),
     ),
-    "it normalizes queries and keys after it rotates them, but DCA before": ("hunyuan_v1_dense", "nanochat"),
-    "its attention has sinks, which DCA's has not": ("granite_swa",),
+    "it normalizes queries and keys after rotating them, while DCA does so before": ("hunyuan_v1_dense", "nanochat"),
+    "its attention has sinks, which DCA's does not": ("granite_swa",),
     "its attention scales queries by their position, which DCA's does not": ("ministral3",),
-    "its attention has biases by distance (ALiBi), which DCA does not": ("bloom", "mpt"),
-    "its blocks are no transformer blocks": ("mamba", "mamba2", "falcon_mamba", "rwkv", "convnext", "convnextv2"),
-    "it is a hierarchy of stages, where DCA has blocks of one size": (
+    "its attention has biases by distance (ALiBi), which DCA's does not": ("bloom", "mpt"),
+    "its blocks are not transformer blocks": ("mamba", "mamba2", "falcon_mamba", "rwkv", "convnext", "convnextv2"),
+    "it is a hierarchy of stages, while DCA has blocks of one size": (
         "swin",
         "swinv2",
         "pvt",
         "mobilevit",
         "segformer",
     ),
-    "its attention has relative positions, which DCA does not": ("beit", "data2vec-vision"),
-    "its fixed sine and cosine positions start at 2, but DCA's at 0": ("xglm",),
+    "its attention has relative positions, which DCA's does not": ("beit", "data2vec-vision"),
+    "its fixed sine and cosine positions start at 2, while DCA's start at 0": ("xglm",),
 }
 
 __all__ = ["FAMILIES", "REFUSED", "TEXT_FAMILIES", "VISION_FAMILIES", "Family", "Move", "find_move"]

@@ -851,7 +851,7 @@ def test_arguments_about_the_source_reach_the_loading(tmp_path, monkeypatch):
 # Refusals
 
 REFUSED = {
-    "bert": ("bert", {}, "A 'bert' model cannot become DCA as it is: its norms stand after the sum"),
+    "bert": ("bert", {}, "A 'bert' model cannot become DCA as it is: its norms are after the sum"),
     "mixtral": ("mixtral", {}, "A 'mixtral' model .* mixture of experts"),
     "qwen3_moe": ("qwen3_moe", {}, "A 'qwen3_moe' model .* mixture of experts"),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4}, "'ernie4_5_moe'"),
@@ -876,7 +876,7 @@ REFUSED = {
     "stablelm-qk_norm": ("stablelm", {"qk_layernorm": True}, "A 'stablelm' model .*: `qk_layernorm` is set"),
     "falcon-alibi": ("falcon", {"alibi": True}, "A 'falcon' model .*ALiBi"),
     "ministral3": ("ministral3", {}, "A 'ministral3' model .* scales queries by their position"),
-    "hunyuan": ("hunyuan_v1_dense", {}, "A 'hunyuan_v1_dense' model .* after it rotates them"),
+    "hunyuan": ("hunyuan_v1_dense", {}, "A 'hunyuan_v1_dense' model .* after rotating them"),
     "granite_swa": ("granite_swa", {}, "A 'granite_swa' model .* sinks"),
     "gptj-no_head": ("gptj", {"rotary_dim": 0}, "A 'gptj' model .*: `rotary_dim` is 0"),
     "xglm": ("xglm", {}, "A 'xglm' model .*: its fixed sine and cosine positions start at 2"),
