@@ -1,4 +1,4 @@
-"""DeepCrossAttention (DCA) models for transformers; importing this registers them with its Auto classes."""
+"""DeepCrossAttention (DCA) models for transformers. Importing this package registers them with the Auto classes."""
 
 import contextlib
 import sys
@@ -31,7 +31,7 @@ from .peft_dca import name_in_peft
 
 
 def register() -> None:
-    """Makes the models known to transformers, vLLM and PEFT. Importing this package does it; to call it again does no harm."""
+    """Registers the models with transformers, vLLM and PEFT. Importing this package calls it; it may be called again."""
     AutoConfig.register(DCAConfig.model_type, DCAConfig, exist_ok=True)
     AutoConfig.register(DCAVisionConfig.model_type, DCAVisionConfig, exist_ok=True)
     AutoModel.register(DCAConfig, DCAModel, exist_ok=True)

@@ -1,5 +1,5 @@
 """
-Runs the command of another package, in a process that knows DCA models: `python -m modeling_dca transformers serve MODEL`,
+Runs the command of another package in a process with DCA models registered: `python -m modeling_dca transformers serve MODEL`,
 `python -m modeling_dca lm-eval run ...`.
 """
 
@@ -19,7 +19,7 @@ def main() -> object:
         sys.exit(f"usage: {USAGE}")
     commands = entry_points(group="console_scripts", name=name)
     if not commands:
-        sys.exit(f"error: no package that is installed here has a command {name!r}; usage: {USAGE}.")
+        sys.exit(f"error: no installed package has a command {name!r}; usage: {USAGE}.")
     del sys.argv[0]
     return next(iter(commands)).load()()
 

@@ -1,4 +1,4 @@
-"""What looks into a computation besides the backward pass of eager autograd, and derivatives for whoever does."""
+"""Detection of transforms other than the backward pass of eager autograd, and derivatives for them."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ def _nothing(*args) -> bool:
     return False
 
 
-# torch has no public way to ask these. A release that has them no more must not keep a checkpoint from loading.
+# torch has no public API for these. A checkpoint must still load with a release that has removed them.
 transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", _nothing)
 is_in_torch_dispatch_mode = getattr(_python_dispatch, "is_in_torch_dispatch_mode", _nothing)
 is_of_batched_grads = getattr(torch._C._functorch, "is_legacy_batchedtensor", _nothing)
@@ -20,9 +20,9 @@ is_of_batched_grads = getattr(torch._C._functorch, "is_legacy_batchedtensor", _n
 
 def autograd_alone(*tensors: Tensor | None) -> bool:
     """
-    Whether eager autograd is all that looks into what is computed with these tensors. If not, it should be plain PyTorch:
-    under `torch.compile`, `torch.func`, derivatives in forward mode and `torch.jit.trace`, and for tensors of other
-    classes, such as `DTensor`.
+    Whether only eager autograd sees the operations on these tensors. Otherwise they should be plain PyTorch: under
+    `torch.compile`, `torch.func`, forward-mode derivatives and `torch.jit.trace`, and for tensors of other classes, such as
+    `DTensor`.
     """
     return not (
         torch.compiler.is_compiling()
@@ -34,7 +34,7 @@ def autograd_alone(*tensors: Tensor | None) -> bool:
 
 
 def backward_alone(*grads: Tensor) -> bool:
-    """Whether nothing but the backward pass of eager autograd looks into what is computed with these gradients."""
+    """Whether only the backward pass of eager autograd sees the operations on these gradients."""
     if torch.is_grad_enabled() or not autograd_alone(*grads):
         return False
     return not any(is_of_batched_grads(grad) for grad in grads)
@@ -43,10 +43,10 @@ def backward_alone(*grads: Tensor) -> bool:
 def differentiable_gradients(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], output_grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of the inputs of `function`, as operations that have derivatives themselves; `None` if not needed."""
+    """The gradients of the inputs of `function`, as differentiable operations; `None` if not needed."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # One input may depend on another: of views, on which nothing else depends, we get the partial derivatives.
+        # One input may depend on another: views, on which nothing else depends, give the partial derivatives.
         inputs = [tensor.view_as(tensor) for tensor in inputs]
         needed = [tensor for tensor in inputs if tensor.requires_grad]
         grads = iter(torch.autograd.grad(function(*inputs), needed, output_grads, create_graph=create_graph))

@@ -16,20 +16,20 @@ from .peft_dca import name_in_peft
 
 
 if TYPE_CHECKING:
-    # transformers saves, with a configuration, the modules that its module imports from. The models must go along, as the
-    # saved configuration names them.
+    # With a configuration, transformers saves the modules that its module imports from. These must include the models, which
+    # the saved configuration names.
     from .modeling_dca_vision import DCAVisionModel  # noqa: F401
 
 
 class ResidualScheme(NamedTuple):
-    """What a residual scheme learns (paper, section 3.1)."""
+    """The parameters of a residual scheme (paper, section 3.1)."""
 
     outputs: int  # generalized residuals per block: one shared by queries, keys and values, or one for each
-    elementwise: bool  # `b` has an element per feature rather than one for the whole entry
-    gated: bool  # `relu(w . n(f_i))` is added to `b`
+    elementwise: bool  # whether `b` has an element per feature instead of one for the whole entry
+    gated: bool  # whether `relu(w . n(f_i))` is added to `b`
 
 
-#: The schemes by name; `standard` is the plain residual sum and learns nothing.
+#: The schemes by name; `standard` is the plain residual sum, without parameters.
 RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
     "standard": None,
     "grn_v1": ResidualScheme(outputs=1, elementwise=False, gated=False),
@@ -39,10 +39,10 @@ RESIDUAL_SCHEMES: dict[str, ResidualScheme | None] = {
 }
 
 
-#: Where the norms of a block stand: before its modules (the paper's), after what they add, or both.
+#: The placement of the norms of a block: before its modules (as in the paper), after them, or both.
 NORM_PLACEMENTS = ("pre", "sandwich", "post_module")
 
-#: The norm of a gate's input, as `config.json` names it if the scheme has gates. Release 0.1 had none, and named none.
+#: The norm of a gate's input, which `config.json` names if the scheme has gates. In release 0.1, gates had no norm.
 GATE_NORM = "rms"
 
 
@@ -56,7 +56,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 @strict
 class DCABaseConfig(PreTrainedConfig):
     r"""
-    What the configurations of DCA's text and vision models share: the blocks.
+    The fields that the configurations of DCA's text and vision models share: those of the blocks.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 512):
@@ -76,17 +76,16 @@ class DCABaseConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
         residual_scheme (`str`, *optional*, defaults to `"dca"`):
-            How a block's input is formed from the outputs of all blocks before it (section 3.1): `"standard"` (the
-            plain sum), `"grn_v1"`, `"grn_v2"`, `"grn_v3"` or `"dca"`.
+            How a block's input is formed from the outputs of all earlier blocks (section 3.1): `"standard"` (the plain
+            sum), `"grn_v1"`, `"grn_v2"`, `"grn_v3"` or `"dca"`.
         last_k (`int`, *optional*):
             The `k` of k-DCA, for every scheme but `"standard"`: only the model's input and the last `k` outputs are
-            kept apart, those between are summed. `None` keeps all of them.
+            kept apart, and those between are summed. `None` keeps all of them apart.
         grn_implementation (`str`, *optional*, defaults to `"auto"`):
-            Which implementation computes the generalized residuals: `"eager"` (the reference), `"cpu"`, `"triton"` or
-            another name in `modeling_dca.grn.ALL_GRN_FUNCTIONS`; `"auto"` is the best one that the device allows. Not
-            saved with the model.
+            The implementation of the generalized residuals: `"eager"` (the reference), `"cpu"`, `"triton"` or another name
+            in `modeling_dca.grn.ALL_GRN_FUNCTIONS`; `"auto"` is the best one for the device. Not saved with the model.
         norm_type (`str`, *optional*, defaults to `"rms_norm"`):
-            `"rms_norm"`, `"layer_norm"` or `"zero_centered_rms_norm"` (an RMS norm whose weight is kept as its deviation
+            `"rms_norm"`, `"layer_norm"` or `"zero_centered_rms_norm"` (an RMS norm whose weight is stored as its deviation
             from 1, as in Gemma).
         norm_eps (`float`, *optional*, defaults to 1e-6):
             The epsilon of all norms.
@@ -94,7 +93,7 @@ class DCABaseConfig(PreTrainedConfig):
             Whether the feed-forward module is gated (`down(act(gate(x)) * up(x))`, as in Llama) or plain
             (`down(act(up(x)))`).
         norm_placement (`str`, *optional*, defaults to `"pre"`):
-            Where the norms of a block stand, with `q` the input of the queries: `"pre"`, `a = attn(N1 q)` and
+            The placement of a block's norms, with `q` the input of the queries: `"pre"`, `a = attn(N1 q)` and
             `f = a + mlp(N2(q + a))`, as in the paper; `"sandwich"`, `a = P1(attn(N1 q))` and `f = a + P2(mlp(N2(q + a)))`,
             as in Gemma 2; or `"post_module"`, the latter without `N1` and `N2`, as in OLMo 2.
         parallel_blocks (`bool`, *optional*, defaults to `False`):
@@ -103,21 +102,20 @@ class DCABaseConfig(PreTrainedConfig):
             Whether the heads of queries and keys are normalized (before the rotary embedding, if there is one);
             `"all_heads"` normalizes all heads together, as in OLMo 2.
         attention_scaling (`float`, *optional*):
-            What the products of queries and keys are multiplied by; `head_dim**-0.5` if not given.
+            The factor of the products of queries and keys; `head_dim**-0.5` if not given.
         attention_softcap (`float`, *optional*):
-            The most that these products can be, `softcap * tanh(x / softcap)`, as in Gemma 2. The attention of PyTorch,
-            `"sdpa"`, cannot do that; the default is `"eager"` then.
+            The limit of these products, `softcap * tanh(x / softcap)`, as in Gemma 2. PyTorch's `"sdpa"` attention does
+            not support it; the default is then `"eager"`.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the attention have a bias.
         attention_output_bias (`bool`, *optional*):
-            Whether the attention's output projection has a bias, where that is not as for queries, keys and values
-            (`attention_bias`).
+            Whether the attention's output projection has a bias; `attention_bias` if not given.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Whether the projections of the feed-forward module have a bias.
         source_config (`dict`, *optional*):
-            The configuration of the residual model that this one was made from, for the way back.
+            The configuration of the residual model that this one was converted from, for the conversion back.
 
     Raises:
         `StrictDataclassError`: a field has the wrong type, or a value that does not fit the others.
@@ -164,8 +162,8 @@ class DCABaseConfig(PreTrainedConfig):
         gate_norm = kwargs.pop("gate_norm", GATE_NORM)
         if gate_norm != GATE_NORM:
             raise ValueError(
-                f"`gate_norm` is {gate_norm!r}, but the gates of this release see entries through {GATE_NORM!r}: load the "
-                "model with the code that it carries, or with the release of modeling-dca that wrote it."
+                f"`gate_norm` is {gate_norm!r}, but the gates of this release have the norm {GATE_NORM!r}: load the model with "
+                "the code in its checkpoint, or with the release of modeling-dca that saved it."
             )
         # Its name in release 0.1.
         self.source_config = kwargs.pop("residual_config", self.source_config)
@@ -189,7 +187,7 @@ class DCABaseConfig(PreTrainedConfig):
         self._is_made = True
 
     def __setattr__(self, key, value):
-        # Fields that followed from the old value follow from the new one.
+        # Fields that were derived from the old value are derived from the new one.
         followers = self._followers() if getattr(self, "_is_made", False) and key in self.own_fields() else ()
         super().__setattr__(key, value)
         for name in followers:
@@ -197,11 +195,11 @@ class DCABaseConfig(PreTrainedConfig):
                 super().__setattr__(name, self._following_fields().get(name))
 
     def _followers(self) -> set[str]:
-        """The names of the fields whose values follow from others."""
+        """The names of the fields whose values are derived from others."""
         return {name for name, value in self._following_fields().items() if getattr(self, name) == value}
 
     def _following_fields(self) -> dict:
-        """The values that follow from other fields, for fields that are not given."""
+        """The values that are derived from other fields, for fields that are not given."""
         following = {"intermediate_size": 4 * self.hidden_size, "num_key_value_heads": self.num_attention_heads}
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             following["head_dim"] = self.hidden_size // self.num_attention_heads
@@ -217,7 +215,7 @@ class DCABaseConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """
         As in transformers. Fields in `kwargs`, as `from_pretrained` takes them, are validated together with the others,
-        and those that followed from `config_dict` follow from them.
+        and fields that were derived from `config_dict` are derived from them.
         """
         overrides = {name: kwargs.pop(name) for name in cls.own_fields() & kwargs.keys()}
         if not overrides:
@@ -226,7 +224,7 @@ class DCABaseConfig(PreTrainedConfig):
         fields = dict(overrides)
         rope_parameters = getattr(saved, "rope_parameters", None)
         if rope_parameters and isinstance(fields.get("rope_parameters"), dict):
-            # Another type of rotary positions goes by the frequencies that the model has.
+            # Another type of rotary positions uses the model's frequencies.
             kept = {"rope_theta", "partial_rotary_factor"} & rope_parameters.keys()
             own = {name: rope_parameters[name] for name in kept}
             fields["rope_parameters"] = own | fields["rope_parameters"]
@@ -237,7 +235,7 @@ class DCABaseConfig(PreTrainedConfig):
         return result
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers. The modelling code is saved with it: who has not installed it loads the checkpoint, too."""
+        """As in transformers. The modelling code is saved with it, so that the checkpoint loads without this library."""
         # (An empty `auto_map` means: do not save the code.)
         if getattr(self, "auto_map", None) != {}:
             self.auto_map = dict(self._auto_map)
@@ -246,7 +244,7 @@ class DCABaseConfig(PreTrainedConfig):
     def to_dict(self):
         # PEFT asks for this before it looks the model's type up.
         name_in_peft(self.model_type)
-        # The implementation is the machine's matter, not the checkpoint's.
+        # The implementation depends on the machine, not on the checkpoint.
         output = super().to_dict()
         output.pop("grn_implementation", None)
         for name in ("_overrides", "_is_made"):
@@ -284,7 +282,7 @@ class DCABaseConfig(PreTrainedConfig):
         if self.norm_eps < 0:
             raise ValueError(f"`norm_eps` is {self.norm_eps}; it must be at least 0.")
         if not 0 <= self.attention_dropout <= 1:
-            raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must lie from 0 to 1.")
+            raise ValueError(f"`attention_dropout` is {self.attention_dropout}; it must be from 0 to 1.")
         if self.last_k is not None and self.residual_scheme == "standard":
             raise ValueError(
                 f"`last_k` is {self.last_k}, but the 'standard' scheme sums all outputs: leave `last_k` out or choose "
@@ -309,6 +307,11 @@ class DCABaseConfig(PreTrainedConfig):
         if value is not None and not value > 0:
             raise ValueError(f"`{field}` is {value}; it must be more than 0.")
 
+    def _check_multiple(self, field: str, multiple: int, positions: str):
+        value = getattr(self, field)
+        if value % multiple:
+            raise ValueError(f"`{field}` is {value}; {positions} positions need a multiple of {multiple}.")
+
     def _check_divides(self, field: str, divisor: str):
         value, by = getattr(self, field), getattr(self, divisor)
         if by < 1 or value % by:
@@ -323,23 +326,22 @@ class DCAConfig(DCABaseConfig):
 
     Args:
         vocab_size (`int`, *optional*, defaults to 32000):
-            Number of tokens that the model knows.
+            Number of tokens in the vocabulary.
         max_position_embeddings (`int`, *optional*, defaults to 2048):
-            The longest sequence that the model is made for, in tokens.
+            The maximum sequence length of the model, in tokens.
         position_embedding (`str`, *optional*, defaults to `"rope"`):
             `"rope"` (rotary, of the type in `rope_parameters`), `"learned"`, `"sincos"` (fixed sine and cosine) or
             `"none"`.
         rope_parameters (`dict`, *optional*):
-            The type and the parameters of the rotary positions, as in all of transformers; or a dictionary of these for
-            each of the layer types, as in Gemma 3.
+            The type and the parameters of the rotary positions, as elsewhere in transformers; or a dictionary of these for
+            each layer type, as in Gemma 3.
         no_rope_layers (`list[int]`, *optional*):
-            For each layer 1 if it has the rotary positions and 0 if it has none, as in SmolLM3; all have them if not
-            given.
+            For each layer, 1 if it has rotary positions and 0 otherwise, as in SmolLM3; all layers have them if not given.
         sliding_window (`int`, *optional*):
-            How many tokens a sliding-window layer attends to.
+            The number of tokens that a sliding-window layer attends to.
         layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers slide if
-            `sliding_window` is set, and none does otherwise.
+            `"full_attention"` or `"sliding_attention"` for each layer; if not given, all layers have sliding-window
+            attention if `sliding_window` is set, and full attention otherwise.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the model returns its keys and values, for fast decoding.
         pad_token_id (`int`, *optional*):
@@ -351,18 +353,17 @@ class DCAConfig(DCABaseConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output embedding is the input embedding.
         embedding_multiplier (`float`, *optional*, defaults to 1.0):
-            What the embeddings of the tokens are multiplied by.
+            The factor of the token embeddings.
         logit_multiplier (`float`, *optional*, defaults to 1.0):
-            What the logits of the tokens are multiplied by, as in Cohere.
+            The factor of the logits, as in Cohere.
         logit_softcap (`float`, *optional*):
-            The most that the logits of the tokens can be, `softcap * tanh(x / softcap)`, as in Gemma 2.
+            The limit of the logits, `softcap * tanh(x / softcap)`, as in Gemma 2.
         lm_head_bias (`bool`, *optional*, defaults to `False`):
             Whether the output embedding has a bias, as in Phi.
         cache_restart_length (`int`, *optional*):
-            The length after which generation computes all keys and values anew, as their rotations change there, as in
-            Phi-3.
+            The length after which generation recomputes all keys and values, as their rotations change there, as in Phi-3.
         positions_by_mask (`bool`, *optional*, defaults to `False`):
-            Whether positions that are not given count the tokens that the attention mask keeps, as in OPT, and not all.
+            Whether default positions count only the tokens that the attention mask keeps, as in OPT.
 
     All other fields are those of [`DCABaseConfig`].
 
@@ -422,7 +423,7 @@ class DCAConfig(DCABaseConfig):
 
     @property
     def rope_parameters_by_type(self) -> dict[str | None, dict]:
-        """The parameters of the rotary positions for each layer type that there is, or for `None`: all."""
+        """The parameters of the rotary positions for each layer type in use, or under `None` for all."""
         if not set(self.layer_types) & self.rope_parameters.keys():
             return {None: self.rope_parameters}
         return {layer_type: self.rope_parameters[layer_type] for layer_type in dict.fromkeys(self.layer_types)}
@@ -432,7 +433,7 @@ class DCAConfig(DCABaseConfig):
         return super()._following_fields() | {"layer_types": [layer_type] * self.num_hidden_layers}
 
     def to_dict(self):
-        # Layer types that follow from `sliding_window` are derived, not saved.
+        # Layer types that are derived from `sliding_window` are not saved.
         output = super().to_dict()
         if "layer_types" in self._followers():
             output.pop("layer_types", None)
@@ -446,8 +447,7 @@ class DCAConfig(DCABaseConfig):
         for name in ("embedding_multiplier", "logit_multiplier", "logit_softcap"):
             self._check_above_zero(name)
         if self.position_embedding == "rope":
-            if self.head_dim % 2:
-                raise ValueError(f"`head_dim` is {self.head_dim}; rotary positions need an even one.")
+            self._check_multiple("head_dim", 2, "rotary")
             for rope_parameters in self.rope_parameters_by_type.values():
                 rope_type = rope_parameters.get("rope_type")
                 if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
@@ -458,15 +458,15 @@ class DCAConfig(DCABaseConfig):
         if self.no_rope_layers is not None:
             if self.position_embedding != "rope":
                 raise ValueError(
-                    f"`no_rope_layers` is given, but `position_embedding` is {self.position_embedding!r}: leave it out."
+                    f"`no_rope_layers` is set, but `position_embedding` is {self.position_embedding!r}: leave it out."
                 )
             if len(self.no_rope_layers) != self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}:
                 raise ValueError(
                     f"`no_rope_layers` is {self.no_rope_layers}; give a 0 or 1 for each of the {self.num_hidden_layers} "
                     "layers."
                 )
-        if self.position_embedding == "sincos" and self.hidden_size % 2:
-            raise ValueError(f"`hidden_size` is {self.hidden_size}; sine-cosine positions need an even one.")
+        if self.position_embedding == "sincos":
+            self._check_multiple("hidden_size", 2, "sine-cosine")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` has {len(self.layer_types)} entries, but `num_hidden_layers` is "
@@ -506,18 +506,18 @@ class DCAVisionConfig(BackboneConfigMixin, DCABaseConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Number of channels of the images.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            What the classifier sees: `"mean"` (the average over the patches), `"cls"` (a class token before them),
-            `"cls_mean"` (both, one after the other) or `"cls_registers"` (the class token and the registers, likewise).
+            The input of the classifier: `"mean"` (the average over the patches), `"cls"` (a class token before them),
+            `"cls_mean"` (both, concatenated) or `"cls_registers"` (the class token and the registers, concatenated).
         num_register_tokens (`int`, *optional*, defaults to 0):
             Number of learned tokens between the class token and the patches.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Whether images of another size than `image_size` are taken without the argument of this name, as in DINOv2.
+            Whether images may have another size than `image_size` without the argument of this name, as in DINOv2.
         antialias_pos_encoding (`bool`, *optional*, defaults to `False`):
             Whether learned positions are smoothed when they are resampled for smaller images, as in DINOv2 with
             registers.
         out_features, out_indices (`list[str]`, `list[int]`, *optional*):
-            What a backbone returns: `"stem"` (0, the embeddings), `"stage1"` (1, what block 1 makes of them) and so on; the last
-            if not given. The one follows from the other.
+            The outputs of a backbone: `"stem"` (0, the embeddings), `"stage1"` (1, the output of block 1) and so on; the last
+            one if not given. Either field determines the other.
 
     All other fields are those of [`DCABaseConfig`].
 
@@ -564,13 +564,13 @@ class DCAVisionConfig(BackboneConfigMixin, DCABaseConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         if out_features is not None or out_indices is not None:
             self.set_output_features_output_indices(out_features, out_indices)
-        # The validation must see what it refuses.
+        # The validation must see the fields that it refuses.
         refused = {name: kwargs[name] for name in NOT_OF_IMAGES if kwargs.get(name) is not None}
         super().__post_init__(**self._without_text_fields(kwargs), **refused)
 
     def to_dict(self):
         output = self._without_text_fields(super().to_dict())
-        # What a backbone returns is saved where somebody has asked for it.
+        # The outputs of a backbone are saved only if they were set.
         return {name: value for name, value in output.items() if value is not None or not name.startswith("out_")}
 
     @property
@@ -603,7 +603,7 @@ class DCAVisionConfig(BackboneConfigMixin, DCABaseConfig):
 
     @property
     def pooled_size(self) -> int:
-        """Width of what the classifier sees."""
+        """Width of the classifier's input."""
         vectors = {"cls_mean": 2, "cls_registers": 1 + self.num_register_tokens}
         return self.hidden_size * vectors.get(self.pooling, 1)
 
@@ -619,13 +619,13 @@ class DCAVisionConfig(BackboneConfigMixin, DCABaseConfig):
             if len(sizes) != 2 or min(sizes) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give one positive integer, or height and width.")
         for image, patch in zip(self.image_height_width, self.patch_height_width):
-            # (Trained models that leave the last pixels out are taken as they are.)
+            # (Converted models may ignore the last pixels.)
             if image < patch or image % patch and self.source_config is None:
                 raise ValueError(
                     f"`image_size` ({self.image_size}) is not a multiple of `patch_size` ({self.patch_size})."
                 )
-        if self.position_embedding == "sincos" and self.hidden_size % 4:
-            raise ValueError(f"`hidden_size` is {self.hidden_size}; 2-D sine-cosine positions need a multiple of 4.")
+        if self.position_embedding == "sincos":
+            self._check_multiple("hidden_size", 4, "2-D sine-cosine")
         for name in NOT_OF_IMAGES:
             if getattr(self, name, None) is not None:
                 raise ValueError(

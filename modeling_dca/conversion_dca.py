@@ -1,8 +1,8 @@
 """
-Trained residual models into DCA, and back: the machinery. The families that it knows are in `families_dca`.
+Conversion of trained residual models to DCA, and back. The supported families are in `families_dca`.
 
 A generalized residual whose `delta` and `gate` are zero is the residual sum, so that a DCA model with the weights of a
-pre-norm transformer computes what that computes (paper, section 3.1 and table 4).
+pre-norm transformer computes the same (paper, section 3.1 and table 4).
 """
 
 import copy
@@ -26,7 +26,7 @@ from .families_dca import FAMILIES, REFUSED, Family, Move, find_move
 logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-#: Fields of the configuration that do not change what a converted model computes, and so are the user's to choose.
+#: Fields of the configuration that do not change what a converted model computes, and can be chosen.
 OVERRIDES = (
     "residual_scheme",
     "last_k",
@@ -36,9 +36,9 @@ OVERRIDES = (
     "initializer_range",
     "use_cache",
 )
-#: What can be chosen of a classifier, as in `from_pretrained`.
+#: Fields that can be chosen for a classifier, as in `from_pretrained`.
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
-#: What `from_pretrained` may be told about a source that is not loaded yet.
+#: Arguments of `from_pretrained` for a source that is not loaded yet.
 LOADING_ARGUMENTS = (
     "cache_dir",
     "dtype",
@@ -51,7 +51,7 @@ LOADING_ARGUMENTS = (
     "token",
     "variant",
 )
-#: By Auto class, what the head of a DCA model is called.
+#: The name of the head of a DCA model, by Auto class.
 HEADS = {
     "AutoModel": None,
     "AutoModelForCausalLM": "lm_head",
@@ -60,7 +60,7 @@ HEADS = {
     "AutoModelForQuestionAnswering": "qa_outputs",
     "AutoModelForImageClassification": "classifier",
 }
-#: What the heads of the sources are called.
+#: The names of the heads of sources.
 SOURCE_HEADS = (
     "lm_head",
     "embed_out",
@@ -71,7 +71,7 @@ SOURCE_HEADS = (
     "distillation_classifier",
     "output_projection",
 )
-#: Heads whose outputs are labels: who fine-tunes gives their number, and a head that does not fit starts anew.
+#: Heads whose outputs are labels. For fine-tuning, their number can be given, and a head that does not fit is replaced.
 LABEL_HEADS = [name for name in HEADS if name not in ("AutoModel", "AutoModelForCausalLM")]
 
 
@@ -87,13 +87,13 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether the weights of a model are kept quantized, and not made dense when it is loaded."""
+    """Whether the weights of a model stay quantized when it is loaded."""
     quantization = quantization_of(config)
     return bool(quantization) and not quantization.get("dequantize", False)
 
 
 def config_of(source: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of a loaded model. That of a GGUF file may call weights packed that loading made dense."""
+    """The configuration of a loaded model. That of a GGUF file may say that weights are quantized which are not any more."""
     packed = quantization_of(source.config).get("quant_method") == "gguf"
     if not packed or not all(weight.is_floating_point() for weight in source.state_dict().values()):
         return source.config
@@ -108,7 +108,7 @@ def refusals(config: PreTrainedConfig, family: Family | None) -> Iterator[str]:
         if config.model_type in model_types:
             yield reason
     if config.is_encoder_decoder:
-        yield "it is an encoder and a decoder with cross-attention, which a DCA block does not have"
+        yield "it has an encoder and a decoder with cross-attention, which a DCA block does not have"
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         yield "its feed-forward module is a mixture of experts, which a DCA block does not have"
     if is_quantized(config):
@@ -157,7 +157,7 @@ def model_class_of(config: PreTrainedConfig, auto_class: str) -> type[PreTrained
 
 
 def checkpoint_class_of(config: PreTrainedConfig, auto_class: str) -> type[PreTrainedModel]:
-    """The class that loads a checkpoint: its own, as a head is not made up, but that of `auto_class` if it is not known."""
+    """The class that loads a checkpoint: its own, so that no head is added, or that of `auto_class` if it is not known."""
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = [each for each in named if isinstance(each, type) and issubclass(each, PreTrainedModel)]
     if auto_class == "AutoModelForCausalLM" or not known or not isinstance(config, known[0].config_class):
@@ -171,7 +171,7 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
 
 
 def distinct_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All that a model saves, by name; tied weights under the first of their names."""
+    """All weights that a model saves, by name; tied weights under the first of their names."""
     weights: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         weights.setdefault(id(tensor), (name, tensor))
@@ -180,8 +180,8 @@ def distinct_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def fill(model_class: type[Model], config: PreTrainedConfig, weights: dict, like: dict) -> Model:
     """
-    A model that takes `weights` over, without copies, and starts anew, and names in the log, what they lack; `like` tells
-    device, type, and how it generates.
+    A model with `weights`, without copies. Missing weights are initialized, and named in the log. `like` has the device, the
+    type and the generation configuration.
     """
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=like["dtype"])
     if like["generation_config"] is not None and model.can_generate():
@@ -195,7 +195,7 @@ def properties(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def backbone_prefix(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
-    """What the names of the weights without the head start with in a model: nothing if it has no head."""
+    """The prefix of the backbone's weights in a model; empty if it has no head."""
     return "" if model_class in classes_of(config, "AutoModel") else f"{model_class.base_model_prefix}."
 
 
@@ -223,12 +223,12 @@ def prefixed(move: Move, prefix: str) -> Move:
 
 def release(tensor: torch.Tensor) -> None:
     """
-    Gives the memory of a weight back that nobody reads again. The file that it is from stays mapped until the last of its
-    weights is gone, and what was read of it would count until then.
+    Releases the memory of a weight that is not read again. Otherwise it would count until the last weight of its file, which
+    stays mapped, is gone.
     """
     if not hasattr(mmap, "MADV_DONTNEED") or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
-    # Whole pages: at its ends there may be others' data.
+    # Only whole pages, as its first and last page may hold other data.
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
@@ -244,22 +244,22 @@ def convert_weights(
 ) -> dict[str, torch.Tensor]:
     """
     The weights of the DCA model `target` from those of the source, without those of its head if that is `fresh`. `weights`
-    is emptied on the way, so that of what changes no more than a tensor is there twice.
+    is emptied on the way, so that at most one changed tensor is in memory twice.
 
     Raises:
-        `ValueError`: a weight of the source goes nowhere, or one of the DCA model comes from nowhere.
+        `ValueError`: a weight of the source has no place in DCA, or a weight of the DCA model is missing in the source.
     """
     wanted, converted, unused = distinct_weights(target), {}, []
     for name in list(weights):
         move, tensor = names.find(name), weights.pop(name)
         if tensor.ndim == 1:
-            # A norm or a bias would keep all of the file mapped that it is from.
+            # A norm or a bias would keep its whole file mapped.
             tensor = tensor.clone()
         if move is None or tensor.is_meta:
             unused.append(name)
             continue
         values = move.convert(source_config, tensor)
-        # (A move may have targets that only its way back reads.)
+        # (A move may have targets that only its reverse reads.)
         for place, value in zip(move.targets, values):
             converted[place] = move.join(converted[place], value) if move.join and place in converted else value
         if all(value.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() for value in values):
@@ -288,7 +288,7 @@ def convert_weights(
     for faulty, fault in (
         (unused, "has weights that have no place in DCA, or hold no data"),
         (missing, "lacks weights that DCA needs"),
-        (misshapen, "has weights that do not have the shapes that its configuration tells"),
+        (misshapen, "has weights whose shapes do not match its configuration"),
     ):
         if faulty:
             raise ValueError(f"`source` {fault}: {', '.join(sorted(faulty))}.")
@@ -296,12 +296,12 @@ def convert_weights(
 
 
 def is_of_another_head(name: str) -> bool:
-    """Whether a checkpoint's weight that a class does not know is of a head, which that class has not."""
+    """Whether a checkpoint's weight that a class does not know belongs to another head."""
     return name.split(".")[0] in (*SOURCE_HEADS, "pooler") or ".pooler." in name
 
 
 def find_gguf_file(source: str | os.PathLike, loading: dict[str, Any]) -> tuple[str | os.PathLike, dict[str, Any]]:
-    """Where a source is, and how it is loaded: a GGUF file, by its path or its name in a repository, as its `gguf_file`."""
+    """The source and its loading arguments, with a GGUF file, given by its path or name in a repository, as `gguf_file`."""
     name = os.fspath(source)
     if not name.endswith(".gguf") or os.path.isdir(name):
         return source, loading
@@ -345,7 +345,7 @@ def load_source(
                 )
         return model, has_head
     if loading:
-        raise ValueError(f"`source` is loaded already: leave out {', '.join(f'`{name}`' for name in loading)}.")
+        raise ValueError(f"`source` is already loaded: leave out {', '.join(f'`{name}`' for name in loading)}.")
     if getattr(source, "config", None) is None:
         raise ValueError(f"`source` is a {type(source).__name__}; give a transformers model, a path or a Hub id.")
     find_family(config_of(source), kind)
@@ -366,8 +366,8 @@ def check_overrides(model_class: type[PreTrainedModel], overrides: dict[str, Any
         if name in choices:
             continue
         if hasattr(model_class.config_class, name):
-            raise ValueError(f"`{name}` follows from the source; what can be chosen is {', '.join(choices)}.")
-        raise ValueError(f"`{name}` is no field; {nearest_name(name, [*choices, *LOADING_ARGUMENTS])}")
+            raise ValueError(f"`{name}` follows from the source; only these can be chosen: {', '.join(choices)}.")
+        raise ValueError(f"`{name}` is not a field; {nearest_name(name, [*choices, *LOADING_ARGUMENTS])}")
 
 
 def as_source_config(config: PreTrainedConfig, auto_class: str) -> PreTrainedConfig:
@@ -375,12 +375,12 @@ def as_source_config(config: PreTrainedConfig, auto_class: str) -> PreTrainedCon
     result = copy.deepcopy(config)
     result.architectures = [model_class_of(config, auto_class).__name__]
     if hasattr(result, "quantization_config"):
-        del result.quantization_config  # of weights that are dense by now
+        del result.quantization_config  # (the weights are not quantized any more)
     return result
 
 
 def asked_labels(overrides: dict[str, Any]) -> int:
-    """How many labels the user asks for; 0 for as many as there are."""
+    """The number of labels that the user requests; 0 for that of the source."""
     return overrides.get("num_labels") or len(overrides.get("id2label") or ())
 
 
@@ -391,7 +391,7 @@ def convert_config(
     The configuration of the DCA model that a model with `config` becomes.
 
     Raises:
-        `ValueError`: it cannot become DCA, or an override is not one.
+        `ValueError`: it cannot become DCA, or an override is invalid.
     """
     check_overrides(model_class, overrides)
     family = find_family(config, kind_of(model_class))
@@ -410,10 +410,10 @@ def convert_config(
 
 def check_head(model_class: type[Model], model: PreTrainedModel, has_head: bool, overrides: dict[str, Any]) -> bool:
     """
-    Whether the head of the DCA model starts anew: `model` has none, or one of another number of labels than is asked for.
+    Whether the DCA model needs a new head: `model` has none, or one with another number of labels than requested.
 
     Raises:
-        `ValueError`: it would have to, and nobody asked for it.
+        `ValueError`: it does, but the number of labels is not given.
     """
     auto_class = model_class._auto_class
     if auto_class not in LABEL_HEADS:
@@ -423,8 +423,8 @@ def check_head(model_class: type[Model], model: PreTrainedModel, has_head: bool,
         raise ValueError(f"`num_labels` is {asked}, but an answer has a start and an end: give 2.")
     if not has_head and not asked:
         raise ValueError(
-            f"`source` has no head that {model_class.__name__} could take over: pass `num_labels` (an integer), and it gets "
-            "a new one, which is to be trained."
+            f"`source` has no head for {model_class.__name__}: pass `num_labels` (an integer) for a new head, which has to be "
+            "trained."
         )
     return not has_head or bool(asked) and asked != model.config.num_labels
 
@@ -440,7 +440,7 @@ def from_residual(
 def convert(
     model_class: type[Model], source: str | os.PathLike | PreTrainedModel, **config_overrides: Any
 ) -> tuple[Model, bool]:
-    """As [`from_residual`]; and whether the model's head starts anew."""
+    """As [`from_residual`], and also returns whether the model's head is new."""
     loading = {name: config_overrides.pop(name) for name in LOADING_ARGUMENTS if name in config_overrides}
     check_overrides(model_class, config_overrides)
     model, has_head = load_source(source, model_class, loading)
@@ -462,7 +462,7 @@ def convert(
     if model is source:
         weights = {name: weight if weight.is_meta else weight.to("cpu", copy=True) for name, weight in weights.items()}
     del model
-    gc.collect()  # Modules refer to each other in circles, which would hold what is popped from `weights`.
+    gc.collect()  # Modules refer to each other in cycles, which would keep the weights in memory.
     return fill(model_class, config, convert_weights(names, source_config, weights, target, fresh), like), fresh
 
 
@@ -478,7 +478,7 @@ def check_identity(model: PreTrainedModel) -> None:
         for name, parameter in residual.named_parameters():
             if parameter.any():
                 raise ValueError(
-                    f"The model cannot go back: `{name}` of {place} is not zero, so that its input is no residual sum."
+                    f"The model cannot be converted back: `{name}` of {place} is not zero, so its input is not the residual sum."
                 )
         for norm in (getattr(layer, "key_layernorm", None), getattr(layer, "value_layernorm", None)):
             if norm is not None and any(
@@ -486,21 +486,23 @@ def check_identity(model: PreTrainedModel) -> None:
                 for name, weight in norm.named_parameters()
             ):
                 raise ValueError(
-                    f"The model cannot go back: the norms of queries, keys and values of {place} are not the same."
+                    f"The model cannot be converted back: the norms of queries, keys and values of {place} are not the same."
                 )
 
 
 def to_residual(model: PreTrainedModel) -> PreTrainedModel:
     """[`~modeling_dca.modeling_dca.ResidualConversionMixin.to_residual`] of `model`."""
     if model.config.source_config is None:
-        raise ValueError("The model cannot go back: it was not made by `from_residual`.")
+        raise ValueError("The model cannot be converted back: it was not made by `from_residual`.")
     check_identity(model)
     auto_class = model._auto_class
     config = CONFIG_MAPPING[model.config.source_config["model_type"]].from_dict(model.config.source_config)
     if not classes_of(config, auto_class):
-        raise ValueError(f"The model cannot go back: transformers has no {config.model_type!r} model with its head.")
+        raise ValueError(
+            f"The model cannot be converted back: transformers has no {config.model_type!r} model with its head."
+        )
     family = find_family(config, kind_of(type(model)))
-    # What may have changed since: `resize_token_embeddings`, other labels.
+    # These may have changed since, by `resize_token_embeddings` or other labels.
     names = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type")
     for name in names:
         if name in family.fields:
@@ -525,7 +527,7 @@ def to_residual(model: PreTrainedModel) -> PreTrainedModel:
         neutral = kind in ("delta", "gate") or module in ("key_layernorm", "value_layernorm")
         if not neutral and not (weights[name] == float(kind == "weight")).all():
             raise ValueError(
-                f"The model cannot go back: `{name}` was trained, but a {config.model_type!r} model has no such weight."
+                f"The model cannot be converted back: `{name}` was trained, but a {config.model_type!r} model has no such weight."
             )
     return fill(residual_class, config, reverted, properties(model))
 

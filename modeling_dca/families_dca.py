@@ -1,5 +1,5 @@
 """
-The families of trained models that can become DCA: which field and which weight of a family goes where.
+The families of trained models that can become DCA, and the mapping of their fields and weights.
 
 To add a family, add a [`Family`] to `TEXT_FAMILIES` or `VISION_FAMILIES`, under its `model_type`; the README of this folder
 shows how.
@@ -18,16 +18,15 @@ from .configuration_dca import DCABaseConfig, DCAConfig, DCAVisionConfig
 @dataclass(frozen=True)
 class Move:
     """
-    Where the weights of one module of the source go, and how they change on the way.
+    How the weights of one module of the source are renamed and changed.
 
     Args:
-        targets (`tuple[str, ...]`): names of modules or parameters of the DCA model; none if nothing reads the weight.
+        targets (`tuple[str, ...]`): names of modules or parameters of the DCA model; empty if nothing reads the weight.
         convert (`Callable`, *optional*): from the source's configuration and tensor to the tensors of the targets, or of
-            the first of them.
+            the first ones.
         revert (`Callable`, *optional*): from the source's configuration and the targets' tensors to that of the source.
-        join (`Callable`, *optional*): from what another weight brought to the target, and what this one brings, to what
-            the target gets.
-        rounds (`bool`, *optional*, defaults to `False`): whether the weights are rounded on the way, in any type.
+        join (`Callable`, *optional*): combines the tensor that another weight gave to the target with that of this one.
+        rounds (`bool`, *optional*, defaults to `False`): whether the conversion rounds the weights, in any type.
     """
 
     targets: tuple[str, ...]
@@ -38,12 +37,12 @@ class Move:
 
 
 def own_storage(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Copies that share no memory: tensors that do cannot be saved."""
+    """Copies that share no memory, as tensors that share memory cannot be saved."""
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
 
 
 def transposed(*targets: str) -> Move:
-    """GPT-2's `Conv1D`, `(in, out)`, as one linear map or several side by side; a bias has but one dimension."""
+    """GPT-2's `Conv1D`, `(in, out)`, as one projection or several side by side; a bias has only one dimension."""
     return Move(
         targets,
         lambda config, tensor: own_storage(tensor.t().chunk(len(targets))),
@@ -52,7 +51,7 @@ def transposed(*targets: str) -> Move:
 
 
 def fused(*targets: str, sizes: Callable[[PreTrainedConfig], list[int]] | None = None) -> Move:
-    """Linear maps that the source keeps in one matrix, one below the other: of one size, or of `sizes`."""
+    """Projections that the source has in one matrix, one below the other, with equal sizes or with `sizes`."""
 
     def convert(config, tensor):
         return own_storage(tensor.chunk(len(targets)) if sizes is None else tensor.split(sizes(config)))
@@ -76,8 +75,8 @@ def grouped(attention: str, groups: Callable[[PreTrainedConfig], int]) -> Move:
 
 def interleaved(target: str) -> Move:
     """
-    A linear map to heads whose features the source rotates in pairs of neighbours. DCA, as Llama, rotates the first half with
-    the second.
+    A projection to heads whose features the source rotates in neighbouring pairs. DCA rotates the first half with the second,
+    as Llama does.
     """
     return Move(
         (target,),
@@ -87,7 +86,7 @@ def interleaved(target: str) -> Move:
 
 
 def rotary_order(config: PreTrainedConfig) -> torch.Tensor:
-    """Where the features of a head come from whose halves are rotated with each other."""
+    """The indices that reorder the features of a head from neighbouring pairs to halves."""
     width = getattr(config, "rotary_dim", None)
     if width is None:
         width = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0))
@@ -118,7 +117,7 @@ def sharded(attention: str, shards: int) -> Move:
 
 
 def scaled(target: str, factor: Callable[[PreTrainedConfig], float]) -> Move:
-    """Weights whose product the source multiplies by a constant."""
+    """Weights whose products the source multiplies by a constant."""
     return Move(
         (target,),
         lambda config, tensor: (tensor * factor(config),),
@@ -133,7 +132,7 @@ def plus_one(target: str) -> Move:
 
 
 def shared(*targets: str, when: Callable[[PreTrainedConfig], bool] = lambda config: True) -> Move:
-    """A norm of the source that DCA has once for each of its readers."""
+    """A norm of the source that DCA has separately for each module that reads it."""
 
     def convert(config, tensor):
         return own_storage([tensor] * len(targets)) if when(config) else (tensor,)
@@ -141,7 +140,7 @@ def shared(*targets: str, when: Callable[[PreTrainedConfig], bool] = lambda conf
     def revert(config, first, *others):
         if when(config) and not all(torch.equal(first, other) for other in others):
             raise ValueError(
-                f"The model cannot go back: {' and '.join(targets)} are not the same, but a {config.model_type!r} model has "
+                f"The model cannot be converted back: {' and '.join(targets)} are not the same, but a {config.model_type!r} model has "
                 "one norm for both."
             )
         return first
@@ -150,7 +149,7 @@ def shared(*targets: str, when: Callable[[PreTrainedConfig], bool] = lambda conf
 
 
 def averaged(target: str, second: bool) -> Move:
-    """One of two classifiers, each of a token of its own, whose logits the source averages."""
+    """One of two classifiers, each on its own token, whose logits the source averages."""
 
     def join(first, second):
         return first + second if first.ndim == 1 else torch.cat((first, second), dim=1)
@@ -164,18 +163,18 @@ def averaged(target: str, second: bool) -> Move:
 @dataclass(frozen=True)
 class Family:
     """
-    How the models of one `model_type` become DCA.
+    How the models of one `model_type` are converted to DCA.
 
     Args:
         fields (`dict`): for a field of the DCA configuration the source's field, or a function of its configuration,
             whose `architectures` name the class that has the head of the DCA model.
         constants (`dict`): fields of the DCA configuration that are the same for all models of the family.
-        weights (`dict`): for a module or parameter of the source without a head, `*` being the number of a layer, its
-            name in the DCA model without a head or a [`Move`]. The first entry that fits a weight is taken. What goes to
-            `.layer_scale` of a linear map is multiplied into it.
-        heads (`dict`): likewise for heads that are not one linear map, as the DCA model's.
+        weights (`dict`): for a module or parameter of the source without a head, with `*` for the number of a layer, its
+            name in the DCA model without a head or a [`Move`]. The first matching entry counts. A weight with the target
+            `.layer_scale` of a projection is multiplied into the projection.
+        heads (`dict`): the same for heads that are not a single projection.
         obstacles (`Callable`): from the source's configuration to the reasons why this model cannot become DCA.
-        bare_norms (`Callable`): whether the source's norms lack parameters; those of the DCA model are 1 and 0.
+        bare_norms (`Callable`): whether the source's norms have no parameters; those of the DCA model are then 1 and 0.
     """
 
     fields: dict[str, str | Callable[[PreTrainedConfig], Any]]
@@ -195,14 +194,14 @@ class Family:
 
     @property
     def rounds(self) -> bool:
-        """Whether weights are multiplied into others on the way, and so are rounded."""
+        """Whether the conversion multiplies weights, and so rounds them."""
         targets = [move for move in self.weights.values() if isinstance(move, str)]
         moves = [move for move in self.weights.values() if isinstance(move, Move)]
         return any(move.rounds for move in moves) or any(target.endswith(".layer_scale") for target in targets)
 
 
 def find_move(entries: dict[str, str | Move], name: str) -> tuple[str, Move] | None:
-    """The entry that fits the source's weight `name`: its pattern, and how it moves, with the names of the targets in full."""
+    """The first entry that matches the source's weight `name`: its pattern, and its move with the full names of the targets."""
     for pattern, move in entries.items():
         expected, own = pattern.split("."), name.split(".")
         if len(expected) <= len(own) and all(part in ("*", o) for part, o in zip(expected, own)):
@@ -223,7 +222,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def whole_rope_parameters(config: PreTrainedConfig) -> dict:
-    """The parameters of rotary positions where the default type rotates the whole head, whatever is written there."""
+    """The parameters of rotary positions for families whose default type always rotates the whole head."""
 
     def whole(parameters):
         if parameters["rope_type"] == "default":
@@ -237,55 +236,55 @@ def whole_rope_parameters(config: PreTrainedConfig) -> dict:
 
 def gpt2_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.add_cross_attention:
-        yield "`add_cross_attention` is set, and a DCA block has no cross-attention"
+        yield "`add_cross_attention` is set, but a DCA block has no cross-attention"
     if config.scale_attn_by_inverse_layer_idx:
-        yield "`scale_attn_by_inverse_layer_idx` is set, and DCA scales the attention of all layers alike"
+        yield "`scale_attn_by_inverse_layer_idx` is set, but DCA scales the attention of all layers alike"
     if config.reorder_and_upcast_attn:
-        yield "`reorder_and_upcast_attn` is set, and DCA takes attention in the model's own precision"
+        yield "`reorder_and_upcast_attn` is set, but DCA computes attention in the model's own precision"
     if not config.scale_attn_weights:
-        yield "`scale_attn_weights` is not set, and DCA scales attention by the width of a head"
+        yield "`scale_attn_weights` is not set, but DCA scales attention by the width of a head"
 
 
 def opt_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if not config.do_layer_norm_before:
-        yield "`do_layer_norm_before` is not set, and a DCA block has its norms before attention and feed-forward module"
+        yield "`do_layer_norm_before` is not set, but a DCA block has its norms before attention and feed-forward module"
     if config.word_embed_proj_dim != config.hidden_size:
         yield (
-            f"`word_embed_proj_dim` ({config.word_embed_proj_dim}) is not `hidden_size` ({config.hidden_size}), and DCA "
+            f"`word_embed_proj_dim` ({config.word_embed_proj_dim}) is not `hidden_size` ({config.hidden_size}), but DCA "
             "does not project embeddings"
         )
     if config._remove_final_layer_norm:
-        yield "`_remove_final_layer_norm` is set, and DCA has a norm before the output embedding"
+        yield "`_remove_final_layer_norm` is set, but DCA has a norm before the output embedding"
 
 
 def olmo_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.clip_qkv is not None:
-        yield f"`clip_qkv` is {config.clip_qkv}, and DCA does not clip queries, keys and values"
+        yield f"`clip_qkv` is {config.clip_qkv}, but DCA does not clip queries, keys and values"
 
 
 def gemma_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.use_bidirectional_attention:
-        yield "`use_bidirectional_attention` is set, and DCA's language models are causal"
+        yield "`use_bidirectional_attention` is set, but DCA's language models are causal"
 
 
 def cohere_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if getattr(config, "use_qk_norm", False):
-        yield "`use_qk_norm` is set, and DCA has one norm for all heads where this model has one for each"
+        yield "`use_qk_norm` is set, but DCA has one norm for all heads, not one for each"
 
 
 def stablelm_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.qk_layernorm:
-        yield "`qk_layernorm` is set, and DCA has one norm for all heads where this model has one for each"
+        yield "`qk_layernorm` is set, but DCA has one norm for all heads, not one for each"
 
 
 def falcon_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.alibi:
-        yield "its attention has biases by distance (ALiBi), which DCA does not"
+        yield "its attention has biases by distance (ALiBi), which DCA's does not"
 
 
 def gpt_bigcode_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if config.add_cross_attention:
-        yield "`add_cross_attention` is set, and a DCA block has no cross-attention"
+        yield "`add_cross_attention` is set, but a DCA block has no cross-attention"
 
 
 def gptj_obstacles(config: PreTrainedConfig) -> Iterator[str]:
@@ -929,32 +928,32 @@ VISION_FAMILIES: dict[str, Family] = {
     ),
 }
 
-#: The families by what they take, named by the Auto class of the checkpoints that are most of them.
+#: The families by kind, which is named by the Auto class of most checkpoints.
 FAMILIES = {"AutoModelForCausalLM": TEXT_FAMILIES, "AutoModelForImageClassification": VISION_FAMILIES}
 
-#: Why other well-known types cannot become DCA.
+#: The reasons why other well-known types cannot become DCA.
 REFUSED = {
-    "its norms stand after the sum of the residual stream and what a module adds, where a DCA block norms but what it adds": (
+    "its norms are after the sum of the residual stream and a module's output, while a DCA block norms only the output": (
         *("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "openai-gpt"),
     ),
     "its feed-forward module is a mixture of experts, which a DCA block does not have": (
         *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "dbrx"),
         *("granitemoe", "glm4_moe", "llama4", "llama4_text", "jamba", "minimax"),
     ),
-    "it normalizes queries and keys after it rotates them, and DCA does before": ("hunyuan_v1_dense", "nanochat"),
-    "its attention has sinks, which DCA's has not": ("granite_swa",),
+    "it normalizes queries and keys after rotating them, while DCA does so before": ("hunyuan_v1_dense", "nanochat"),
+    "its attention has sinks, which DCA's does not": ("granite_swa",),
     "its attention scales queries by their position, which DCA's does not": ("ministral3",),
-    "its attention has biases by distance (ALiBi), which DCA does not": ("bloom", "mpt"),
-    "its blocks are no transformer blocks": ("mamba", "mamba2", "falcon_mamba", "rwkv", "convnext", "convnextv2"),
-    "it is a hierarchy of stages, where DCA has blocks of one size": (
+    "its attention has biases by distance (ALiBi), which DCA's does not": ("bloom", "mpt"),
+    "its blocks are not transformer blocks": ("mamba", "mamba2", "falcon_mamba", "rwkv", "convnext", "convnextv2"),
+    "it is a hierarchy of stages, while DCA has blocks of one size": (
         "swin",
         "swinv2",
         "pvt",
         "mobilevit",
         "segformer",
     ),
-    "its attention has relative positions, which DCA does not": ("beit", "data2vec-vision"),
-    "its fixed sine and cosine positions start at 2, and DCA's at 0": ("xglm",),
+    "its attention has relative positions, which DCA's does not": ("beit", "data2vec-vision"),
+    "its fixed sine and cosine positions start at 2, while DCA's start at 0": ("xglm",),
 }
 
 __all__ = ["FAMILIES", "REFUSED", "TEXT_FAMILIES", "VISION_FAMILIES", "Family", "Move", "find_move"]

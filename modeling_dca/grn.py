@@ -39,9 +39,9 @@ def push(
     if max_entries is None or len(stack) <= max_entries:
         return stack
     merged = min(1, max_entries - 1)
-    # Under autocast layer outputs are in half precision. The sum over many has the type of the model's input.
+    # Under autocast, layer outputs are in half precision. Their sum has the type of the model's input.
     total = stack[merged].to(stack[0].dtype) + stack[merged + 1]
-    if max_entries > 2:  # each output is an entry of its own once, and kept as such
+    if max_entries > 2:  # each output has been a separate entry, and is kept as such
         note_sum(total, stack[merged], stack[merged + 1], stack[0].dtype)
     return *stack[:merged], total, *stack[merged + 2 :]
 
@@ -76,17 +76,17 @@ def check_inputs(stack: Sequence[torch.Tensor], delta: torch.Tensor, gate: torch
 
 def gates_of(entry: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """
-    What gates add to `b` of an entry, `relu(w . n(f))`, where `n` divides by the root mean square over the features.
+    The gates of an entry, `relu(w . n(f))`, which are added to `b`; `n` divides by the root mean square over the features.
 
     Args:
         entry (`torch.Tensor` of shape `(..., d)`): `f`.
         gate (`torch.Tensor` of shape `(outputs, d)`): `w`.
 
     Returns:
-        A tensor `(..., outputs)`. Its derivative where the gate is at exactly 0 is that of an open one.
+        A tensor `(..., outputs)`. At exactly 0, its derivative is that of an open gate.
     """
     inverse_rms = torch.rsqrt(entry.square().mean(-1, keepdim=True) + GATE_NORM_EPS)
-    # clamp, and not relu: its gradient at exactly 0 is 1, so that a gate that starts at zero can learn.
+    # Unlike that of relu, the gradient of clamp at exactly 0 is 1, so that a gate can learn from zero.
     return (nn.functional.linear(entry, gate) * inverse_rms).clamp(min=0)
 
 
@@ -100,7 +100,7 @@ def generalized_residual(
 
     Args:
         stack (sequence of `t` tensors of shape `(..., d)`): the entries `f_i`.
-        delta (`torch.Tensor` of shape `(outputs, t, d)` or `(outputs, t, 1)`): what `b` differs from 1 by.
+        delta (`torch.Tensor` of shape `(outputs, t, d)` or `(outputs, t, 1)`): the deviation of `b` from 1.
         gate (`torch.Tensor` of shape `(outputs, d)`, *optional*): `w`.
 
     Returns:
@@ -111,8 +111,8 @@ def generalized_residual(
     compute_dtype = torch.promote_types(dtype, torch.float32)
     entries = [entry.to(compute_dtype) for entry in stack]
     b = 1 + delta.to(compute_dtype)
-    # The output is split as sum_i b_i * f_i + sum_i relu(w . n(f_i)) * f_i: so nothing as large as an entry, other than
-    # the entries themselves, is kept for the backward pass.
+    # The output is split as sum_i b_i * f_i + sum_i relu(w . n(f_i)) * f_i, so that only the entries, and no other tensor
+    # of their size, are kept for the backward pass.
     outputs = []
     for output in range(b.shape[0]):
         total = b[output, 0] * entries[0]
@@ -138,16 +138,15 @@ class GRNInterface(GeneralInterface):
 ALL_GRN_FUNCTIONS = GRNInterface()
 
 
-#: The best implementation by type of device, where it was tried; elsewhere it is the reference. (PyTorch for ROCm calls its
-#: devices "cuda", too: there, name "triton" to try it.)
+#: The best implementation by type of device, where it was tested; elsewhere it is the reference. (PyTorch for ROCm also calls
+#: its devices "cuda": set "triton" explicitly to try it there.)
 BEST_GRN_FUNCTIONS = {"cpu": "cpu"} if torch.version.hip else {"cpu": "cpu", "cuda": "triton"}
 
 
 def find_implementation(name: str, device: torch.device) -> Callable:
     """
-    The implementation of [`generalized_residual`] that `config.grn_implementation` names; for `"auto"` the best one for
-    tensors on `device`, or the reference where that cannot run and in `torch.export`, whose programs run where torch
-    alone is installed.
+    The implementation of [`generalized_residual`] that `config.grn_implementation` names. `"auto"` is the best one for tensors
+    on `device`; it is the reference if that cannot run, and in `torch.export`, whose programs must need only torch.
     """
     if name != "auto":
         return ALL_GRN_FUNCTIONS[name]
@@ -166,13 +165,13 @@ class GeneralizedResidual(nn.Module):
     Forms the inputs of one block, or the model's output, from the stack (section 3.1).
 
     Args:
-        config (`DCABaseConfig`): which scheme, and how many entries are kept apart.
-        num_blocks (`int`): how many blocks have added to the stack.
-        outputs (`int`, *optional*): how many inputs are formed; those of a block if not given (three for DCA, one
+        config (`DCABaseConfig`): the scheme, and the number of entries that are kept apart.
+        num_blocks (`int`): the number of blocks that have added to the stack.
+        outputs (`int`, *optional*): the number of inputs to form; by default those of a block (three for DCA, one
             otherwise).
 
-    Parameters: `delta`, the deviation of `b` from 1, of shape `(outputs, entries, hidden_size)` (`(outputs, entries, 1)`
-    for GRN-v1), and `gate` of shape `(outputs, hidden_size)`, both zero at the start, where the scheme has them.
+    Parameters, if the scheme has them: `delta`, the deviation of `b` from 1, of shape `(outputs, entries, hidden_size)`
+    (`(outputs, entries, 1)` for GRN-v1), and `gate` of shape `(outputs, hidden_size)`. Both are initially zero.
     """
 
     def __init__(self, config: DCABaseConfig, num_blocks: int, outputs: int | None = None):
@@ -199,7 +198,7 @@ class GeneralizedResidual(nn.Module):
 
         Returns:
             `outputs` tensors of the same shape, for DCA the inputs of queries, keys and values, in this order; and the
-            stack, a tuple, which later blocks should take in place of the one given (see `FusedGeneralizedResidual`).
+            stack, a tuple, which later blocks should use instead of the given one (see `FusedGeneralizedResidual`).
         """
         if self.delta is None:
             return *stack, stack  # the only entry of the standard scheme is the residual stream
@@ -211,11 +210,11 @@ class GeneralizedResidual(nn.Module):
         return *outputs, stack
 
     def gates(self, entry: torch.Tensor, index: int) -> torch.Tensor:
-        """What the gates add to `b` of an entry `(..., hidden_size)`, the stack's at `index`: `(..., outputs)`, in float32."""
+        """The gates of an entry `(..., hidden_size)`, that of the stack at `index`: `(..., outputs)`, in float32."""
         return gates_of(entry.float(), self.gate.float())
 
     def spans(self) -> list[tuple[int, int]]:
-        """The first and the last output that each entry holds (output 0 is the model's input): the second may be merged of many."""
+        """The first and the last output that each entry holds (output 0 is the model's input); the second may be a sum."""
         entries = self.delta.shape[1]
         merged = self.num_blocks + 1 - entries
         return [(i if i < 2 else i + merged, i if i < 1 else i + merged) for i in range(entries)]

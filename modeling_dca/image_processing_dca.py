@@ -1,24 +1,24 @@
-"""The image processor of vision models that see one channel."""
+"""The image processor of grayscale vision models."""
 
 import numpy as np
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
 
-#: How much of red, green and blue is in grey, as Pillow has it (ITU-R 601).
+#: The weights of red, green and blue for grayscale, as in Pillow (ITU-R 601).
 GREY = np.array([0.299, 0.587, 0.114])
 
 
 class DCAImageProcessor(ViTImageProcessorPil):
     """
-    ViT's image processor, which takes colours, too, where the model sees grey (`image_mean` has one value): transformers'
-    pipelines make every image RGB.
+    ViT's image processor, which also converts colours for grayscale models (with one value of `image_mean`): transformers'
+    pipelines convert every image to RGB.
     """
 
     _auto_class = "AutoImageProcessor"
 
     def process_image(self, image, *args, **kwargs) -> np.ndarray:
-        """As in transformers, an array `(channels, height, width)`; one channel for models that see grey."""
+        """As in transformers, an array `(channels, height, width)`; one channel for grayscale models."""
         sees_grey = len(self.image_mean) == 1
         if sees_grey and isinstance(image, Image.Image):
             image = image.convert("L")  # also of palettes and with an alpha channel

@@ -54,7 +54,7 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).pa
 
 A_CACHE = (Cache, type(None))
 
-#: Arguments that any forward hands on to the model's modules: transformers' for all models, and those that it adds itself.
+#: Arguments that any forward passes on to the model's modules: those of transformers for all models, and those that it adds.
 HANDED_ON = {
     *TransformersKwargs.__annotations__,
     "return_dict",
@@ -63,7 +63,7 @@ HANDED_ON = {
     "debug_io_dir",
     "prune_layers",
 }
-#: Those of them that exist for text alone.
+#: Those of them that are only for text.
 OF_TEXT = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
@@ -85,20 +85,22 @@ def named_arguments(forward: Callable) -> Callable:
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
         if isinstance(kwargs.get(name), A_CACHE) and kwargs.keys() <= known:
-            return forward(self, *args, **kwargs)  # the short way, which every block takes for every token
+            return forward(self, *args, **kwargs)  # the fast path, for every block and token
         for key in names:
             if isinstance(kwargs.get(key), (tuple, list, dict, torch.Tensor)):
                 raise TypeError(
                     f"`{key}` is a {type(kwargs[key]).__name__}; give a `Cache`, such as `DynamicCache()`."
                 )
-        # Continuous batching has a cache of another class, and arguments that only this and the attention function know.
+        # Continuous batching has a cache of another class, and arguments that only it and the attention function use.
         paged = name in parameters and ("paged_cache" in kwargs or not isinstance(kwargs.get("cache"), A_CACHE))
         if paged and CACHE_NAME != "cache" and "cache" in kwargs:
             # Before 5.24 the attention function takes it as `cache`, and no other module does.
             kwargs["paged_cache"] = kwargs.pop("cache")
         if name in parameters and (cache := kwargs.pop(other, None)) is not None:
             if kwargs.get(name) is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+                raise ValueError(
+                    "`cache` and `past_key_values` are names of the same argument: give only one of them."
+                )
             if other != CACHE_NAME == "cache" and not torch.compiler.is_compiling():
                 warnings.warn(
                     f"`{other}` is deprecated: `cache` is its name since transformers 5.24.", FutureWarning, 2
@@ -151,7 +153,7 @@ class DCAScaledEmbedding(nn.Embedding):
 def build_embedding(config: DCAConfig) -> nn.Embedding:
     """The token embedding, times `config.embedding_multiplier`."""
     padding = config.pad_token_id
-    # (Some tokenizers pad with an id that no model is given.)
+    # (Some tokenizers have a padding id outside of the vocabulary.)
     padding = None if padding is None or padding >= config.vocab_size else padding
     sizes = (config.vocab_size, config.hidden_size, padding)
     if config.embedding_multiplier == 1:
@@ -277,7 +279,7 @@ class DCAAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5 if config.attention_scaling is None else config.attention_scaling
-        # (Only the attention functions that can do it are asked to.)
+        # (Only passed on if set, as not all attention functions support it.)
         self.softcap = {} if config.attention_softcap is None else {"softcap": config.attention_softcap}
         # Vision models have no layer types and no rotary positions.
         slides = getattr(config, "layer_types", None) and config.layer_types[layer_idx] == "sliding_attention"
@@ -349,13 +351,13 @@ class DCAAttention(nn.Module):
 
 class DCALayer(GradientCheckpointingLayer):
     """
-    The DCA block (paper, figure 4). It takes the stack and returns the stack: `stack = layer(*stack, ...)`, tensors
-    `(batch, sequence, hidden_size)`. The newest is the last: `f_t`, what the block adds. The block's own input reaches
-    both the attention and the feed-forward module, but is no part of `f_t`. The norms stand before the modules, and the
-    feed-forward module sees what the attention adds; `config.norm_placement` and `config.parallel_blocks` tell otherwise.
+    The DCA block (paper, figure 4). It takes and returns the stack: `stack = layer(*stack, ...)`, tensors `(batch, sequence,
+    hidden_size)`. The last one is the newest: `f_t`, the layer output. The block's own input reaches both the attention and
+    the feed-forward module, but is not part of `f_t`. By default, norms are before the modules, and the feed-forward module
+    sees the output of the attention; `config.norm_placement` and `config.parallel_blocks` change this.
 
-    With the scheme `"standard"` the stack is one tensor, the residual stream, and the block returns it as Llama's does. A
-    hook on a block sees the residual stream there, and with the other schemes a tuple, whose last tensor is `f_t`.
+    With the scheme `"standard"`, the stack is one tensor, the residual stream, which the block returns as Llama's does. A hook
+    on a block then sees the residual stream; with the other schemes it sees a tuple, whose last tensor is `f_t`.
     """
 
     def __init__(self, config: DCABaseConfig, layer_idx: int, is_causal: bool = True):
@@ -370,7 +372,7 @@ class DCALayer(GradientCheckpointingLayer):
         self.self_attn = DCAAttention(config, layer_idx, is_causal)
         self.post_attention_layernorm = self.build_norm_before(config)
         self.mlp = DCAGatedMLP(config) if config.gated_mlp else DCAMLP(config)
-        # The norms of what attention and feed-forward module add. The paper's block has none.
+        # The norms after the attention and the feed-forward module. The paper's block has none.
         after = config.norm_placement != "pre"
         self.attention_output_norm = build_norm(config, config.hidden_size) if after else None
         self.mlp_output_norm = build_norm(config, config.hidden_size) if after else None
@@ -442,14 +444,14 @@ def _check_gates(model: PreTrainedModel, name: str | os.PathLike | None, kwargs:
         return  # a checkpoint without a configuration, which the caller has
     if "gate_norm" not in saved:
         raise ValueError(
-            f"The gates of {str(name)!r} are those of modeling-dca 0.1, which saw entries as they are: this release would "
-            "make another model of them. Load it with the code that it carries (`trust_remote_code=True`, in a process "
-            "that does not import `modeling_dca`), or with modeling-dca 0.1."
+            f"The gates of {str(name)!r} are from modeling-dca 0.1, where they had no norm, so that this release would compute "
+            "another model: load it with the code in the checkpoint (`trust_remote_code=True`, in a process that does not "
+            "import `modeling_dca`), or with modeling-dca 0.1."
         )
 
 
 class DCAPreTrainedModel(PreTrainedModel):
-    """The base of all DCA models: initialization, loading, saving, and what transformers may do with them."""
+    """The base of all DCA models: initialization, loading, saving, and the features of transformers that they support."""
 
     config_class = DCAConfig
     base_model_prefix = "model"
@@ -477,7 +479,7 @@ class DCAPreTrainedModel(PreTrainedModel):
             self._supports_sdpa = False
             if config._attn_implementation == "sdpa":
                 raise ValueError(
-                    f"`attention_softcap` is {config.attention_softcap}, which the attention 'sdpa' cannot do: choose "
+                    f"`attention_softcap` is {config.attention_softcap}, which the attention 'sdpa' does not support: choose "
                     "'eager' or 'flex_attention' as `attn_implementation`."
                 )
         super().__init__(config, *args, **kwargs)
@@ -507,19 +509,19 @@ class DCAPreTrainedModel(PreTrainedModel):
             # (0 is an index: that of the first hidden state.)
             if asked not in (None, False) and getattr(checkpoint, "keywords", {}).get("use_reentrant") is not False:
                 raise ValueError(
-                    f"With reentrant gradient checkpointing, what `{name}` returns has no gradients: enable the "
-                    'checkpointing with `{"use_reentrant": False}`.'
+                    f"With reentrant gradient checkpointing, the results of `{name}` have no gradients: enable checkpointing "
+                    'with `{"use_reentrant": False}`.'
                 )
 
     def freeze_backbone(self, norms: bool = False) -> None:
         """
-        Freezes all parameters, heads included, but those of the generalized residuals (`delta` and `gate`).
+        Freezes all parameters, including heads, except those of the generalized residuals (`delta` and `gate`).
 
         Args:
-            norms (`bool`, *optional*, defaults to `False`): leave all norms trainable, too.
+            norms (`bool`, *optional*, defaults to `False`): also leave all norms trainable.
 
         Raises:
-            `ValueError`: the residual scheme is `"standard"`, which has no such parameters, without `norms`.
+            `ValueError`: the residual scheme is `"standard"`, which has no such parameters, and `norms` is not set.
         """
         if self.config.residual_scheme == "standard" and not norms:
             raise ValueError(
@@ -553,15 +555,15 @@ class DCAPreTrainedModel(PreTrainedModel):
             fields = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
             raise ValueError(
                 f"The weights of {str(pretrained_model_name_or_path)!r} do not fit {fields}: leave it out, or pass "
-                "`ignore_mismatched_sizes=True` to start those anew that the report above names."
+                "`ignore_mismatched_sizes=True` to initialize the weights in the report above randomly."
             ) from error
 
     @property
     def supports_pp_plan(self) -> bool:
-        """As in transformers. Raises `ValueError` where vLLM asks: without a plan it cuts the model up by its own guess."""
+        """As in transformers. Raises `ValueError` for vLLM, which without a plan would guess how to split the model."""
         if self.config._attn_implementation == "vllm":
             raise ValueError(
-                "DCA models cannot be split into a pipeline, as every block takes the outputs of those before it: use "
+                "DCA models cannot be split into a pipeline, as every block needs the outputs of all earlier ones: use "
                 "`--tensor-parallel-size` instead of `--pipeline-parallel-size`."
             )
         return super().supports_pp_plan
@@ -572,16 +574,16 @@ class DCAPreTrainedModel(PreTrainedModel):
         config = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
         if (config.get("pp_size") or 1) > 1:
             raise ValueError(
-                f"`pp_size` is {config['pp_size']}, but stages of transformers' pipelines pass one tensor, and every block of DCA "
-                "takes the outputs of those before it: cut a `DCAForCausalLM` with `pipeline_stage`, or use `tp_size`, "
+                f"`pp_size` is {config['pp_size']}, but stages of transformers' pipelines pass one tensor, and every DCA block "
+                "needs the outputs of all earlier ones: split a `DCAForCausalLM` with `pipeline_stage`, or use `tp_size`, "
                 "`fsdp_size` or `device_map`."
             )
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers. The modelling code is saved with the weights: who has not installed it loads them, too."""
+        """As in transformers. The modelling code is saved with the weights, so that they load without this library."""
         self.config.auto_map = dict(self._auto_map)
-        # FSDP replaces the model's class by one of torch's, whose code would be saved.
+        # FSDP replaces the model's class by one of torch, whose code would be saved.
         current_class = type(self)
         self.__class__ = next(each for each in current_class.__mro__ if not each.__module__.startswith("torch."))
         try:
@@ -596,29 +598,29 @@ class ResidualConversionMixin:
     @classmethod
     def from_residual(cls, source: str | os.PathLike | PreTrainedModel, **config_overrides: Any) -> Self:
         """
-        Makes a trained residual model into DCA. It computes the same at first: the generalized residuals start as the
+        Converts a trained residual model to DCA. Initially it computes the same, as the generalized residuals start as the
         residual sum (paper, table 4).
 
         The result has the source's type, its attention function and, if the source is loaded, its device. It is in
-        evaluation mode, and generates as the source does. It has no dropout but that of attention weights.
+        evaluation mode, and has the source's generation configuration. It has no dropout except on attention weights.
 
         Args:
-            source (`PreTrainedModel`, path or Hub id): a model of a known family (see `families_dca`). A classifier may have
-                another head than this class, or none, if `num_labels` is given. A loaded model is copied: training the one
-                does not change the other. A checkpoint is
-                memory-mapped, and only the weights that change are copied, one at a time (all projections of GPT-2, those of
-                DINOv2 that have a layer scale): give the path where memory is scarce. A GGUF file may be given by its path, or
-                by its name in a folder or repository as `gguf_file`; its weights are made dense.
-            config_overrides: fields of the configuration that the source leaves open, e.g. `last_k=2` or
+            source (`PreTrainedModel`, path or Hub id): a model of a supported family (see `families_dca`). A classifier may
+                have another head than this class, or none, if `num_labels` is given. A loaded model is copied, so that
+                training one does not change the other. A checkpoint is memory-mapped, and only the weights that change are
+                copied, one at a time (all projections of GPT-2, and those of DINOv2 with a layer scale): pass the path if
+                memory is scarce. A GGUF file can be given by its path, or by its name in a folder or repository as
+                `gguf_file`; its weights are dequantized.
+            config_overrides: fields of the configuration that do not follow from the source, e.g. `last_k=2` or
                 `residual_scheme="grn_v2"`. For a classifier also `num_labels`, `id2label`, `label2id` and `problem_type`: if
-                the source's head has another number of labels, the model gets a new one, which the log names, as with
-                `from_pretrained`. For a path or Hub id also `dtype` (the checkpoint's by default), and what
-                tells `from_pretrained` where it is (`revision`, `token`, `cache_dir`, ...).
+                the source's head has another number of labels, the model gets a new head, which the log mentions, as with
+                `from_pretrained`. For a path or Hub id also `dtype` (by default that of the checkpoint), and the arguments
+                of `from_pretrained` that locate it (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            `ValueError`: the source's family is not known, DCA cannot represent the source exactly, the source has
-                weights that DCA has not, or lacks some, has not the head of this class and `num_labels` is not given, or
-                an override is not one.
+            `ValueError`: the source's family is not supported, DCA cannot represent the source exactly, the source has
+                weights that DCA does not have, or lacks some, or has another head and `num_labels` is not given, or an
+                override is invalid.
 
         Example:
 
@@ -635,8 +637,8 @@ class ResidualConversionMixin:
 
     def to_residual(self) -> PreTrainedModel:
         """
-        The way back: a copy of the model in the family that `from_residual` made it from. Layer scales were multiplied
-        into the projections, and come back as 1.
+        Converts back: returns a copy of the model in the family that `from_residual` converted it from. Layer scales were
+        multiplied into the projections, and become 1.
 
         Raises:
             `ValueError`: the model was not made by `from_residual`, a generalized residual is not the residual sum, or
@@ -685,8 +687,8 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
-        Args and result as in [`~transformers.LlamaModel`]. `hidden_states[i]`, if asked for, is the queries' input of
-        block `i`, `(batch, sequence, hidden_size)`. The last one is the model's output.
+        Arguments and result as in [`~transformers.LlamaModel`]. `hidden_states[i]`, if requested, is the input of the queries
+        of block `i`, `(batch, sequence, hidden_size)`. The last one is the model's output.
 
         Raises:
             `ValueError`: not exactly one of `input_ids` and `inputs_embeds` is given, or the sequence is longer than
@@ -745,7 +747,7 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
         """The positions of the tokens, and the attention mask of each type of block."""
         # (The cache of continuous batching holds many sequences. Their positions are given.)
         past_seen_tokens = cache.get_seq_length() if isinstance(cache, Cache) else 0
-        # The mask searches given positions for packed sequences, and waits for the device: it does not get ours.
+        # (Creating the mask searches given positions for packed sequences, which waits for the device: it gets no others.)
         given_position_ids = position_ids
         if self.config.positions_by_mask and position_ids is None and getattr(attention_mask, "ndim", None) == 2:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
@@ -756,8 +758,8 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
             for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
                 if kwargs.get(name) is not None:
                     raise ValueError(
-                        f"`{name}` is given without `position_ids`, by which the attention "
-                        f"{self.config._attn_implementation!r} tells packed sequences apart: give these, too."
+                        f"`{name}` is given without `position_ids`, which the attention {self.config._attn_implementation!r} "
+                        "needs to tell packed sequences apart: give these, too."
                     )
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
@@ -801,8 +803,8 @@ class DCAModel(ResidualConversionMixin, DCAPreTrainedModel):
             length = int(position_ids.max()) + 1  # padding on the left has none
         if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"The sequence has {length} tokens, but the learned positions end at "
-                f"`max_position_embeddings` = {self.config.max_position_embeddings}: shorten the sequence."
+                f"The sequence has {length} tokens, but the model has only `max_position_embeddings` = "
+                f"{self.config.max_position_embeddings} learned positions: shorten the sequence."
             )
 
     def _add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.LongTensor) -> torch.Tensor:
@@ -853,7 +855,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
-        Args and result as in [`~transformers.LlamaForCausalLM`].
+        Arguments and result as in [`~transformers.LlamaForCausalLM`].
 
         Example:
 
@@ -878,7 +880,7 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
             **kwargs,
         )
 
-        # Logits of the tokens that are asked for, in the model's own type.
+        # Logits of the requested tokens, in the model's own type.
         slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, slice_indices, :]), self.config)
 
@@ -898,11 +900,11 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
     def pipeline_stage(self, index: int, count: int) -> "DCAPipelineStage":
         """
-        Part `index` of the `count` that the model is cut into, for `torch.distributed.pipelining`; see
+        Stage `index` of `count` pipeline stages of the model, for `torch.distributed.pipelining`; see
         [`~pipeline.DCAPipelineStage`]. It shares its modules with the model.
 
         Raises:
-            `ValueError`: there are fewer blocks than parts, or no part `index`.
+            `ValueError`: there are fewer blocks than stages, or `index` is out of range.
         """
         from .pipeline import DCAPipelineStage
 
@@ -910,9 +912,9 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks into its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
-        """As in transformers, but for `config.cache_restart_length`."""
+        """As in transformers, except for `config.cache_restart_length`."""
         for name in ("tokenizer", "assistant_tokenizer"):
-            kwargs.pop(name, None)  # what `generate` needs them for, it does itself
+            kwargs.pop(name, None)  # (for `generate` itself)
         restart, cache = self.config.cache_restart_length, kwargs.get(CACHE_NAME)
         if restart is not None and cache is not None and input_ids.shape[1] > restart >= cache.get_seq_length():
             kwargs |= {CACHE_NAME: None, "next_sequence_length": None}
@@ -921,18 +923,18 @@ class DCAForCausalLM(ResidualConversionMixin, DCAPreTrainedModel, GenerationMixi
 
 def name_in_tables(model_type: str, class_names: dict[str, str]) -> None:
     """
-    Puts a model's classes into transformers' tables of names, which no `register` reaches. From them the Trainer learns
-    whose labels it shifts (label smoothing), pipelines whom they support, and model cards the task.
+    Adds a model's classes to transformers' tables of names, which `register` does not change. The Trainer uses them to shift
+    labels (label smoothing), pipelines to check for support, and model cards to find the task.
     """
     for table, class_name in class_names.items():
         getattr(modeling_auto, table, {}).setdefault(model_type, class_name)
 
 
 class DCAGenericHead(ResidualConversionMixin, DCAPreTrainedModel):
-    """The base of the generic heads. They build their backbone through AutoModel, which learns of DCA's here."""
+    """The base of the generic heads. They build their backbone through AutoModel, where DCA is registered here."""
 
     def __init__(self, config: DCAConfig):
-        # Not `DCAConfig`: code that came with a checkpoint has a configuration class of its own.
+        # Not `DCAConfig`: the code of a checkpoint has its own configuration class.
         AutoModel.register(type(config), DCAModel, exist_ok=True)
         super().__init__(config)
 

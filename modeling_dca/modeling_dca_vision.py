@@ -194,7 +194,7 @@ class DCAVisionModel(ResidualConversionMixin, DCAVisionPreTrainedModel):
 
 
 class DCAVisionBackbone(BackboneMixin, DCAVisionModel):
-    """The DCA vision encoder as a part of detectors and the like, which read maps of features from several depths."""
+    """The DCA vision encoder as a backbone with feature maps from several depths, for example for detectors."""
 
     _auto_class = "AutoBackbone"
 

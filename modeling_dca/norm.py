@@ -1,4 +1,4 @@
-"""The norms: Llama's, which keeps less for the backward pass here, Gemma's, and the layer norm."""
+"""The norms: Llama's, in a version that keeps less for the backward pass, Gemma's, and the layer norm."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from .grn import GeneralizedResidual, find_implementation
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Llama's root mean square norm, in float32 whatever the type of its input, as plain PyTorch."""
+    """Llama's root mean square norm in plain PyTorch, in float32 for any type of input."""
     dtype = hidden_states.dtype
     hidden_states = hidden_states.to(torch.float32)
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -26,7 +26,7 @@ def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def fused_rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """[`rms_norm`] in fewer passes over memory where nothing is rounded in between."""
+    """[`rms_norm`] in fewer passes over memory, if nothing is rounded in between."""
     # (It writes in place, which selective activation checkpointing refuses.)
     if hidden_states.dtype == weight.dtype == torch.float32 and not is_in_torch_dispatch_mode():
         return (hidden_states * inverse_rms(hidden_states, eps).unsqueeze(-1)).mul_(weight)
@@ -40,7 +40,7 @@ def rms_norm_backward(
     grad: torch.Tensor,
     needed: tuple[bool, bool] = (True, True),
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of the input and of the weight of [`rms_norm`], those that are needed, in as few passes."""
+    """The needed ones of the gradients of the input and of the weight of [`rms_norm`], in few passes."""
     widened, grad = (tensor.float().flatten(0, -2) for tensor in (hidden_states, grad))
     scale = inverse_rms(widened, eps)
     product = grad * widened
@@ -57,9 +57,9 @@ def rms_norm_backward(
 
 class RMSNormFunction(torch.autograd.Function):
     """
-    [`rms_norm`] that keeps nothing but its input for the backward pass. It is for its kept bytes, not for speed: with 12
-    layers of width 512 and 512 tokens, DCA keeps 257 MiB instead of 306 in float32, 228 instead of 277 under autocast
-    and 130 instead of 179 in bfloat16; the transformer 196 instead of 221, 197 instead of 222 and 99 instead of 124.
+    [`rms_norm`] that keeps only its input for the backward pass. It saves memory, not time: with 12 layers of width 512 and
+    512 tokens, DCA keeps 257 MiB instead of 306 in float32, 228 instead of 277 under autocast and 130 instead of 179 in
+    bfloat16; the transformer 196 instead of 221, 197 instead of 222 and 99 instead of 124.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class DCARMSNorm(nn.Module):
 
 
 class DCAZeroCenteredRMSNorm(nn.Module):
-    """Root mean square norm over the last dimension whose weight is kept as its deviation from 1, as in Gemma."""
+    """Root mean square norm over the last dimension, with the weight stored as its deviation from 1, as in Gemma."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -123,12 +123,12 @@ def build_norm(config: DCABaseConfig, size: int) -> nn.Module:
     return NORMS[config.norm_type](size, eps=config.norm_eps)
 
 
-# Private to torch, as what `autograd` asks it.
+# Private to torch, as are the functions in `autograd`.
 has_global_hooks = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 
 
 def call_is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of `module` is no more than the `forward` of `kind`: no hook, wrapper or other class would miss it."""
+    """Whether calling `module` is just the `forward` of `kind`, without hooks, wrappers or another class."""
     return type(module) is kind and not (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -143,8 +143,8 @@ def normalized_residual(
     residual: GeneralizedResidual, stack: Sequence[torch.Tensor], norms: Sequence[nn.Module]
 ) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]:
     """
-    The first output of `residual(*stack)`, each of its outputs after its one of `norms`, and the stack. All in one operation
-    where an implementation has it and the modules' calls are plain: in eager mode the number of operations is what costs.
+    The first output of `residual(*stack)`, each of its outputs after its norm of `norms`, and the stack. It is one operation
+    if the implementation has it and the calls of the modules are plain: in eager mode the number of operations dominates.
     """
     if (
         call_is_plain(residual, GeneralizedResidual)

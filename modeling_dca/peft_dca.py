@@ -1,4 +1,4 @@
-"""PEFT's tables, which go by the type of a model: what is trained where nobody says which modules."""
+"""Entries for PEFT's tables of default modules by model type."""
 
 import sys
 
@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 
-#: The norms that a block has beside Llama's.
+#: The norms that a block has in addition to Llama's.
 MORE_NORMS = ["key_layernorm", "value_layernorm", "attention_output_norm", "mlp_output_norm"]
 
 
 def name_in_peft(model_type: str) -> None:
-    """Gives models of this type PEFT's defaults for Llama, if PEFT is imported: it is slow to import, and most never need it."""
+    """Gives models of this type PEFT's defaults for Llama, if PEFT is imported. (It is not imported here, as that is slow.)"""
     if (constants := sys.modules.get("peft.utils.constants")) is not None:
         for name, table in vars(constants).items():
             if name.endswith("_MODULES_MAPPING") and model_type not in table and "llama" in table:
@@ -28,7 +28,7 @@ def query_states(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """The queries `(batch, heads, sequence, head_dim)` of the attention `model`, which PEFT's adaption prompts answer."""
+    """The queries `(batch, heads, sequence, head_dim)` of the attention `model`, for PEFT's adaption prompts."""
     from .modeling_dca import rotate  # (which imports the configurations, and these import this module)
 
     hidden_shape = (*query_input.shape[:-1], -1, model.head_dim)

@@ -59,10 +59,10 @@ class DCAPipelineStage(nn.Module):
         num_blocks = model.config.num_hidden_layers
         if not 1 <= count <= num_blocks:
             raise ValueError(
-                f"`count` is {count}, but a model of {num_blocks} blocks has from 1 to {num_blocks} stages."
+                f"`count` is {count}; a model of {num_blocks} blocks can have from 1 to {num_blocks} stages."
             )
         if not 0 <= index < count:
-            raise ValueError(f"`index` is {index}, but the stages of {count} are 0 to {count - 1}.")
+            raise ValueError(f"`index` is {index}; with {count} stages it must be from 0 to {count - 1}.")
         self.config, self.index, self.count = model.config, index, count
         self.is_first, self.is_last = index == 0, index == count - 1
         blocks = share_of_blocks(num_blocks, index, count)
@@ -103,7 +103,7 @@ class DCAPipelineStage(nn.Module):
         tied = self._tied_weight()
         if tied is not None and self._changed_alone not in (None, tied._version):
             raise RuntimeError(
-                "The tied embeddings were changed by the gradients of one of their two stages alone: call "
+                "The tied embeddings were updated with the gradients of only one of their two stages: call "
                 "`stage.sum_tied_gradients()` before the optimizer's step."
             )
         hidden_states = decoder.embed_tokens(*inputs) if self.is_first else inputs[0]

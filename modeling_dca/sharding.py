@@ -34,12 +34,12 @@ def on_shards(
     *parameters: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """
-    The outputs and the stack of `function(stack, *parameters)`, computed by each process on what it has of the entries. A
-    generalized residual takes tokens one by one: so shards of batch and sequence stay where they are, and what is sharded in other
-    ways is gathered first. Parameters are the same everywhere; their gradients are summed over the processes.
+    The outputs and the stack of `function(stack, *parameters)`, which each process computes on its shards of the entries. A
+    generalized residual treats tokens independently: shards of batch and sequence stay in place, and entries that are sharded
+    otherwise are gathered first. Parameters are replicated; their gradients are summed over the processes.
 
     Raises:
-        `TypeError`: some entries are `DTensor`s and others are not, of which nobody knows what they are part of.
+        `TypeError`: some entries are `DTensor`s and others are not, so that their placement is unknown.
     """
     for i, entry in enumerate(stack):
         if not isinstance(entry, DTensor):
@@ -106,7 +106,9 @@ def sequence_parallel_plan(config: DCAConfig) -> dict:
             "`qk_norm` is 'all_heads', which needs all heads in each process: shard the model by `tp_plan`."
         )
     if config.position_embedding == "sincos":
-        raise ValueError("`position_embedding` is 'sincos', which this plan has not: shard the model by `tp_plan`.")
+        raise ValueError(
+            "`position_embedding` is 'sincos', which this plan does not support: shard the model by `tp_plan`."
+        )
     by_sequence = {"output_layouts": Shard(1), "use_local_output": False}
     plan = {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), **by_sequence),

@@ -1,6 +1,6 @@
 """
-The merged entry of k-DCA in the backward pass. At each block it is a new tensor, but the sum of outputs that are kept anyway:
-so these are kept in its place, and added up again.
+The merged entry of k-DCA in the backward pass. At each block it is a new tensor, but it is the sum of outputs that are kept
+anyway: these are kept instead, and summed again.
 """
 
 import functools
@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from .autograd import autograd_alone, is_in_torch_dispatch_mode
 
 
-# On the way to a sum, every so many of those before it stay at hand for the blocks before, and as many of the last ones: so
-# each is made again twice at most, and not once for every later block.
+# When a sum is computed, every `EVERY`-th partial sum is cached for earlier blocks, and as many of the last ones: so each is
+# computed at most twice, and not once for every later block.
 EVERY = 8
 
-# Where tensors have memory that a note can be put on. (XLA's have none.)
+# Devices whose tensors have storage to attach a note to. (XLA's have none.)
 DEVICES = ("cpu", "cuda")
 
 # Private to torch. Without it, the merged entry is kept.
@@ -26,20 +26,20 @@ hooks_on_what_is_saved = getattr(torch._C._autograd, "_top_saved_tensors_default
 
 
 class SumsMade(dict):
-    """Sums that were made again, by their number of summands, each being the one before with one summand more."""
+    """Cached partial sums, by their number of summands; each adds one summand to the previous one."""
 
     most = 1  # the number of summands of the last one
 
 
 class MergedSum(NamedTuple):
     """
-    What a merged entry is the sum of.
+    The summands of a merged entry.
 
     Args:
         entries (tuple of `torch.Tensor`): the summands, in the order in which [`~grn.push`] adds them.
-        dtype (`torch.dtype`): what the sum is cast to before a summand is added.
-        made (`SumsMade`): what all merged entries of a model share.
-        of (tuple): what tells whether a tensor is still this sum.
+        dtype (`torch.dtype`): the type that the sum is cast to before a summand is added.
+        made (`SumsMade`): the cache that all merged entries of a model share.
+        of (tuple): identifies the state of the tensor, to detect changes.
     """
 
     entries: tuple[Tensor, ...]
@@ -48,12 +48,12 @@ class MergedSum(NamedTuple):
     of: tuple
 
     def again(self, entries: Sequence[Tensor]) -> Tensor:
-        """The sum, the same to the last bit, of the summands as autograd has kept them."""
+        """The sum of the summands that autograd has kept, identical to the last bit."""
         count = len(entries)
-        # (What may be differentiated once more belongs to one graph alone.)
+        # (Sums that may be differentiated again belong to a single graph.)
         made = {} if torch.is_grad_enabled() else self.made
         for number in [number for number in made if number > count]:
-            del made[number]  # the backward pass has left them behind
+            del made[number]  # the backward pass does not need them any more
         start = max(made, default=1)
         total = made.get(start, entries[0])
         for number in range(start + 1, count + 1):
@@ -68,8 +68,8 @@ def _state(tensor: Tensor) -> tuple:
 
 
 def _take_note(entry: Tensor) -> MergedSum | None:
-    # The note is on the memory: what wraps modules, such as FSDP, hands on other tensors of the same memory. It is taken away
-    # when it is read, so that who holds the entry for longer does not hold its summands.
+    # The note is on the storage, as wrappers of modules, such as FSDP, pass on other tensors with the same storage. It is
+    # removed when it is read, so that a longer reference to the entry does not keep its summands.
     note = entry.untyped_storage().__dict__.pop("_merged_sum", None)
     return note if note is not None and note.of == _state(entry) else None
 
@@ -82,13 +82,13 @@ def _in_eager_autograd(*tensors: Tensor) -> bool:
 def note_sum(
     total: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype, before: MergedSum | None = None
 ) -> None:
-    """Notes that `total` is `first.to(dtype) + second`, if autograd is all that looks into it; `first` may be the sum `before`."""
+    """Notes that `total` is `first.to(dtype) + second`, under plain eager autograd; `first` may be the sum `before`."""
     if _in_eager_autograd(total, first, second) and second.requires_grad and first.device == total.device:
         before = before or getattr(first, "_merged_sum", None)
         if before is None or before.of != _state(first):
             before = MergedSum((first,), dtype, SumsMade(), ())
         entries = (*before.entries, second)
-        # (Another sum may go on from the same one already.)
+        # (Another sum may already continue the same one.)
         made = before.made if before.made.most == len(before.entries) else SumsMade()
         made.most = len(entries)
         total.untyped_storage()._merged_sum = MergedSum(entries, dtype, made, _state(total))
@@ -96,9 +96,9 @@ def note_sum(
 
 def take_sum(stack: Sequence[Tensor]) -> MergedSum | None:
     """
-    What the second entry of a stack is the sum of, if that should be kept in its place: not within activation
-    checkpointing, which keeps nothing for long, and not where each thing that is kept is copied (`save_on_cpu`): summands
-    would be, for every block.
+    The summands of the second entry of a stack, if they should be kept instead of it: not within activation checkpointing,
+    which keeps nothing for long, and not if kept tensors are copied (`save_on_cpu`), as the summands would be copied for every
+    block.
     """
     if hooks_on_what_is_saved is None or len(stack) < 3 or not _in_eager_autograd(stack[1]):
         return None
@@ -107,7 +107,7 @@ def take_sum(stack: Sequence[Tensor]) -> MergedSum | None:
 
 
 def checkpoint_stack(function: Callable, *stack: Tensor, **options) -> tuple[Tensor, ...] | Tensor:
-    """`torch.utils.checkpoint.checkpoint(function, *stack)` that keeps the summands of a merged entry in its place."""
+    """`torch.utils.checkpoint.checkpoint(function, *stack)` that keeps the summands of a merged entry instead of it."""
     total = take_sum(stack)
     if total is None:
         results = checkpoint(function, *stack, **options)
@@ -135,8 +135,8 @@ def checkpoint_stack(function: Callable, *stack: Tensor, **options) -> tuple[Ten
 
 def without_sums(keep: Callable) -> Callable:
     """
-    A function of activation checkpointing that keeps what blocks take, made into one that keeps no merged entries. Selective and
-    reentrant checkpointing, and what keeps things elsewhere, stay as they are.
+    Changes a function of activation checkpointing, which keeps the inputs of blocks, to keep no merged entries. Selective and
+    reentrant checkpointing, and other functions, are returned unchanged.
     """
     options = getattr(keep, "keywords", {})
     if getattr(keep, "func", None) is not checkpoint or options.get("use_reentrant") is not False:

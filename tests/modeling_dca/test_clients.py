@@ -57,7 +57,7 @@ def test_a_command_of_another_package_runs_where_the_models_are_known():
     ("arguments", "words"),
     [
         ([], "usage: python -m modeling_dca COMMAND"),
-        (["no-such", "-x"], "no package .* has a command 'no-such'; usage: "),
+        (["no-such", "-x"], "no installed package has a command 'no-such'; usage: "),
     ],
 )
 def test_a_command_that_there_is_not_is_refused(monkeypatch, arguments, words):

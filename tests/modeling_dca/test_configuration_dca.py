@@ -94,9 +94,12 @@ REFUSED = [
         ["`hidden_size`", "512", "multiple", "`num_attention_heads`", "7"],
     ),
     ({"num_key_value_heads": 3}, ["`num_attention_heads`", "8", "multiple", "`num_key_value_heads`", "3"]),
-    ({"head_dim": 7}, ["`head_dim`", "7", "even"]),
-    ({"hidden_size": 24}, ["`head_dim`", "3", "even"]),
-    ({"position_embedding": "sincos", "hidden_size": 15, "num_attention_heads": 5}, ["`hidden_size`", "15", "even"]),
+    ({"head_dim": 7}, ["`head_dim`", "7", "multiple of 2"]),
+    ({"hidden_size": 24}, ["`head_dim`", "3", "multiple of 2"]),
+    (
+        {"position_embedding": "sincos", "hidden_size": 15, "num_attention_heads": 5},
+        ["`hidden_size`", "15", "multiple of 2"],
+    ),
     ({"layer_types": ["full_attention"]}, ["`layer_types`", "1", "`num_hidden_layers`", "12", "one for each layer"]),
     (
         {"layer_types": ["full_atention"], "num_hidden_layers": 1},

@@ -503,7 +503,7 @@ def test_fresh_head_where_it_is_asked_for(tmp_path, caplog, name, place):
     (model_class, number), source = FRESH[name], text_model("llama")
     source.save_pretrained(tmp_path)
     given = source if place == "loaded" else tmp_path
-    with pytest.raises(ValueError, match=f"no head that {model_class.__name__} could take over: pass `num_labels`"):
+    with pytest.raises(ValueError, match=f"no head for {model_class.__name__}: pass `num_labels`"):
         model_class.from_residual(given)
     caplog.clear()
     with caplog.at_level("WARNING"), log_is_seen():
@@ -642,7 +642,9 @@ def test_batch_that_is_longer_than_the_positions_only_by_its_padding(name):
         each.generate(input_ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for each in (model, source)
     ]
     assert torch.equal(*results)
-    with pytest.raises(ValueError, match="17 tokens, but the learned positions end at `max_position_embeddings` = 16"):
+    with pytest.raises(
+        ValueError, match="17 tokens, but the model has only `max_position_embeddings` = 16 learned positions"
+    ):
         model.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
 
 
@@ -849,7 +851,7 @@ def test_arguments_about_the_source_reach_the_loading(tmp_path, monkeypatch):
 # Refusals
 
 REFUSED = {
-    "bert": ("bert", {}, "A 'bert' model cannot become DCA as it is: its norms stand after the sum"),
+    "bert": ("bert", {}, "A 'bert' model cannot become DCA as it is: its norms are after the sum"),
     "mixtral": ("mixtral", {}, "A 'mixtral' model .* mixture of experts"),
     "qwen3_moe": ("qwen3_moe", {}, "A 'qwen3_moe' model .* mixture of experts"),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_num_experts": 4}, "'ernie4_5_moe'"),
@@ -874,7 +876,7 @@ REFUSED = {
     "stablelm-qk_norm": ("stablelm", {"qk_layernorm": True}, "A 'stablelm' model .*: `qk_layernorm` is set"),
     "falcon-alibi": ("falcon", {"alibi": True}, "A 'falcon' model .*ALiBi"),
     "ministral3": ("ministral3", {}, "A 'ministral3' model .* scales queries by their position"),
-    "hunyuan": ("hunyuan_v1_dense", {}, "A 'hunyuan_v1_dense' model .* after it rotates them"),
+    "hunyuan": ("hunyuan_v1_dense", {}, "A 'hunyuan_v1_dense' model .* after rotating them"),
     "granite_swa": ("granite_swa", {}, "A 'granite_swa' model .* sinks"),
     "gptj-no_head": ("gptj", {"rotary_dim": 0}, "A 'gptj' model .*: `rotary_dim` is 0"),
     "xglm": ("xglm", {}, "A 'xglm' model .*: its fixed sine and cosine positions start at 2"),
@@ -915,13 +917,16 @@ def test_refused_image_models(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"hidden_size": 64}, "`hidden_size` follows from the source; what can be chosen is residual_scheme, last_k"),
+        (
+            {"hidden_size": 64},
+            "`hidden_size` follows from the source; only these can be chosen: residual_scheme, last_k",
+        ),
         ({"rope_parameters": None}, "`rope_parameters` follows from the source"),
         ({"source_config": None}, "`source_config` follows from the source"),
         ({"num_labels": 3}, "`num_labels` follows from the source"),
-        ({"lastk": 2}, "`lastk` is no field; did you mean 'last_k'\\?"),
-        ({"revison": "main"}, "`revison` is no field; did you mean 'revision'\\?"),
-        ({"revision": "main", "token": "x"}, "`source` is loaded already: leave out `revision`, `token`"),
+        ({"lastk": 2}, "`lastk` is not a field; did you mean 'last_k'\\?"),
+        ({"revison": "main"}, "`revison` is not a field; did you mean 'revision'\\?"),
+        ({"revision": "main", "token": "x"}, "`source` is already loaded: leave out `revision`, `token`"),
         ({"residual_scheme": "grn_2"}, "did you mean 'grn_v2'"),
         ({"residual_scheme": "standard", "last_k": 2}, "leave `last_k` out"),
     ],
@@ -974,7 +979,7 @@ def test_missing_weights_are_refused(tmp_path):
         convert(source)
     source = text_model("llama")
     source.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(3, 3))
-    with pytest.raises(ValueError, match="do not have the shapes.*: model.layers.1.mlp.up_proj.weight."):
+    with pytest.raises(ValueError, match="shapes do not match.*: model.layers.1.mlp.up_proj.weight."):
         convert(source)
     # A model without its head, as a checkpoint.
     text_model("llama").model.save_pretrained(tmp_path)

@@ -226,7 +226,7 @@ def test_soft_capped_attention():
     for layer in model.model.layers:
         layer.self_attn.softcap = {}
     assert (model(input_ids).logits - capped).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="`attention_softcap` is 0.7, which the attention 'sdpa' cannot do"):
+    with pytest.raises(ValueError, match="`attention_softcap` is 0.7, which the attention 'sdpa' does not support"):
         tiny_model(attention_softcap=0.7, attn_implementation="sdpa")
 
 
@@ -621,7 +621,7 @@ def test_models_take_the_cache_by_either_name(model_class, name, recwarn):
     other = {"cache": "past_key_values", "past_key_values": "cache"}[name]
     model(input_ids[:, :1], **{name: cache, other: None})
     assert cache.get_seq_length() == 8
-    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names"):
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are names"):
         model(input_ids[:, :1], **{name: cache, other: DynamicCache(config=model.config)})
     assert cache.get_seq_length() == 8
     # Who uses the old name is told so where transformers does; nobody is told of what the models do among themselves.
@@ -1075,7 +1075,7 @@ def test_gradients_through_what_is_recorded_under_gradient_checkpointing(scheme,
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     for name in ("output_hidden_states", "output_attentions"):
-        with pytest.raises(ValueError, match=rf"`{name}` returns has no gradients.*\"use_reentrant\": False"):
+        with pytest.raises(ValueError, match=rf"results of `{name}` have no gradients.*\"use_reentrant\": False"):
             model(input_ids, **{name: True})
         with torch.no_grad():
             model(input_ids, **{name: True})
@@ -1553,10 +1553,10 @@ def test_gates_of_the_first_release_are_refused(tmp_path, load):
     old = {name: value for name, value in new.items() if name != "gate_norm"}
     assert new["gate_norm"] == "rms"
     file.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="those of modeling-dca 0.1.*Load it with the code that it carries"):
+    with pytest.raises(ValueError, match="from modeling-dca 0.1.*load it with the code in the checkpoint"):
         load(tmp_path)
     # A configuration that is at hand says nothing of the checkpoint.
-    with pytest.raises(ValueError, match="those of modeling-dca 0.1"):
+    with pytest.raises(ValueError, match="from modeling-dca 0.1"):
         DCAForCausalLM.from_pretrained(tmp_path, config=model.config)
     # Gates of zero compute the same in both.
     for name, parameter in model.named_parameters():

@@ -173,7 +173,7 @@ def test_tied_weights_that_are_changed_alone_are_an_error():
     run([first, last], batch()).square().mean().backward()
     optimizer.step()
     with pytest.raises(
-        RuntimeError, match=r"changed by the gradients of one .* alone: call `stage.sum_tied_gradients\(\)`"
+        RuntimeError, match=r"updated with the gradients of only one .*: call `stage.sum_tied_gradients\(\)`"
     ):
         first(batch())
 
@@ -190,10 +190,10 @@ def test_frozen_tied_embeddings_need_no_sum():
 @pytest.mark.parametrize(
     ("index", "count", "message"),
     [
-        (0, 5, "`count` is 5, but a model of 4 blocks has from 1 to 4 stages"),
-        (0, 0, "`count` is 0, but a model of 4 blocks has from 1 to 4 stages"),
-        (2, 2, "`index` is 2, but the stages of 2 are 0 to 1"),
-        (-1, 2, "`index` is -1, but the stages of 2 are 0 to 1"),
+        (0, 5, "`count` is 5; a model of 4 blocks can have from 1 to 4 stages"),
+        (0, 0, "`count` is 0; a model of 4 blocks can have from 1 to 4 stages"),
+        (2, 2, "`index` is 2; with 2 stages it must be from 0 to 1"),
+        (-1, 2, "`index` is -1; with 2 stages it must be from 0 to 1"),
     ],
 )
 def test_stages_that_are_not_are_refused(index, count, message):

@@ -22,19 +22,19 @@ WEIGHT, GRADIENT, OPTIMIZER = 4, 4, 8
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """
-    How a run is shared out.
+    The parallelism of a run.
 
     Args:
-        batch: sequences of a micro-batch on each device.
-        seq: tokens of a sequence.
-        sharding: devices that share weights, gradients and optimizer (FSDP2).
-        replicas: copies of these groups (HSDP), or of the model (DDP).
+        batch: sequences per micro-batch on each device.
+        seq: tokens per sequence.
+        sharding: devices that shard weights, gradients and optimizer (FSDP2).
+        replicas: replicas of these groups (HSDP), or of the model (DDP).
         tensor: devices that share each projection.
-        by_sequence: whether these share the stack, residuals and norms by sequence, too.
-        pipeline: stages of blocks.
-        micro_batches: in a step, of a pipeline (1F1B).
+        by_sequence: whether the stack, residuals and norms are also sharded by sequence over these devices.
+        pipeline: pipeline stages.
+        micro_batches: micro-batches per step of a pipeline (1F1B).
         checkpointing: whether blocks are computed again in the backward pass.
-        element: bytes of an element of an activation; 2 in bfloat16.
+        element: bytes per element of an activation; 2 in bfloat16.
     """
 
     batch: int
@@ -50,17 +50,17 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """The tokens of a micro-batch."""
         return self.batch * self.seq
 
 
 def num_entries(config: DCAConfig, blocks: int) -> int:
-    """The entries of the stack after `blocks` blocks: `min(blocks + 1, k + 2)`."""
+    """The number of entries of the stack after `blocks` blocks: `min(blocks + 1, k + 2)`."""
     return min(blocks + 1, config.max_stack_entries or blocks + 1)
 
 
 def num_outputs(config: DCAConfig) -> int:
-    """The inputs that a block's residual forms."""
+    """The number of inputs that a block's residual forms."""
     scheme = RESIDUAL_SCHEMES[config.residual_scheme]
     return 1 if scheme is None else scheme.outputs
 
@@ -76,7 +76,7 @@ def _kind(name: str, module: nn.Module) -> str:
 
 
 def count_parameters(config: DCAConfig) -> dict[str, int]:
-    """The parameters by kind. (A tied head has none.)"""
+    """The number of parameters by kind. (A tied head has none.)"""
     return _sum_by_kind(_stages_parameters(config, 1)[0].values())
 
 
@@ -104,7 +104,7 @@ def _stages_parameters(config: DCAConfig, stages: int) -> list[dict[int, tuple[s
 
 
 def kept_by_block(config: DCAConfig, layout: Layout) -> float:
-    """The bytes that a block keeps for the backward pass, a token, without what it takes from the stack."""
+    """The bytes per token that a block keeps for the backward pass, without the entries of the stack."""
     d, t = config.hidden_size, layout.tensor
     stack = t if layout.by_sequence else 1  # what the stack, the residuals and the norms are divided by
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -178,7 +178,7 @@ def memory(config: DCAConfig, layout: Layout) -> dict[str, float]:
 
 
 def _at_work(config: DCAConfig, layout: Layout, index: int, projections: int) -> float:
-    """What is there for a moment: two gathered blocks in 16 bits, or the logits, their copy in float32 and its gradient."""
+    """Temporary memory: two gathered blocks in 16 bits, or the logits, their copy in float32 and its gradient."""
     blocks = len(share_of_blocks(config.num_hidden_layers, index, layout.pipeline))
     gathered = 2 * 2 * projections / blocks / layout.tensor if layout.sharding > 1 else 0.0
     logits = layout.tokens * config.vocab_size * (layout.element + 8) if index == layout.pipeline - 1 else 0
@@ -200,7 +200,7 @@ def residual_bytes(config: DCAConfig, element: int = 2) -> tuple[float, float]:
 
 
 def residual_flops(config: DCAConfig) -> float:
-    """The floating-point operations of the generalized residuals, a token, forward and backward."""
+    """The floating-point operations per token of the generalized residuals, forward and backward."""
     scheme = RESIDUAL_SCHEMES[config.residual_scheme]
     if scheme is None:
         return 0.0
@@ -212,7 +212,7 @@ def residual_flops(config: DCAConfig) -> float:
 
 
 def block_flops(config: DCAConfig, seq: int) -> dict[str, float]:
-    """The floating-point operations of blocks and head, a token, forward and backward: 6 for each weight of a product."""
+    """The floating-point operations per token of blocks and head, forward and backward: 6 for each weight of a product."""
     counts = count_parameters(config)
     head = config.hidden_size * config.vocab_size
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq
@@ -220,7 +220,7 @@ def block_flops(config: DCAConfig, seq: int) -> dict[str, float]:
 
 
 def cut_bytes(config: DCAConfig, layout: Layout) -> list[int]:
-    """The bytes over each cut of the pipeline, of a micro-batch and one way; gradients go back as many."""
+    """The bytes per micro-batch over each cut of the pipeline in one direction; gradients are as many in the other."""
     return [
         num_entries(config, share_of_blocks(config.num_hidden_layers, index, layout.pipeline).stop)
         * layout.tokens
@@ -231,7 +231,7 @@ def cut_bytes(config: DCAConfig, layout: Layout) -> list[int]:
 
 
 def link_bytes(config: DCAConfig, layout: Layout) -> dict[str, float]:
-    """The bytes that a device sends in a step of one micro-batch, by what for; rings, in which each sends `(n - 1) / n`."""
+    """The bytes that a device sends in a step of one micro-batch, by purpose; in rings each device sends `(n - 1) / n`."""
     counts = count_parameters(config)
     shared = counts["embeddings"] + counts["projections"] + counts["head"]
     parameters = (shared / layout.tensor + counts["norms"] + counts["residuals"]) / layout.pipeline

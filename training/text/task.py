@@ -142,8 +142,8 @@ def train_language_model(run: Run) -> None:
     data, config, folder = run.data, run.config, run.training.output_dir
     if config.position_embedding == "learned" and data.block_size > config.max_position_embeddings:
         raise UserError(
-            f"`block_size` is {data.block_size}, but there are only {config.max_position_embeddings} learned positions "
-            "(`max_position_embeddings`): lower it."
+            f"`block_size` is {data.block_size}, but `max_position_embeddings` is {config.max_position_embeddings}, the number "
+            "of learned positions: lower it."
         )
     if data.streaming and run.training.max_steps < 1:
         raise UserError(f"`max_steps` is {run.training.max_steps}; with `streaming` it must be at least 1.")

@@ -345,7 +345,7 @@ def test_files_that_are_trained_on_and_held_out_are_told_of(tmp_path, capsys):
 
 
 def test_what_is_held_out_is_named_once(tmp_path):
-    with pytest.raises(UserError, match="Both `eval_split`, 'test', and `eval_dataset`, 'x.txt'"):
+    with pytest.raises(UserError, match="`eval_split` is 'test' and `eval_dataset` is 'x.txt', but"):
         load(tmp_path, eval_split="test", eval_dataset="x.txt")
 
 
@@ -464,7 +464,7 @@ WRONG_TEXTS = [
     (lambda file: write_jsonl(file, [*TEXTS[:90], None]), "null.jsonl", [], ["'text'", "None"]),
     (lambda file: write_jsonl(file, [1.5] * 90), "numbers.jsonl", [], ["'text'", "1.5"]),
     (lambda file: write_jsonl(file, [*TEXTS[:9], [1]]), "mixed.jsonl", ["--tokenizer_documents=1"], ["'text'", "token ids"]),
-    (lambda file: write_jsonl(file, [""] * 90), "blank.jsonl", [], ["evaluate on", "empty"]),
+    (lambda file: write_jsonl(file, [""] * 90), "blank.jsonl", [], ["held-out documents", "empty"]),
 ]  # fmt: skip
 
 

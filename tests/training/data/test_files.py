@@ -185,7 +185,7 @@ def test_file_that_cannot_be_used_is_refused_before_the_training(room, capsys, c
     ("bad", "words"),
     [
         (b'{"text": "gr\xf6\xdfe"}\n', ["Line 41 is not UTF-8"]),
-        (b'{"text": "half \\ud83d"}\n', ["Line 41 of", "'\\ud83d' as character 5"]),
+        (b'{"text": "half \\ud83d"}\n', ["Line 41 of", "'\\ud83d' at position 5"]),
     ],
 )
 def test_bad_bytes_end_a_stream_at_once(room, capsys, monkeypatch, bad, words, workers):

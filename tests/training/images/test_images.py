@@ -427,7 +427,7 @@ def test_few_broken_images_among_the_first_do_not_end_a_run():
     examples = examples_of(contents)
     assert examples[0]["label"] == 10 % 3
     contents[10] = BROKEN["no image"]
-    with pytest.raises(UnreadableImages, match="11 of 11 images cannot be read: image 10 of 'pictures'"):
+    with pytest.raises(UnreadableImages, match="11 of 11 images cannot be read, for example image 10 of 'pictures'"):
         examples_of(contents)[0]
 
 

@@ -162,12 +162,12 @@ LESS, MORE = ("eval_loss", "held-out loss", True), ("eval_accuracy", "held-out a
         (MORE, 0.5, 0.5, "`dca` and `standard` have the same held-out accuracy."),
     ],
 )
-def testverdict(metric, own, other, sentence):
+def test_verdict(metric, own, other, sentence):
     assert sentence in verdict(metric, {"dca": {metric[0]: own}, "standard": {metric[0]: other}})
 
 
 @pytest.mark.parametrize(("own", "other", "better"), [(2.0, 3.0, "dca"), (3.0, 2.0, "standard")])
-def testverdict_of_a_card_follows_the_results(text_run, own, other, better):
+def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
     for folder, loss in ((text_run, own), (text_run / "standard", other)):
         results = json.loads((folder / "all_results.json").read_text())
         (folder / "all_results.json").write_text(json.dumps({**results, "eval_loss": loss}))
@@ -194,7 +194,7 @@ def test_card_shows_the_whole_weight(kind, request, monkeypatch):
         assert len(each["size"]) == len(each["outputs"]) and min(each["size"]) > 0
     assert any(gate > 0 for each in weights for gate in each["gate"])
     text = " ".join(card_of(run).split())
-    assert "the mean over features and held-out data of the whole weight" in text and "above, the" not in text
+    assert "as the mean over features and held-out data: the learned `b` plus" in text and "above, the" not in text
     shown = []
     monkeypatch.setattr(figures.plt, "close", lambda figure: shown.append(figure))
     figures.draw_depth_weights(weights, run / "again.png")
@@ -242,7 +242,11 @@ def test_card_tells_what_the_run_started_from(comparison, room):
     card = ModelCard.load("run/README.md")
     assert card.data.license == "apache-2.0" and card.data.base_model is None
     assert "trained for 1 steps, from the weights of\na model that was trained before." in card.text
-    assert "on nothing else" not in card.text and "Optimizer: `sgd`" in card.text and "AdamW" not in card.text
+    assert (
+        "The model was trained only on" not in card.text
+        and "Optimizer: `sgd`" in card.text
+        and "AdamW" not in card.text
+    )
     assert "somewhere" not in card.content.replace('from_pretrained("run"', "")
 
     # What it was made from has a license of its own, which the run keeps unless it names another.
@@ -265,7 +269,7 @@ def test_card_tells_which_weights_it_is_of(room):
     best = ("--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=2", "--metric_for_best_model=loss")
     # (The largest loss is the first.)
     call(causal_lm.main, TEXT_RUN, "--output_dir=run", *best, "--greater_is_better=true")
-    assert "trained for 6 steps.\nThese are the weights after step 2, which were chosen by" in card_of(room / "run")
+    assert "trained for 6 steps.\nThese are the weights after step 2, which were selected on" in card_of(room / "run")
 
 
 def test_card_tells_no_path(room):

@@ -399,7 +399,7 @@ def test_sources_that_cannot_become_dca(room, capsys):
         "vocab_size": 9,
     }
     BertForMaskedLM(BertConfig(**tiny)).save_pretrained("bert")
-    assert "its norms stand after the sum" in failure(capsys, command.main, "bert", "out")
+    assert "its norms are after the sum" in failure(capsys, command.main, "bert", "out")
     call(command.main, "llama", "done")
     assert "it is DCA already" in failure(capsys, command.main, "done", "out")
     Path("unknown").mkdir()
@@ -470,7 +470,7 @@ def test_head_that_the_source_has_not(room, capsys, kind, head, num_labels, modu
         assert model.config.num_labels == num_labels
     card = ModelCard.load("out/README.md")
     assert card.data.pipeline_tag == task and "last hidden states differed by" in card.text
-    assert (f"up to its head (`{module}`), which is new" in card.text) == (module is not None)
+    assert (f"except for the head (`{module}`), which is new" in card.text) == (module is not None)
 
 
 TEXT_SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -806,7 +806,7 @@ def test_card(converted, sources, name):
     assert f"{sum(added):,} of its" in card.text and "**not trained**" in card.text
     assert f"A trained `{'LlamaForCausalLM' if name == 'text' else 'ViTForImageClassification'}` with" in card.text
     assert f"with the `{'2-dca' if name == 'text' else 'grn_v2'}` residual scheme" in card.text
-    assert "the logits differed by" in card.text and "but for the order of sums." in card.text
+    assert "the logits differed by" in card.text and "except for the order of sums." in card.text
     assert ("greedy generations were equal" in card.text) == (name == "text")
 
 

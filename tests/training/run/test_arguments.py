@@ -448,11 +448,11 @@ def test_help_tells_every_field_and_its_meaning(room, capsys, main, model_class,
 def test_meanings_of_the_fields_of_a_model_are_those_of_its_docstring():
     of_text, of_images = map(arguments._field_documentation, (DCAConfig, DCAVisionConfig))
     assert DCAConfig.own_fields() <= of_text.keys() and DCAVisionConfig.own_fields() <= of_images.keys()
-    assert of_text["last_k"] == of_images["last_k"] and of_text["last_k"].endswith("`None` keeps all of them.")
+    assert of_text["last_k"] == of_images["last_k"] and of_text["last_k"].endswith("`None` keeps all of them apart.")
     # A class's own words go over those of its base, and the last field ends before the next paragraph.
     assert of_images["position_embedding"].startswith('`"sincos"` (fixed sine and cosine of row and column)')
-    assert of_text["positions_by_mask"].endswith("as in OPT, and not all.")
-    assert of_text["source_config"].endswith("for the way back.")
+    assert of_text["positions_by_mask"].endswith("as in OPT.")
+    assert of_text["source_config"].endswith("for the conversion back.")
 
 
 def test_command_line_goes_over_the_file(room):

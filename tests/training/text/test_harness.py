@@ -68,7 +68,7 @@ def test_places_do_not_overlap():
     document = " ".join(map(str, range(200)))
     found = passages([document, "too short"])
     assert len(found) == 5 and document.startswith("".join(before + after for before, after in found))
-    with pytest.raises(Exception, match="has 0 places"):
+    with pytest.raises(Exception, match="has only 0 passages"):
         items_of(["too short"], 1, 0)
 
 

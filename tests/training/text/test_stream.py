@@ -421,7 +421,7 @@ def test_processes_that_cannot_share_the_lanes(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_fewer_documents_than_lanes(tmp_path, workers):
-    with pytest.raises(UserError, match="no document for lane 4 of the `stream_lanes` = 6: .*smaller"):
+    with pytest.raises(UserError, match="no document for lane 4 of `stream_lanes` = 6: .*lower"):
         Training(stream_of(numbers(tmp_path, 3), 6), 6, workers=workers).step()
 
 
