@@ -173,12 +173,12 @@ def make_gains_table(of_groups: dict[str | None, dict[str, dict]], baseline: str
 
 def gains_note(baseline: str) -> str:
     return (
-        f"Differences of held-out loss to {baseline} of the same seed (nats; below 0 is better), ± half of the {CONFIDENCE:.0%} "
-        f"confidence interval of their mean; the time of a step is a multiple of {baseline}'s. *At equal tokens* both have taken all "
-        "steps. *At equal time* both have trained as long as the faster of them took, with straight lines between the evaluations; that "
-        "is fair only where the learning rate does not fall to an end that the slower one has not reached. *At equal parameters* "
-        f"{baseline} is as large, with a straight line, over the logarithm of the parameters, between the sizes of it that are "
-        "compared; where none of them is large enough, this is not known."
+        f"Differences of the held-out loss to {baseline} with the same seed (nats; negative is better), ± half the width of the "
+        f"{CONFIDENCE:.0%} confidence interval of their mean. The time of a step is relative to {baseline}. *At equal tokens*: after all "
+        "steps. *At equal time*: after the time that the faster of the two took, interpolated between the evaluations; only fair if "
+        "the learning rate does not cool down to an end that the slower one has not reached. *At equal parameters*: against "
+        f"{baseline} at that size, interpolated over the logarithm of the parameters between the sizes in this comparison; unknown if "
+        "none of them is large enough."
     )
 
 
@@ -200,20 +200,20 @@ def make_differences_table(cells: list[dict[str, Any]]) -> str:
 
 def differences_note(cells: list[dict[str, Any]], baseline: str, label: str) -> str:
     note = (
-        f"Differences of the {label} to {baseline} of the same seed, with three kinds of {CONFIDENCE:.0%} intervals. *Plain*: Student's t of the "
-        "seeds of this row. *Pooled*: the variance of the differences is taken to be the same in all rows, and estimated from all of "
-        "them; p is of the same statistic. "
+        f"Differences of the {label} to {baseline} with the same seed, with {CONFIDENCE:.0%} confidence intervals of up to three kinds. "
+        "*Plain*: Student's t over the seeds of the row. *Pooled*: the same, with one variance for all rows, estimated from all of "
+        "them; p belongs to this one. "
     )
     if any(cell["documents"] for cell in cells):
         note += (
-            "*Over documents*: a bootstrap (BCa) of the held-out documents, for these seeds: it tells what other documents would have "
-            "changed, and nothing of other seeds. "
+            "*Over documents*: a bootstrap (BCa) of the held-out documents with the seeds fixed: it shows how much depends on the choice "
+            "of the documents. "
         )
     found = sum(bool(cell["is_discovery"]) for cell in cells)
-    compared = "1 comparison was" if len(cells) == 1 else f"{len(cells)} comparisons were"
+    compared = "1 comparison" if len(cells) == 1 else f"{len(cells)} comparisons"
     return note + (
-        f"{compared} made; {found} of them would be called real by Benjamini and Hochberg at a false discovery rate of "
-        f"{FALSE_DISCOVERY_RATE:.2g}. (All rows of a group share the baseline's runs.)"
+        f"A discovery is a difference that the Benjamini-Hochberg procedure accepts at a false discovery rate of "
+        f"{FALSE_DISCOVERY_RATE:.2g}: {found} of {compared}. (All rows of a group share the runs of the baseline.)"
     )
 
 
@@ -237,8 +237,8 @@ def make_tuning_table(trials: list[Trial]) -> str:
 
 
 TUNING_NOTE = (
-    "Each variant was trained with each of these values alike, on a seed of its own that is not among those above, and went on with the "
-    "values that had the lowest held-out loss. Where that is at the end of the grid, what is best may lie beyond."
+    "Held-out losses of each variant with each of these values, on a seed that is not among those above. The best values were used "
+    "for the runs above. If they are at the end of the grid, better ones may lie beyond."
 )
 
 
@@ -338,16 +338,16 @@ def draw_figures(
         (folder / OVER_PARAMETERS).unlink(missing_ok=True)
     if tuned:
         figures[OVER_STEP_TIME] = (
-            f"Final held-out loss, less that of {baseline} with the same seed, over the time of a training step: what lies below the "
-            f"dashed line is better at equal tokens. The bars are the {CONFIDENCE:.0%} confidence intervals."
+            f"Final held-out loss minus that of {baseline} with the same seed, over the time of a training step. Points below the "
+            f"dashed line are better at equal tokens. Bars are {CONFIDENCE:.0%} confidence intervals."
         )
         draw_loss_over_step_time(tuned, baseline, folder / OVER_STEP_TIME)
     else:
         (folder / OVER_STEP_TIME).unlink(missing_ok=True)
     if len(cells) > 1 and all(cell["pooled_half_width"] is not None for cell in cells):
         figures[DIFFERENCES] = (
-            f"Differences to {baseline} at the end, better on the left. Thick bars are the pooled {CONFIDENCE:.0%} confidence intervals, "
-            "thin ones those of the seeds of a row alone."
+            f"Final held-out loss minus that of {baseline} with the same seed, better on the left. Thick bars are pooled "
+            f"{CONFIDENCE:.0%} confidence intervals, thin bars plain ones."
         )
         named = [(label_of(cell["group"], cell["variant"]), cell) for cell in cells]
         draw_differences({"": named}, f"{METRICS[task][0][1]} less that of {baseline}", folder / DIFFERENCES)
@@ -371,7 +371,7 @@ def redraw(folder: Path) -> None:
         groups = grouped(timed(content["runs"], content.get("step_times")), content["baseline"])
         draw_figures(groups, content["baseline"], content["task"], folder, tuned, content.get("differences") or [])
     except OSError as error:
-        raise UserError(f"{str(folder)!r} cannot be drawn again: {error.strerror} ({error.filename}).") from error
+        raise UserError(f"{str(folder)!r} cannot be redrawn: {error.strerror} ({error.filename}).") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{str(folder / RAW)!r} is not of this command: name the folder of a comparison.") from error
 
@@ -466,23 +466,23 @@ def write_comparison(comparison: Comparison, record: dict[str, Any], folder: Pat
         for group, variants in summary.items()
         for variant, figures in variants.items()
     )
-    measured = "Times are of the training steps alone: tokens (or images) by their speed."
+    measured = "Times are those of the training steps, without evaluation: tokens (or images) divided by their speed."
     if step_times:
         threads = step_times["machine"]["threads"]
         measured = (
-            f"Times are steps times what a step takes: the median of {step_times['rounds']} rounds, in which the variants took turns "
-            f"with nothing beside them ({threads} {'thread' if threads == 1 else 'threads'})."
+            f"Times are the number of steps times the time of a step, measured apart from the runs: the median of "
+            f"{step_times['rounds']} rounds in which the variants took turns ({threads} {'thread' if threads == 1 else 'threads'})."
         )
     notes = [
         f"Seeds: {', '.join(map(str, seeds))} (runs: {counts}). ± after a figure is the standard deviation over the seeds. "
-        f"The differences to {baseline} are between runs of the same seed, ± half of the {CONFIDENCE:.0%} confidence "
-        "interval of their mean (Student's t).",
-        f'"Steps to {baseline}\'s loss" are those after which the held-out loss first was no more than the final '
-        f"one of {baseline} with the same seed, with straight lines between the evaluations, in the median of the seeds; one that "
-        f"never was counts as later than all others. In brackets is the ratio to what {baseline} itself took. {measured}",
+        f"Differences to {baseline} are between runs with the same seed, ± half the width of the {CONFIDENCE:.0%} confidence interval of "
+        "their mean (Student's t).",
+        f'"Steps to {baseline}\'s loss": the step at which the held-out loss first reached the final loss of {baseline} with the same '
+        f"seed, interpolated between the evaluations, and in brackets its ratio to the steps that {baseline} itself took. Medians "
+        f"over the seeds; a run that never reached it counts as later than all others. {measured}",
     ]
     if task == "image-classification":
-        notes.append("A smaller batch at the end of an epoch is counted as a whole one.")
+        notes.append("The last batch of an epoch counts as a full one.")
     if len(seeds) == 1:
         notes.append("**One seed says nothing about the spread.**")
     datas = {}
@@ -506,10 +506,10 @@ def write_comparison(comparison: Comparison, record: dict[str, Any], folder: Pat
         sections += [
             "## Stability",
             make_stability_table(runs, diverged),
-            f"A spike is a logged training loss more than {SPIKE_DEVIATIONS:g} standard deviations above the mean of those of "
-            f"the last {SPIKE_WINDOW} steps; more within as many steps are the same. A run has diverged if its loss or weights "
+            f"A spike is a logged training loss more than {SPIKE_DEVIATIONS:g} standard deviations above the mean of the "
+            f"last {SPIKE_WINDOW} steps; several within as many steps count as one. A run diverged if its loss or weights "
             f"became NaN or infinite, or if the mean loss of its last {SPIKE_WINDOW} steps is more than {DIVERGENCE:g} nats "
-            "above the lowest one of as many steps before. Only runs that became NaN or infinite have no part in the table above.",
+            "above the lowest such mean before. Runs that became NaN or infinite are not in the table above.",
         ]
     if record["failed"]:
         failed = [f"- {name}: {error}" for name, error in record["failed"].items()]
@@ -522,7 +522,7 @@ def write_comparison(comparison: Comparison, record: dict[str, Any], folder: Pat
             for data, of in datas.items()
         ),
         "\n".join(f"- Trained on: {each}" for each in describe_training(runs)),
-        f"All figures, of every run too, are in [`{RAW}`]({RAW}).",
+        f"All figures, including those of each run, are in [`{RAW}`]({RAW}).",
     ]
     (folder / TABLE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_record(record, folder)
