@@ -1,11 +1,12 @@
-"""What a variant gains on the baseline at equal tokens, at equal time and at equal parameters."""
+"""What a variant gains on the baseline at equal tokens, time and parameters, and what it saves at equal loss."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from training.studies.statistics import difference
+from training.studies.statistics import censored_median, difference, steps_to_reach
 
 
 #: By their keys in `comparison.json`, how a table calls them.
@@ -80,4 +81,42 @@ def gains(runs: Sequence[dict[str, Any]], baseline: str) -> dict[str, dict[str, 
             "step_time": float(np.mean(times) / np.mean(unit)),
             **differences,
         }
+    return found
+
+
+def savings(runs: Sequence[dict[str, Any]], baseline: str) -> dict[str, dict[str, Any]]:
+    """
+    In what part of the baseline's steps and time a residual scheme reaches the baseline's final loss, by complete runs of the scheme with
+    different numbers of steps: each has cooled down, which a run that is still going has not. Between them, the loss is interpolated
+    over the logarithm of the steps.
+
+    Args:
+        runs: what `read_member` made of those of one group.
+        baseline: the variant that the others are compared with, seed by seed.
+
+    Returns:
+        For each scheme with runs of more than one length, `steps` and `time`, the medians over the seeds of the ratios to the
+        baseline (`None` where it takes more steps than the runs had), and their `values` by seed, as pairs.
+    """
+    reference = {run["seed"]: run for run in runs if run["variant"] == baseline}
+    of_schemes = {}
+    for run in runs:
+        if run["variant"] != baseline and run["seed"] in reference:
+            of_schemes.setdefault(run["scheme"], {}).setdefault(run["seed"], []).append(run)
+    found = {}
+    for scheme, of_seed in of_schemes.items():
+        if len({run["steps"] for own in of_seed.values() for run in own}) < 2:
+            continue
+        values = {}
+        for seed, own in of_seed.items():
+            other = reference[seed]
+            points = sorted([math.log(run["steps"]), run["eval_loss"]] for run in own)
+            steps = steps_to_reach(points, other["eval_loss"])
+            part = None if steps is None else math.exp(steps) / other["steps"]
+            pace = float(np.mean([run["seconds"] / run["steps"] for run in own]) * other["steps"] / other["seconds"])
+            values[seed] = (part, part and part * pace)
+        steps, time = (
+            censored_median([math.inf if value is None else value for value in each]) for each in zip(*values.values())
+        )
+        found[scheme] = {"steps": steps, "time": time, "values": values}
     return found

@@ -14,7 +14,7 @@ from training.results.figures import (
     draw_loss_over_time,
 )
 from training.studies.differences import FALSE_DISCOVERY_RATE, differences
-from training.studies.gains import GAINS, gains
+from training.studies.gains import GAINS, gains, savings
 from training.studies.statistics import (
     CONFIDENCE,
     DIVERGENCE,
@@ -179,6 +179,28 @@ def gains_note(baseline: str) -> str:
         "the learning rate does not cool down to an end that the slower one has not reached. *At equal parameters*: against "
         f"{baseline} at that size, interpolated over the logarithm of the parameters between the sizes in this comparison; unknown if "
         "none of them is large enough."
+    )
+
+
+def make_savings_table(of_groups: dict[str | None, dict[str, dict]]) -> str:
+    """In what part of the baseline's steps and time each scheme of each group reaches its loss, in Markdown."""
+    rows = []
+    for group, schemes in of_groups.items():
+        for scheme, figures in schemes.items():
+            row = [label_of(group, scheme)]
+            for index, key in enumerate(("steps", "time")):
+                values = [pair[index] for pair in figures["values"].values()]
+                median, *each = ("more" if value is None else f"{value:.2f}" for value in (figures[key], *values))
+                row.append(f"{median} ({', '.join(each)})")
+            rows.append(row)
+    return align(["", "part of the steps", "part of the time"], rows)
+
+
+def savings_note(baseline: str) -> str:
+    return (
+        f"The part of {baseline}'s steps, and of its time, in which the final loss of {baseline} is reached: the median over the seeds, and "
+        "in brackets each seed. It follows from complete runs with different numbers of steps, each with its own cool-down, "
+        "interpolated over the logarithm of the steps. Where the shortest run is already better, its length is given."
     )
 
 
@@ -422,6 +444,8 @@ def record_of(
         tuned = {group: gains(of_group, comparison.baseline) for group, of_group in of_groups.items()}
         tuned = {group: gained for group, gained in tuned.items() if gained}
     cells = differences(of_groups, comparison.baseline, metrics[0][0])
+    saved = {group: savings(of_group, comparison.baseline) for group, of_group in of_groups.items()}
+    saved = {group: schemes for group, schemes in saved.items() if schemes}
     return {
         "title": comparison.title,
         "command": line,
@@ -432,6 +456,7 @@ def record_of(
         **({"variants": summary[None]} if None in summary else {"groups": summary}),
         **({"differences": cells} if cells else {}),
         **({"gains": tuned.get(None, tuned)} if tuned else {}),
+        **({"savings": saved.get(None, saved)} if saved else {}),
         **({"tuning": tuning_record(comparison.trials)} if comparison.trials else {}),
         **({"step_times": step_times} if step_times else {}),
         "diverged": {member.name: member.divergence() for member in comparison.members if member.divergence()},
@@ -500,6 +525,9 @@ def write_comparison(comparison: Comparison, record: dict[str, Any], folder: Pat
     sections += [f"![{text}]({file})\n\n{text}" for file, text in figures.items()]
     if tuned:
         sections += ["## Gains", make_gains_table(tuned, baseline), gains_note(baseline)]
+    if "savings" in record:
+        saved = {None: record["savings"]} if None in summary else record["savings"]
+        sections += ["## Savings at equal loss", make_savings_table(saved), savings_note(baseline)]
     if comparison.trials:
         sections += ["## How they were tuned", make_tuning_table(comparison.trials), TUNING_NOTE]
     if diverged or all(each["spikes"] is not None for each in runs):

@@ -237,7 +237,8 @@ def read_study(file: Path, earlier: Sequence[dict[str, Any]] = ()) -> Comparison
         member = member_of(tune["seed"], group, variant, values, f"{variant} with {tried}", output)
         trial = Trial(group, variant, values, member)
         for record in earlier:
-            if identity(record["named"]) == identity(member.run.named):
+            # (Earlier releases did not record what was named for a trial.)
+            if "named" in record and identity(record["named"]) == identity(member.run.named):
                 trial.recorded = math.inf if record["eval_loss"] is None else record["eval_loss"]
         trials.append(trial)
     members = []
@@ -416,8 +417,8 @@ def read_recorded(file: Path) -> Recorded:
     """
     content = read_json(file, "runs", remedy="name the `comparison.json` of an earlier comparison")
     try:
-        trials = [trial for trial in content.get("tuning", ()) if "named" in trial]  # not so before release 0.3
-        for each in (*content["runs"], *trials):
+        trials = list(content.get("tuning", ()))
+        for each in (*content["runs"], *(trial for trial in trials if "named" in trial)):
             identity(each["named"])
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(

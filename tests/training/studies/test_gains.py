@@ -12,8 +12,8 @@ from PIL import Image
 from tests.training.tiny import TEXT_RUN, call, failure
 from training import causal_lm, compare
 from training.studies import running
-from training.studies.gains import gains, loss_after, loss_at_size
-from training.studies.report import make_gains_table
+from training.studies.gains import gains, loss_after, loss_at_size, savings
+from training.studies.report import make_gains_table, make_savings_table
 from training.studies.study import read_study
 
 
@@ -85,6 +85,39 @@ def test_gains_by_hand():
     assert cells["fast"] == ["5,000", "0.50", "+0.3000", "-0.3000", "unknown"]
     assert cells["plain"][2:] == ["", "", ""]
     assert gains(runs, "another") == {}
+
+
+def test_savings_by_hand():
+    def run(variant, seed, steps, loss, scheme="dca", pace=1.0):
+        return {
+            "variant": variant,
+            "seed": seed,
+            "scheme": scheme,
+            "steps": steps,
+            "eval_loss": loss,
+            "seconds": steps * pace,
+        }
+
+    runs = [
+        *(run("plain", seed, 1600, 3.0, "standard") for seed in (1, 2, 3)),
+        # At 3.0 half way, in the logarithm, between 400 and 1,600 steps; and twice as slow.
+        *(run(f"DCA {steps}", 1, steps, loss, pace=2.0) for steps, loss in ((1600, 2.8), (400, 3.2))),
+        *(run(f"DCA {steps}", 2, steps, loss, pace=2.0) for steps, loss in ((1600, 2.7), (400, 2.9))),
+        *(run(f"DCA {steps}", 3, steps, loss, pace=2.0) for steps, loss in ((1600, 3.1), (400, 3.5))),
+        run("DCA 400", 4, 400, 3.0),  # there is no other of this seed
+        run("2-DCA", 1, 1600, 2.9, "2-dca"),  # of one length alone
+    ]
+    found = savings(runs, "plain")
+    assert list(found) == ["dca"]
+    assert found["dca"]["values"][1] == pytest.approx((0.5, 1.0)) and found["dca"]["values"][2] == pytest.approx(
+        (0.25, 0.5)
+    )
+    assert found["dca"]["values"][3] == (None, None)
+    assert found["dca"]["steps"] == pytest.approx(0.5) and found["dca"]["time"] == pytest.approx(1.0)
+    assert "| dca | 0.50 (0.50, 0.25, more) | 1.00 (1.00, 0.50, more) |" in " ".join(
+        make_savings_table({None: found}).split()
+    )
+    assert savings(runs, "another") == {}
 
 
 @pytest.fixture
