@@ -1,4 +1,4 @@
-"""Generalized residuals in eager mode on the CPU: few passes over memory that is written in place."""
+"""Generalized residuals in eager mode on the CPU, in few passes over memory, with in-place operations."""
 
 import functools
 import itertools
@@ -13,12 +13,12 @@ from .grn_fused import FusedGeneralizedResidual
 from .norm import inverse_rms, rms_norm, rms_norm_backward
 
 
-# Up to here the time goes into the number of operations and not into memory: so in decoding.
+# Up to this size, as in decoding, the number of operations dominates the time, not memory.
 MAX_ELEMENTS_AT_ONCE = 2**16
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Types are chosen here. (To leave autocast takes as long as four small operations.)"""
+    """Disables autocast, as this module chooses the types. (Leaving autocast takes as long as four small operations.)"""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -55,7 +55,7 @@ def forward(
             factors = b + seen.clamp_(min=0).permute(2, 0, 1).unsqueeze(3)
         results = (factors * entries).sum(1)
         if norms:
-            # To the last bit what the norms by themselves make of it.
+            # Identical to the last bit to separate norms.
             normalized = results * inverse_rms(results, eps).unsqueeze(2)
             results = torch.cat((normalized.mul_(torch.stack(norms).unsqueeze(1)), results))
         return results.view(len(results), *shape).to(dtype)
@@ -109,7 +109,7 @@ def backward(
         if of_delta:
             torch.sum(products, summed, keepdim=True, out=b_grad[:, i : i + 1])
         if of_entry:
-            if entry_grads:  # what came in is not ours to write to
+            if entry_grads:  # (these must not be changed in place)
                 total = entry_grads[i].reshape(tokens, width).to(compute_dtype)
                 total = torch.addcmul(total, b[0, i], output_grads[0])
             else:
@@ -119,7 +119,7 @@ def backward(
         if gated:
             scale = inverse_rms(entry, GATE_NORM_EPS)
             seen = (entry @ gate.mT).mT.mul_(scale)
-            # At exactly 0 the gate counts as open, so that one that starts at zero can learn.
+            # At exactly 0 the gate counts as open, so that it can learn from zero.
             seen_grads = products.sum(2).masked_fill_(seen < 0, 0).mul_(scale)
         if gated and of_gate:
             gate_grad.addmm_(seen_grads, entry)

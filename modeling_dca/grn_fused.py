@@ -1,4 +1,4 @@
-"""What makes a pair of kernels, forward and backward, an implementation of generalized residuals."""
+"""Implementations of generalized residuals from a pair of kernels, forward and backward."""
 
 import hashlib
 import inspect
@@ -26,30 +26,30 @@ from .sums import MergedSum, take_sum
 
 class FusedGeneralizedResidual:
     """
-    An implementation of [`~grn.generalized_residual`] made of two kernels, and called as that is; with a third, of a block's
-    residuals and norms in one ([`normalized`]).
+    An implementation of [`~grn.generalized_residual`] from two kernels, with the same call. A third kernel computes a block's
+    residuals and norms in one operation ([`normalized`]).
 
-    The two become operators of `torch.library`, which `torch.compile` takes as they are: its graph grows with the number of
-    blocks, not with the number of pairs of blocks. Nothing but the stack is kept for the backward pass (of an entry that k-DCA
-    has merged, what it is the sum of), and with norms their inputs. Shards of `DTensor`s are computed by themselves. Where more than eager autograd looks into the computation (see [`~autograd.autograd_alone`]), the
-    reference takes their place.
+    The two kernels become operators of `torch.library`, which `torch.compile` does not trace: its graph grows with the number
+    of blocks, not of pairs of blocks. Only the stack is kept for the backward pass (instead of an entry that k-DCA has merged,
+    its summands), and with norms their inputs. Shards of `DTensor`s are computed separately. Under other transforms than eager
+    autograd (see [`~autograd.autograd_alone`]), the reference is used.
 
     Args:
-        name (`str`): what `config.grn_implementation` calls it.
+        name (`str`): its name in `config.grn_implementation`.
         forward (callable): `forward(stack, delta, gate, norms=(), eps=0.0)` returns the outputs as one contiguous tensor
             `(outputs, ..., d)`, in the type of `output_dtype(stack)`; with `norms`, a weight `(d,)` of that type for each
-            output, `(2 * outputs, ..., d)`: first the outputs as [`~norm.rms_norm`] makes them, then as they are.
+            output, `(2 * outputs, ..., d)`: first the outputs after [`~norm.rms_norm`], then without it.
         backward (callable): `backward(output_grads, entry_grads, stack, delta, gate, needed)` returns the gradients of
-            the entries, each with its one of `entry_grads` added if there are any, of `delta` and, if given, of `gate`:
-            those alone for which the list `needed`, in this order, holds `True`.
+            the entries, each plus its element of `entry_grads` if there are any, of `delta` and, if given, of `gate`:
+            only those for which the list `needed`, in this order, is `True`.
         norm_backward (callable): `norm_backward(outputs, first_grad, grads, norms, eps)` returns the gradients of the
             outputs, and those of the norms' weights, for `grads` of the normalised outputs and, if given, `first_grad` of
-            the first output as it is.
-        obstacle (callable): `obstacle(device)` returns what keeps the kernels from running there, or `None`.
+            the first output before its norm.
+        obstacle (callable): `obstacle(device)` returns the reason why the kernels cannot run there, or `None`.
 
     Attributes:
-        operators (tuple of two `torch._ops.OpOverload`): forward and backward, as the policies of selective activation
-            checkpointing name them.
+        operators (tuple of two `torch._ops.OpOverload`): forward and backward, for policies of selective activation
+            checkpointing.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class FusedGeneralizedResidual:
         return find_implementation, (self.name, torch.device("cpu"))  # of a name, the device decides nothing
 
     def forward_and_backward(self) -> tuple[Callable, Callable]:
-        """What to call: an operator, where something looks for it, costs as much as a kernel does for one token."""
+        """The functions to call: the operators only if needed, as calling one takes as long as a kernel for one token."""
         seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         return self.operators if seen else self.kernels
 
@@ -87,12 +87,12 @@ class FusedGeneralizedResidual:
         self, stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """
-        Returns the outputs, and the stack for whoever needs it next. An entry's gradient then comes from its last user
-        through all others, and each adds its own while it has the entry at hand; without this chain, autograd would
-        have to write and add up as many gradients as there are users.
+        Returns the outputs, and the stack for the next block. The gradient of an entry then passes from its last user through
+        all others, and each adds its own while it reads the entry; without this chain, autograd would have to write and sum
+        a gradient for each user.
 
         Raises:
-            `ValueError`: the kernels cannot run on the device of the stack, or the shapes do not belong together.
+            `ValueError`: the kernels cannot run on the device of the stack, or the shapes do not match.
         """
         check_inputs(stack, delta, gate)
         self.check_device(stack[0].device)
@@ -103,7 +103,7 @@ class FusedGeneralizedResidual:
             return generalized_residual(stack, delta, gate), tuple(stack)
         if _needs_gradients(*stack, delta, gate):
             if gate is None and not delta.requires_grad:
-                # The only case in which no entry is needed in the backward pass: it may be changed in place until then.
+                # Only here the backward pass needs no entry, so that entries may be changed in place.
                 return generalized_residual(stack, delta), tuple(stack)
             merged = take_sum(stack)
             return _split(stack, len(delta), _Chained.apply(self, 0.0, 0, merged, delta, gate, *stack), merged)
@@ -114,8 +114,8 @@ class FusedGeneralizedResidual:
         self, stack: Sequence[Tensor], delta: Tensor, gate: Tensor | None, norms: Sequence[Tensor], eps: float
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """
-        As `chained`, but the outputs are normalised at once, for which they need not be read again: returns the first one
-        as it is, then all of them as [`~norm.rms_norm`] makes them with their weights `norms`; and the stack.
+        As `chained`, but also normalises the outputs without reading them again: returns the first output, then all outputs
+        after [`~norm.rms_norm`] with their weights `norms`, and the stack.
         """
         if is_sharded(stack):
             return on_shards(
@@ -149,12 +149,12 @@ class FusedGeneralizedResidual:
     def check_device(self, device: torch.device) -> None:
         if obstacle := self.obstacle(device):
             raise ValueError(
-                f'The implementation {self.name!r} cannot run: {obstacle}; "auto" takes the best that can.'
+                f'The implementation {self.name!r} cannot run: {obstacle}; "auto" uses the best one that can.'
             )
 
 
 class _Chained(torch.autograd.Function):
-    """The outputs, with `num_norms` the first one and all of them normalised; and of the entries those that need a gradient."""
+    """The outputs, with `num_norms` the first one and all of them normalised, and the entries that need a gradient."""
 
     @staticmethod
     def forward(ctx, implementation, eps, num_norms, merged, delta, gate, *norms_and_stack):
@@ -167,7 +167,7 @@ class _Chained(torch.autograd.Function):
             results = outputs[0], *normalized
         else:
             outputs, results = (), _separate(forward(stack, delta, gate))
-        # Of a merged entry (the second) its summands are kept, which later blocks keep, too.
+        # Instead of the merged entry (the second), its summands are kept, which later blocks keep, too.
         kept, ctx.num_summands, ctx.merged = stack, 0, None
         if merged is not None:
             kept, ctx.num_summands = (stack[0], *merged.entries, *stack[2:]), len(merged.entries)
@@ -176,8 +176,8 @@ class _Chained(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         later = [entry for entry, own in zip(stack, ctx.needs_input_grad[6 + num_norms :]) if own]
         if not torch.compiler.is_compiling():
-            # A detached entry is no view to autograd, but shares its count of changes in place: to change it then is an
-            # error in the backward pass, as it is for the reference, and not before.
+            # A detached entry is not a view for autograd, but shares its version counter: changing it in place is an error in
+            # the backward pass only, as with the reference.
             later = [entry.detach() for entry in later]
         return *results, *later
 
@@ -199,7 +199,7 @@ class _Chained(torch.autograd.Function):
         dtype = output_dtype(stack)
         result_grads = [_or_zeros(grad, stack[0], dtype) for grad in grads[:num_results]]
         if any(grad is not None for grad in entry_grads):
-            # (What is given for an entry that needs no gradient is not looked at.)
+            # (For an entry that needs no gradient, any tensor will do.)
             entry_grads = [
                 _or_zeros(grad, entry, entry.dtype) if own else entry
                 for grad, entry, own in zip(entry_grads, stack, of_entries)
@@ -218,7 +218,7 @@ class _Chained(torch.autograd.Function):
                 )
             results = backward(result_grads, entry_grads, stack, delta, gate, needed) if any(needed) else []
         else:
-            # A gradient that is to be differentiated once more, or in other ways, is that of the reference.
+            # A gradient that will be differentiated again, or under other transforms, is that of the reference.
             results, norm_grads = _reference_backward(
                 result_grads, entry_grads, stack, delta, gate, needed, norms, ctx.eps
             )
@@ -235,7 +235,7 @@ def _needs_gradients(*tensors: Tensor | None) -> bool:
 def _split(
     stack: Sequence[Tensor], num_results: int, results: Sequence[Tensor], merged: MergedSum | None
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """Of what the autograd function returns: the results, and the stack with the entries that it replaces."""
+    """Splits what the autograd function returns into the results, and the stack with the entries that it replaces."""
     later = iter(results[num_results:])
     stack = tuple(next(later) if entry.requires_grad else entry for entry in stack)
     if merged is not None:
@@ -244,7 +244,7 @@ def _split(
 
 
 def _separate(outputs: Tensor) -> tuple[Tensor, ...]:
-    """As `unbind`, but what comes out are no views to autograd, so that they may be changed in place."""
+    """As `unbind`, but the results are not views for autograd, so that they may be changed in place."""
     return outputs.flatten(0, 1).unsafe_chunk(len(outputs))
 
 
@@ -253,8 +253,8 @@ def _or_zeros(grad: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _define_operators(name: str, forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    # Code that came with a checkpoint is another module, whose operators are its own. They are named by what the code
-    # is, and not by where it lies or when it was loaded: a saved program finds them in another process.
+    # The code of a checkpoint is another module with its own operators. Their names depend on the code, not on its path or on
+    # when it was loaded, so that a saved program finds them in another process.
     functions = (forward, backward, FusedGeneralizedResidual, generalized_residual, rms_norm)
     modules = dict.fromkeys(function.__module__ for function in functions)
     name = f"{name}_{hashlib.sha256(''.join(map(_source, modules)).encode()).hexdigest()[:12]}"
@@ -280,7 +280,7 @@ def _source(module: str) -> str:
     try:
         return inspect.getsource(sys.modules[module])
     except (OSError, TypeError):
-        return module  # an application that is packed without its sources, or a notebook
+        return module  # an application that is packaged without its sources, or a notebook
 
 
 def _fake_forward(stack, delta, gate):
@@ -292,7 +292,7 @@ def _fake_backward(output_grads, entry_grads, stack, delta, gate, needed):
 
 
 def _forward_flops(stack, delta, gate, *args, **kwargs):
-    """Those of the reference's products of matrices, which is what PyTorch's counter counts."""
+    """The FLOPs of the reference's matrix products, which PyTorch's counter counts."""
     return 0 if gate is None else 2 * len(stack) * math.prod(stack[0]) * delta[0]
 
 
@@ -303,7 +303,7 @@ def _backward_flops(output_grads, entry_grads, stack, delta, gate, needed, *args
 
 
 def _reference_backward(output_grads, entry_grads, stack, delta, gate, needed, norms=(), eps=0.0):
-    """Returns what the kernel does, and the gradients of the norms' weights."""
+    """Returns the same as the kernel, and the gradients of the norms' weights."""
     inputs = (*stack, delta, *norms) if gate is None else (*stack, delta, gate, *norms)
 
     def reference(*inputs):

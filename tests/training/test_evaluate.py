@@ -201,7 +201,7 @@ TEXT_DATA = ("--dataset=text.jsonl", "--eval_dataset=held_out.jsonl")
 
 def test_checkpoint_without_a_tokenizer(in_room, capsys):
     copy_without(in_room, "llama", "tokenizer.json", "tokenizer_config.json")
-    assert "'copy', a folder with no tokenizer" in failure(capsys, evaluate.main, "copy", *TEXT_DATA)
+    assert "'copy', a folder without a tokenizer" in failure(capsys, evaluate.main, "copy", *TEXT_DATA)
     assert figures("copy", *TEXT_DATA, "--tokenizer=llama")["eval_loss"] == figures("llama", *TEXT_DATA)["eval_loss"]
 
 

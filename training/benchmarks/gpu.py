@@ -30,7 +30,7 @@ from training.results.figures import styles_of
 from training.results.record import RUNS_FOLDER
 from training.support.errors import UserError, command
 from training.support.machine import describe_machine
-from training.support.parser import Parser
+from training.support.parser import Parser, argument
 from training.support.tables import align
 
 
@@ -42,27 +42,23 @@ RESOURCES = ["kernel", "warps", "registers", "spilled", "bytes of shared memory"
 LEAST = 2.0
 
 
-def _field(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class GPUArguments:
     """What to run, and for how long."""
 
-    minutes: float = _field(9.0, "The time limit for all steps together.")
-    device: Literal["cuda", "cpu"] = _field("cuda", "Where to run; on the CPU all sizes are tiny.")
+    minutes: float = argument(9.0, "The time limit for all steps together.")
+    device: Literal["cuda", "cpu"] = argument("cuda", "Where to run; on the CPU all sizes are tiny.")
     only: list[str] = dataclasses.field(
         default_factory=list,
         metadata={"help": f"The steps to run. {'; '.join(f'{name}: {step.help}' for name, step in STEPS.items())}."},
     )
-    data: str | None = _field(
+    data: str | None = argument(
         None,
         f"A file of token ids from training.benchmarks.gpu_data; by default {DATA}, or the bytes of Python's standard library "
         "if there is none.",
     )
-    output_dir: str = _field(f"{RUNS_FOLDER}/benchmarks/gpu", "The output folder.")
-    overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
+    output_dir: str = argument(f"{RUNS_FOLDER}/benchmarks/gpu", "The output folder.")
+    overwrite: bool = argument(False, "Replace earlier results in `output_dir`.")
 
     def __post_init__(self):
         if not self.minutes > 0:

@@ -31,7 +31,7 @@ from training.images.task import image_processor
 from training.results.record import RUNS_FOLDER
 from training.support.errors import UserError, command
 from training.support.machine import describe_machine
-from training.support.parser import Parser
+from training.support.parser import Parser, argument
 from training.support.tables import align
 from training.support.timing import interleave, seconds, spread
 
@@ -44,28 +44,24 @@ STEP = "training step"
 SMALLEST = {"images": 1, "batch": 1, "rounds": 1, "warmup": 1, "layers": 1, "image_size": 16}
 
 
-def _field(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class ImageBenchmarkArguments:
     """What to measure, and where."""
 
-    images: int = _field(512, "Files per round.")
-    batch: int = _field(16, "Images per batch and training step.")
+    images: int = argument(512, "Files per round.")
+    batch: int = argument(16, "Images per batch and training step.")
     workers: list[int] = dataclasses.field(
         default_factory=lambda: sorted({1, os.cpu_count() or 1}),
         metadata={"help": "Numbers of worker processes; by default one, and as many as the machine has cores."},
     )
-    layers: int = _field(12, "Number of blocks.")
-    image_size: int = _field(224, "Height and width of the images after cropping.")
-    device: str = _field("cpu", "Where the training step runs.")
-    bf16: bool = _field(False, "Run the training step in bfloat16, as `--bf16` does in training.")
-    rounds: int = _field(5, "Measured rounds.")
-    warmup: int = _field(1, "Warm-up rounds.")
-    output_dir: str = _field(f"{RUNS_FOLDER}/benchmarks/images", "The output folder.")
-    overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
+    layers: int = argument(12, "Number of blocks.")
+    image_size: int = argument(224, "Height and width of the images after cropping.")
+    device: str = argument("cpu", "Where the training step runs.")
+    bf16: bool = argument(False, "Run the training step in bfloat16, as `--bf16` does in training.")
+    rounds: int = argument(5, "Measured rounds.")
+    warmup: int = argument(1, "Warm-up rounds.")
+    output_dir: str = argument(f"{RUNS_FOLDER}/benchmarks/images", "The output folder.")
+    overwrite: bool = argument(False, "Replace earlier results in `output_dir`.")
 
     def __post_init__(self):
         for name, smallest in SMALLEST.items():

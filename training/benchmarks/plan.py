@@ -21,7 +21,7 @@ from training.benchmarks.costs import Layout
 from training.benchmarks.devices import DEVICES, peak_flops_of
 from training.run.parsing import parse_run
 from training.support.errors import UserError, command, innermost_message
-from training.support.parser import Parser
+from training.support.parser import Parser, argument
 from training.support.tables import align
 from training.text.task import LANGUAGE_MODELS
 
@@ -33,36 +33,32 @@ PAGE = Path(__file__).with_name("costs.md")
 USABLE = 0.9
 
 
-def _field(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class PlanArguments:
     """The model (with a file, what differs from it), and its parallelism."""
 
-    layers: int | None = _field(None, "Number of blocks (default: 12).")
-    hidden: int | None = _field(None, "Width of the model (default: 512).")
-    heads: int | None = _field(None, "Number of query heads (default: 8).")
-    kv_heads: int | None = _field(None, "Number of key and value heads (default: as many).")
-    intermediate: int | None = _field(None, "Width of the feed-forward modules (default: 4 x the model's).")
-    vocab: int | None = _field(None, "Vocabulary size (default: 32,000).")
-    residual_scheme: str | None = _field(None, "standard, grn_v1, grn_v2, grn_v3 or dca (default: dca).")
-    last_k: int | None = _field(None, "The k of k-DCA (default: full DCA).")
-    gated: bool | None = _field(None, "Whether feed-forward modules are gated (default: true).")
-    tied: bool | None = _field(None, "Whether the embeddings are tied (default: false).")
-    seq: int | None = _field(None, "Tokens per sequence (default: 2,048).")
-    batch: int | None = _field(None, "Sequences per micro-batch on each device (default: 1).")
-    checkpointing: bool | None = _field(None, "Whether activations are checkpointed (default: false).")
-    float32: bool | None = _field(None, "Whether activations are float32 instead of bfloat16 (default: false).")
-    devices: int = _field(1, "Number of devices.")
-    tensor: int = _field(1, "Tensor parallelism: devices that share each projection.")
-    by_sequence: bool = _field(False, "Also shard the stack, residuals and norms by sequence over these devices.")
-    pipeline: int = _field(1, "Pipeline stages.")
-    micro_batches: int = _field(1, "Micro-batches per step (at least one per pipeline stage).")
-    replicas: int = _field(1, "Replicas of the model. The remaining devices shard weights and optimizer (FSDP2).")
-    device: str = _field("NVIDIA H100 80GB HBM3", f"The device, or a part of its name: {', '.join(DEVICES)}.")
-    utilization: float = _field(0.4, "The share of the device's FLOPs that matrix products reach.")
+    layers: int | None = argument(None, "Number of blocks (default: 12).")
+    hidden: int | None = argument(None, "Width of the model (default: 512).")
+    heads: int | None = argument(None, "Number of query heads (default: 8).")
+    kv_heads: int | None = argument(None, "Number of key and value heads (default: as many).")
+    intermediate: int | None = argument(None, "Width of the feed-forward modules (default: 4 x the model's).")
+    vocab: int | None = argument(None, "Vocabulary size (default: 32,000).")
+    residual_scheme: str | None = argument(None, "standard, grn_v1, grn_v2, grn_v3 or dca (default: dca).")
+    last_k: int | None = argument(None, "The k of k-DCA (default: full DCA).")
+    gated: bool | None = argument(None, "Whether feed-forward modules are gated (default: true).")
+    tied: bool | None = argument(None, "Whether the embeddings are tied (default: false).")
+    seq: int | None = argument(None, "Tokens per sequence (default: 2,048).")
+    batch: int | None = argument(None, "Sequences per micro-batch on each device (default: 1).")
+    checkpointing: bool | None = argument(None, "Whether activations are checkpointed (default: false).")
+    float32: bool | None = argument(None, "Whether activations are float32 instead of bfloat16 (default: false).")
+    devices: int = argument(1, "Number of devices.")
+    tensor: int = argument(1, "Tensor parallelism: devices that share each projection.")
+    by_sequence: bool = argument(False, "Also shard the stack, residuals and norms by sequence over these devices.")
+    pipeline: int = argument(1, "Pipeline stages.")
+    micro_batches: int = argument(1, "Micro-batches per step (at least one per pipeline stage).")
+    replicas: int = argument(1, "Replicas of the model. The remaining devices shard weights and optimizer (FSDP2).")
+    device: str = argument("NVIDIA H100 80GB HBM3", f"The device, or a part of its name: {', '.join(DEVICES)}.")
+    utilization: float = argument(0.4, "The share of the device's FLOPs that matrix products reach.")
 
 
 # The names of the arguments in a configuration, and in a run.

@@ -35,7 +35,7 @@ from training.benchmarks.operation import Operation, measure_operation
 from training.results.record import RUNS_FOLDER
 from training.support.errors import UserError, command
 from training.support.machine import describe_machine
-from training.support.parser import Parser
+from training.support.parser import Parser, argument
 from training.support.timing import interleave, summarize
 
 
@@ -50,30 +50,28 @@ SMALLEST = {"layers": 1, "hidden": HEAD_DIM, "seq": 2, "batch": 1, "vocab": 2}
 SMALLEST |= {"rounds": 1, "warmup": 1, "compile_rounds": 1}
 
 
-def _field(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class BenchmarkArguments:
     """What to measure, and where."""
 
-    layers: int = _field(12, "Number of blocks.")
-    hidden: int = _field(512, f"Width of the model, a multiple of {HEAD_DIM}, the width of a head.")
-    seq: int = _field(128, "Tokens per sequence.")
-    batch: int = _field(8, "Sequences per training step and prefill.")
-    vocab: int = _field(8192, "Vocabulary size. With a larger one, the output layer dominates the cost of the blocks.")
-    dtype: Literal["float32", "bfloat16"] = _field("float32", "Type of weights and activations, without autocast.")
-    device: Literal["cpu", "cuda"] = _field("cpu", "Where to measure.")
-    compile: bool = _field(False, "Compile training step and prefill.")
-    grn_implementation: str = _field(
+    layers: int = argument(12, "Number of blocks.")
+    hidden: int = argument(512, f"Width of the model, a multiple of {HEAD_DIM}, the width of a head.")
+    seq: int = argument(128, "Tokens per sequence.")
+    batch: int = argument(8, "Sequences per training step and prefill.")
+    vocab: int = argument(
+        8192, "Vocabulary size. With a larger one, the output layer dominates the cost of the blocks."
+    )
+    dtype: Literal["float32", "bfloat16"] = argument("float32", "Type of weights and activations, without autocast.")
+    device: Literal["cpu", "cuda"] = argument("cpu", "Where to measure.")
+    compile: bool = argument(False, "Compile training step and prefill.")
+    grn_implementation: str = argument(
         "auto",
         "Implementation of DCA's generalized residuals. With --compile, 'eager' lets the compiler fuse them: steps are faster, and "
         "compilation takes longer with each entry.",
     )
-    rounds: int = _field(5, f"Measured rounds; {OPERATION_ROUNDS} times as many for the operation alone.")
-    warmup: int = _field(2, "Warm-up rounds.")
-    compile_rounds: int = _field(1, "Rounds for the compile time; each takes minutes.")
+    rounds: int = argument(5, f"Measured rounds; {OPERATION_ROUNDS} times as many for the operation alone.")
+    warmup: int = argument(2, "Warm-up rounds.")
+    compile_rounds: int = argument(1, "Rounds for the compile time; each takes minutes.")
     only: list[str] = dataclasses.field(
         default_factory=list,
         metadata={"help": f"What to measure. {'; '.join(f'{name}: {text}' for name, text in HELP.items())}."},
@@ -82,8 +80,8 @@ class BenchmarkArguments:
         default_factory=list,
         metadata={"help": f"Additional residual schemes to measure: {', '.join(SCHEMES)}, or 'all'."},
     )
-    output_dir: str | None = _field(None, f"The output folder; by default one in {RUNS_FOLDER}/benchmarks.")
-    overwrite: bool = _field(False, "Replace earlier results in `output_dir`.")
+    output_dir: str | None = argument(None, f"The output folder; by default one in {RUNS_FOLDER}/benchmarks.")
+    overwrite: bool = argument(False, "Replace earlier results in `output_dir`.")
 
     def __post_init__(self):
         for name, smallest in SMALLEST.items():

@@ -43,7 +43,7 @@ from training.run.checks import check_batches, check_best_metric, check_hub
 from training.run.fields import Run
 from training.run.folder import make_output_folder
 from training.run.task import Task
-from training.run.training import check_run, run_models
+from training.run.training import check_before_data, run_models
 from training.support.errors import UserError, innermost_message, told
 
 
@@ -89,7 +89,7 @@ def classification_metrics(named: list[evaluate.EvaluationModule]) -> Callable[[
 def train_image_classifier(run: Run) -> None:
     """Train the model of a run, and its baseline, on its images."""
     data, config = run.data, run.config
-    baseline, model_class, callbacks = check_run(run, DCAForImageClassification)
+    baseline, model_class, callbacks = check_before_data(run, DCAForImageClassification)
     check_hub(run.training)
 
     check_pairs(data.mixup_alpha, run.training.train_batch_size)

@@ -1,4 +1,4 @@
-"""The pictures of runs and comparisons. Each has a title that says what to see, and a scheme has one colour in all of them."""
+"""The figures of runs and comparisons. The title of each states the result, and a scheme has the same colour in all of them."""
 
 import itertools
 from collections.abc import Iterable
@@ -38,15 +38,15 @@ WIDTH = 9.6
 
 
 def scheme_of(name: str) -> str:
-    """The residual scheme that the name of a variant says, if it is that of one."""
+    """The residual scheme in the name of a variant, or the name itself."""
     name = name.lower().replace("grn-", "grn_")
     return ALIASES.get(name, name)
 
 
 def styles_of(names: Iterable[str]) -> dict[str, dict]:
     """
-    The colour, line and marker of each of the variants in a picture. Those that are no scheme by name take the colours that
-    are left; with more variants than colours, the lines differ.
+    The colour, line and marker of each variant in a figure. Variants whose names are not schemes get the remaining colours;
+    with more variants than colours, the lines differ.
     """
     names = list(dict.fromkeys(names))
     known = {scheme_of(name): name for name in reversed(names) if scheme_of(name) in COLORS}
@@ -103,10 +103,10 @@ def draw_loss_curves(histories: dict[str, list[dict]], file: Path) -> None:
 
 def draw_depth_weights(weights: list[dict], file: Path, times_size: bool = False) -> None:
     """
-    Draw what each block's inputs draw from each earlier output: the mean of the whole weight, `b` and gate together.
+    Draw the weights of each earlier output in the inputs of each block: the mean of `b` plus gate.
 
     Args:
-        weights: what `measure_depth_weights` or `depth_weights` returned; those of earlier versions have no `weight`, but its
+        weights: the result of `measure_depth_weights` or `depth_weights`; that of earlier versions has no `weight`, but its
             parts.
         file: where to save the picture.
         times_size: whether the weights were multiplied by the sizes of the entries.
@@ -144,7 +144,7 @@ def draw_depth_weights(weights: list[dict], file: Path, times_size: bool = False
 
 
 def _farthest(weights: list[dict], times_size: bool, panels: int) -> str:
-    """What a map of weights shows, and where in it most is to be seen."""
+    """The title of a map of weights, with the weight that stands out most."""
     cells = [
         (value, each["input"], each["block"], outputs)
         for each in weights
@@ -172,7 +172,7 @@ def _output(outputs: tuple[int, int]) -> str:
 
 
 def _whole(weight: dict) -> list[float]:
-    """The whole weights of a record; those of earlier versions hold their parts alone."""
+    """The weights of a record; records of earlier versions hold only their parts."""
     return weight["weight"] if "weight" in weight else np.add(weight["b"], weight["gate"])
 
 
@@ -186,11 +186,11 @@ def _whole_weight(times_size: bool) -> str:
 
 def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False) -> None:
     """
-    Draw how the whole weights of the features are spread: the mean and the band of 90 %, by the entries of each block's
-    stack, for each input (paper, figure 10).
+    Draw the spread of the weights over features: the mean and the band of 90 %, by the entries of each block's stack, for each
+    input (paper, figure 10).
 
     Args:
-        weights: what `depth_weights` returned.
+        weights: the result of `depth_weights`.
         file: where to save the picture.
         times_size: whether the weights were multiplied by the sizes of the entries.
     """
@@ -241,10 +241,10 @@ def draw_depth_spreads(weights: list[dict], file: Path, times_size: bool = False
 
 def draw_without(rows: list[dict], file: Path) -> None:
     """
-    Draw what the held-out loss loses without an output: in one block, in all, and in the model's output.
+    Draw the rise of the held-out loss without an output: in one block, in all, and in the model's output.
 
     Args:
-        rows: what `losses_without` returned.
+        rows: the rows of `losses_without`.
         file: where to save the picture.
     """
     outputs = sorted({row["without"] for row in rows})
@@ -255,7 +255,7 @@ def draw_without(rows: list[dict], file: Path) -> None:
     for row in rows:
         grid[blocks.index(row["block"]), outputs.index(row["without"])] = row["lost"]
     finite = np.abs(grid[np.isfinite(grid)])
-    # A block without the model's input can lose a thousand times what others do.
+    # Without the model's input, the rise can be a thousand times that of others.
     norm = SymLogNorm(0.01, vmax=max(finite.max(initial=0), 0.01), vmin=-max(finite.max(initial=0), 0.01))
     size = (min(4.5 + 0.45 * len(outputs), 14), min(2.2 + 0.32 * len(blocks), 14))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -287,7 +287,7 @@ def _over_seeds(curves: list[list[list[float]]], column: int) -> tuple[list[floa
 
 
 def _plot_band(axes, x, values: np.ndarray, label: str, style: dict) -> None:
-    """The mean of the rows of `values`, and a band from the lowest to the highest. The label has the last mean with it."""
+    """The mean of the rows of `values`, and a band from the lowest to the highest. The label includes the last mean."""
     means = values.mean(axis=0)
     axes.plot(x, means, label=f"{label}: {means[-1]:.4g}", **style)
     axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
@@ -439,7 +439,7 @@ def draw_loss_over_parameters(groups: dict[str | None, dict[str, list[dict]]], f
 
 
 def _label(axes, points: dict[str, tuple[float, float]]) -> None:
-    """Write the names of points beside them, where there is room; a name that is not at the height of its point has a line to it."""
+    """Write the names of points beside them, where there is room, with a line to a point at another height."""
     axes.figure.draw_without_rendering()  # so that all has its place
     places = {name: axes.transData.transform(point) * 72 / axes.figure.dpi for name, point in points.items()}
     low, _, high, _ = axes.bbox.extents * 72 / axes.figure.dpi

@@ -241,7 +241,7 @@ def damage(checkpoint: Path) -> str | None:
     with ThreadPoolExecutor() as pool:
         damaged = next(filter(None, pool.map(damage_of, content["files"])), None)
     if damaged is None and (lacking := _lacking(checkpoint, content["files"], content.get("processes", 1))):
-        return f"{checkpoint / lacking} is missing, from the manifest, too"
+        return f"{checkpoint / lacking} is missing, and so is its entry in the manifest"
     return damaged
 
 

@@ -78,7 +78,7 @@ def run_models(
         print(f"\n{summarize_run(models, note['task'], note.get('prompt'), samples)}")
 
 
-def check_run(
+def check_before_data(
     run: Run, model_class: type[PreTrainedModel], block_size: int | None = None
 ) -> tuple[DCABaseConfig | None, type[PreTrainedModel], list[TrainerCallback]]:
     """

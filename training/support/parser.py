@@ -1,11 +1,18 @@
 """The parser of all commands."""
 
 import argparse
+import dataclasses
 import os
+from typing import Any
 
 from transformers import HfArgumentParser
 
 from training.support.errors import UserError
+
+
+def argument(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments, with its help."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -30,7 +30,7 @@ from training.run.checks import check_batches, check_best_metric, check_hub
 from training.run.fields import Run
 from training.run.folder import make_output_folder
 from training.run.task import Task
-from training.run.training import check_run, run_models
+from training.run.training import check_before_data, run_models
 from training.support.errors import UserError
 from training.text.blocks import PackedBlocks
 from training.text.document_losses import DocumentLosses
@@ -154,7 +154,7 @@ def train_language_model(run: Run) -> None:
         )
     if data.streaming:
         check_lanes(data.stream_lanes, run.training.data_parallel_size)
-    baseline, model_class, callbacks = check_run(run, DCAForCausalLM, data.block_size)
+    baseline, model_class, callbacks = check_before_data(run, DCAForCausalLM, data.block_size)
     named, figures = load_metrics(run.training.metrics, run.training.held_out_metrics, config.vocab_size)
     check_best_metric(run.training, figures)
     check_hub(run.training)

@@ -654,7 +654,7 @@ def test_command_reads_an_image_classifier(room):
         (["first", "gone"], ["'gone' is not a local folder"]),
         (["bert"], ["'bert' is a BertModel"]),
         (["llama"], ["'llama' has no generalized residuals"]),
-        (["first", "--without=5"], ["`without` is '5'", "to 4 (of the last block)", "'all'"]),
+        (["first", "--without=5"], ["`without` is '5'", "to 4 (the last block)", "'all'"]),
         (["first", "--without=-1"], ["`without` is '-1'"]),
         (["first", "--without=last"], ["`without` is 'last'"]),
         (["first", "--output=x.json"], ["Unrecognized arguments: --output"]),

@@ -154,7 +154,7 @@ def test_vision_model_without_a_head_gets_one(room, first_weights, scheme):
         (["--initial_checkpoint=nowhere"], ["'nowhere'"]),
         (["--initial_checkpoint=text.jsonl"], ["'text.jsonl'"]),
         (["--initial_checkpoint=llama", "--hidden_size=16"], ["`hidden_size` follows from the source"]),
-        (["--initial_checkpoint=bert"], ["'bert'", "its norms stand after"]),
+        (["--initial_checkpoint=bert"], ["'bert'", "its norms are after"]),
         (["--initial_checkpoint=dca", "--hidden_size=32"], ["`hidden_size` is 32", "'dca'", "has 16", "leave"]),
         (["--initial_checkpoint=dca", "--last_k=2"], ["`last_k` is 2", "'dca'", "has None", "leave"]),
         (["--initial_checkpoint=dca", "--baseline=standard"], ["'dca'", "'standard' cannot start from it"]),

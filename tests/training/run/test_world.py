@@ -390,7 +390,7 @@ def test_part_that_is_missing_in_the_manifest_too_is_missed(room, capfd, sharded
     del manifest["files"][name]
     crc = checksum_of(manifest["files"])
     file.write_text(json.dumps({**manifest, "crc32": crc}))
-    assert damage(checkpoint) == f"{checkpoint / name} is missing, from the manifest, too"
+    assert damage(checkpoint) == f"{checkpoint / name} is missing, and so is its entry in the manifest"
 
 
 def checksum_of(content):
