@@ -1,6 +1,7 @@
 """What all tests of the training room share: caches of their own, no network, and one finished run."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import datasets
@@ -37,6 +38,14 @@ def caches(tmp_path_factory):
         yield home
         datasets.enable_progress_bars()
         transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """A run waits for the disk a hundred times, for longer than it computes: that is for the loss of power, which no test has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 DRAWING = {
