@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.training.conftest import caches  # noqa: F401 (which all tests use that see it)
+from tests.training.conftest import caches, no_figures, no_waiting_for_the_disk  # noqa: F401 (all tests use those that they see)
 from tests.training.hub_server import Commit, HubServer, Repository, User
 from tests.training.processes import forked, run_as_main
 from tests.training.tiny import call
