@@ -159,16 +159,14 @@ class HubServer:
         Args:
             constants: what else `huggingface_hub` has read from the environment when it was imported.
         """
-        addresses = {
-            "ENDPOINT": self.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
-        }
-        constants = {**addresses, "HF_HUB_DISABLE_XET": True, **constants}
+        constants = {"ENDPOINT": self.url, "HF_HUB_DISABLE_XET": True, **constants}
+        url = constants["ENDPOINT"]
+        constants["HUGGINGFACE_CO_URL_TEMPLATE"] = url + "/{repo_id}/resolve/{revision}/{filename}"
         with pytest.MonkeyPatch.context() as patch:
             for name, value in constants.items():
                 patch.setattr(huggingface_hub.constants, name, value)
             # Clients that are made once, with what was the address then.
-            patch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+            patch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
             patch.setattr(transformers.utils.hub, "_hf_api", None)
             patch.setenv("HF_TOKEN", token or "")
             yield
