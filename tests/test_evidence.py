@@ -1,5 +1,6 @@
 """The studies in configuration/evidence: every file is a study that can start, and compares like with like."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@functools.cache
 def study(name: str) -> Comparison:
     return read_study(Path("configuration", "evidence", f"{name}.yaml"))
 
@@ -49,7 +51,7 @@ def named(member, apart: set[str]) -> dict:
     return {name: value for name, value in fields.items() if name not in apart | {"seed", "output_dir"}}
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", STUDIES, scope="module")  # one study after the other, each of which is read once
 def test_variants_differ_in_nothing_but_what_is_compared(name):
     comparison = study(name)
     groups = {}
@@ -65,7 +67,7 @@ def test_variants_differ_in_nothing_but_what_is_compared(name):
     assert comparison.folder == Path("runs", "evidence", name)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", STUDIES, scope="module")
 def test_models_can_be_built(name):
     members = study(name).members
     for member in members:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.training.conftest import caches  # noqa: F401 (which all tests use that see it)
+from tests.training.conftest import caches, no_figures, no_waiting_for_the_disk  # noqa: F401 (all tests use those that they see)
 from tests.training.hub_server import Commit, HubServer, Repository, User
+from tests.training.processes import forked, run_as_main
 from tests.training.tiny import call
 from training import causal_lm, image_classification
 
@@ -79,25 +80,31 @@ def test_python_blocks_run_one_after_the_other(checkout, tmp_path):
     assert (checkout / "runs" / "fine-tuned" / "model.safetensors").exists()
 
 
-def test_python_blocks_of_the_library_run_one_after_the_other(checkout):
+def test_python_blocks_of_the_library_run_one_after_the_other(checkout, monkeypatch):
     code = [text for language, text in BLOCKS["modeling_dca/README.md"] if language == "python"]
     assert code
-    run(checkout, "-c", "\n".join(code))
+    monkeypatch.chdir(checkout)
+    status, printed = forked(lambda: exec("\n".join(code), {"__name__": "__main__"}))
+    assert status == 0, printed
 
 
 @pytest.mark.parametrize(
     "line",
     [line for page in PAGES for language, text in BLOCKS[page] if language == "bash" for line in text.splitlines()],
 )
-def test_shell_command_runs(line, checkout):
+def test_shell_command_runs(line, checkout, monkeypatch):
     program, *arguments = shlex.split(line)
     if program == "make":
         # What these do is tested by running them: here, that they exist.
         subprocess.run([program, "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
         return
-    assert program == "python"
-    small = SMALL_TEXT if "training.causal_lm" in arguments else SMALL_IMAGES
-    run(checkout, *arguments, *small.split())
+    assert program == "python" and arguments[0] == "-m"
+    if arguments[1] == "training.causal_lm":
+        # (Its real command line is run elsewhere: a process of its own takes longest to import.)
+        monkeypatch.chdir(checkout)
+        run_as_main(*arguments[1:], *SMALL_TEXT.split())
+    else:
+        run(checkout, *arguments, *SMALL_IMAGES.split())
     output = arguments[arguments.index("--output_dir") + 1]
     assert (checkout / output / "model.safetensors").exists()
 

@@ -1,6 +1,7 @@
 """What all tests of the training room share: caches of their own, no network, and one finished run."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import datasets
@@ -39,12 +40,25 @@ def caches(tmp_path_factory):
         transformers.utils.logging.enable_progress_bar()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """A run waits for the disk a hundred times, for longer than it computes: that is for the loss of power, which no test has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 DRAWING = {
     (module, name): getattr(module, name)
     for module, names in {
         card: ("draw_loss_curves", "draw_depth_weights"),
         depth_weights: ("draw_depth_weights", "draw_depth_spreads", "draw_without"),
-        report: ("draw_compared_curves", "draw_loss_over_time", "draw_loss_over_parameters"),
+        report: (
+            "draw_compared_curves",
+            "draw_differences",
+            "draw_loss_over_parameters",
+            "draw_loss_over_time",
+        ),
     }.items()
     for name in names
 }

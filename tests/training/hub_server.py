@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+import transformers.utils.hub
 import yaml
 
 
@@ -147,6 +150,26 @@ class HubServer:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+    @contextlib.contextmanager
+    def reached(self, token: str | None, **constants) -> Iterator[None]:
+        """
+        While open, this process has access to this Hub, and to it alone.
+
+        Args:
+            constants: what else `huggingface_hub` has read from the environment when it was imported.
+        """
+        constants = {"ENDPOINT": self.url, "HF_HUB_DISABLE_XET": True, **constants}
+        url = constants["ENDPOINT"]
+        constants["HUGGINGFACE_CO_URL_TEMPLATE"] = url + "/{repo_id}/resolve/{revision}/{filename}"
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in constants.items():
+                patch.setattr(huggingface_hub.constants, name, value)
+            # Clients that are made once, with what was the address then.
+            patch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+            patch.setattr(transformers.utils.hub, "_hf_api", None)
+            patch.setenv("HF_TOKEN", token or "")
+            yield
 
     @contextlib.contextmanager
     def failing(

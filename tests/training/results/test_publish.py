@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import huggingface_hub.constants
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -101,12 +101,6 @@ assert "modeling_dca" not in sys.modules
 save_file(results, output, metadata=classes)
 """
 
-PUSH_TO_HUB = """
-import sys
-from modeling_dca import DCAForCausalLM
-DCAForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("writer/pushed")
-"""
-
 
 @pytest.fixture(scope="module")
 def hub():
@@ -188,21 +182,10 @@ def python(hub, tmp_path, *arguments, token=TOKEN, cwd=ROOT, **environment):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@contextmanager
-def access(hub, token=TOKEN, **constants):
-    """Has this process talk to `hub`, as the processes of `python` do."""
-    constants = {"ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": True, **constants}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in constants.items():
-            patch.setattr(huggingface_hub.constants, name, value)
-        patch.setenv("HF_TOKEN", token or "")
-        yield
-
-
-def publish(hub, run, repo_id, *options, **access_options):
+def publish(hub, run, repo_id, *options, token=TOKEN, **constants):
     """Runs the command in this process, which is what starting another one would give, but for its start."""
     status, out, err = 0, io.StringIO(), io.StringIO()
-    with access(hub, **access_options), redirect_stdout(out), redirect_stderr(err):
+    with hub.reached(token, **constants), redirect_stdout(out), redirect_stderr(err):
         try:
             call(publish_command.main, run, repo_id, *options)
         except SystemExit as exit:
@@ -256,7 +239,8 @@ def pushed(hub, text_run, vision_run, tmp_path_factory):
     assert snapshot(text_run) == before
     lines["text"] = published(publish(hub, second_run, "writer/text"))
     lines["vision"] = published(publish(hub, vision_run, "writer/vision"))
-    published(python(hub, tmp_path, "-c", PUSH_TO_HUB, text_run))
+    with hub.reached(TOKEN):
+        DCAForCausalLM.from_pretrained(text_run).push_to_hub("writer/pushed")
     return {"lines": lines, "second_run": second_run}
 
 
@@ -587,7 +571,7 @@ def test_command_lets_faults_of_the_code_pass():
 @pytest.fixture
 def here(hub):
     """The hub, to which this process talks, too, and someone who may write."""
-    with access(hub):
+    with hub.reached(TOKEN):
         yield hub
 
 

@@ -38,8 +38,15 @@ from training.text import task
 pytestmark = pytest.mark.usefixtures("offline")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+# (Each way to share out the model and each kind of data once: neither looks at the other.)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", "map-style"),
+        ("fsdp2", "stream"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("ddp", "stream"), ("fsdp2", "map-style"))),
+    ],
+)
 def test_processes_train_as_one_does_and_go_on_where_others_were(room, alone, name, kind):
     written = {}
     for num_processes, until in ((2, 4), (1, 7), (2, 9)):

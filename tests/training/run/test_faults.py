@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import trainer_utils
 
+from tests.training.processes import ended, fork, forked, wait
 from tests.training.tiny import TEXT_RUN, call, refusal, snapshot, write_room
 from training import causal_lm
 from training.results.record import DIVERGED
@@ -88,49 +89,6 @@ def assert_same_run(first, second):
     for name in ("loss", "eval_loss"):
         values = [[entry[name] for entry in history if name in entry] for history in histories]
         assert values[0] == values[1], name
-
-
-def forked(work) -> tuple[int, str]:
-    """How `work()` ends in a process of its own, that starts as a copy of this one, and what it prints."""
-    file = Path("printed.txt")
-    process = fork(work, file)
-    return wait(process), file.read_text()
-
-
-def fork(work, file: Path) -> int:
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        torch.set_num_threads(1)  # threads do not live on in a fork
-        with file.open("w", buffering=1) as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-            sys.stdout = sys.stderr = stream
-            try:
-                work()
-                status = 0
-            except SystemExit as exit:
-                status = exit.code
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            stream.flush()
-    finally:
-        os._exit(status)
-
-
-def wait(process: int, seconds: float = 60) -> int:
-    """The exit status of a process, negative for the signal that killed it."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    pytest.fail(f"The process did not end within {seconds} s.")
 
 
 # The moments at which something happens to a run. Each arranges that `happen` is called then, in the process it is in.
@@ -408,37 +366,31 @@ def test_signal_handler_is_restored():
 LONG = (TEXT_RUN, "--output_dir=run", "--max_steps=150", "--save_steps=10", "--attention_dropout=0.2")
 
 
-def started(room, *arguments, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    line = [sys.executable, "-m", "training.causal_lm", *LONG, *arguments]
-    return subprocess.Popen(
-        line, cwd=room, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-
-
-def wait_for(path: Path, process):
+def wait_for(path: Path, running):
     end = time.monotonic() + 100
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end
+        assert running() and time.monotonic() < end
         time.sleep(0.005)
 
 
 def test_process_that_is_terminated_and_then_killed_is_resumed_to_the_same_end(room):
-    process = started(room)
-    wait_for(room / "run" / "checkpoint-10", process)
-    process.send_signal(signal.SIGTERM)
-    printed = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, printed
+    printed = Path("printed.txt")
+
+    def started_until(checkpoint, *arguments):
+        process = fork(lambda: call(causal_lm.main, *LONG, *arguments), printed)
+        wait_for(room / "run" / checkpoint, lambda: ended(process) is None)
+        return process
+
+    process = started_until("checkpoint-10")
+    os.kill(process, signal.SIGTERM)
+    assert wait(process) == 143, printed.read_text()
     last = checkpoints(room / "run")[-1]
-    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert f"run/{last.name} was written" in line and "Traceback" not in printed
+    assert f"run/{last.name} was written" in error_of(printed.read_text())
     assert damage(last) is None
 
-    process = started(room, RESUME)
-    wait_for(room / "run" / f"checkpoint-{step(last) // 10 * 10 + 30}", process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process = started_until(f"checkpoint-{step(last) // 10 * 10 + 30}", RESUME)
+    os.kill(process, signal.SIGKILL)
+    assert wait(process) == -signal.SIGKILL
     assert not (room / "run" / "model.safetensors").exists(), "The run was too fast to be killed."
     call(causal_lm.main, *LONG, RESUME)
     call(causal_lm.main, *LONG, "--output_dir=uninterrupted")
@@ -792,10 +744,10 @@ def uninterrupted_by_two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(room)
         # One is late with its part of the last checkpoint.
-        ended = two_processes(
+        outcomes = two_processes(
             arrange=lambda rank: in_call("_save_rng_state", 3)(lambda: time.sleep(1)) if rank == 1 else None
         )
-    assert [status for status, _ in ended] == [0, 0], ended
+    assert [status for status, _ in outcomes] == [0, 0], outcomes
     return room / "run"
 
 
@@ -811,32 +763,32 @@ def test_checkpoint_of_two_processes_is_whole_only_with_the_parts_of_both(uninte
 def test_survivor_of_two_processes_ends(room, uninterrupted_by_two, victim, moment, last):
     arrange = in_call("prediction_step", 4) if "evaluation" in moment else MOMENTS[moment][0]
     start = time.monotonic()
-    ended = two_processes(arrange=lambda rank: arrange(kill) if rank == victim else None)
+    outcomes = two_processes(arrange=lambda rank: arrange(kill) if rank == victim else None)
     assert time.monotonic() - start < 60
-    assert ended[victim][0] == -signal.SIGKILL
-    status, printed = ended[1 - victim]
+    assert outcomes[victim][0] == -signal.SIGKILL
+    status, printed = outcomes[1 - victim]
     line = error_of(printed)
     assert status == 2 and "Another process of this run has ended" in line and RESUME in line
     assert last_whole(room / "run") == last
-    ended = two_processes(RESUME)
-    assert [status for status, _ in ended] == [0, 0], ended
+    outcomes = two_processes(RESUME)
+    assert [status for status, _ in outcomes] == [0, 0], outcomes
     assert_same_run(room / "run", uninterrupted_by_two)
 
 
 @pytest.mark.parametrize("receivers", [[0], [1], [0, 1]])
 def test_two_processes_are_terminated_at_the_same_step(room, uninterrupted_by_two, receivers):
     # Those that get the signal get it in different steps.
-    ended = two_processes(
+    outcomes = two_processes(
         arrange=lambda rank: in_call("training_step", 3 - rank)(terminate) if rank in receivers else None
     )
-    lines = [error_of(printed) for _, printed in ended]
-    assert [status for status, _ in ended] == [143, 143] and lines[0] == lines[1]
+    lines = [error_of(printed) for _, printed in outcomes]
+    assert [status for status, _ in outcomes] == [143, 143] and lines[0] == lines[1]
     last = checkpoints(room / "run")[-1]
     assert f"run/{last.name} was written" in lines[0] and last.name != "checkpoint-6"
     assert last_whole(room / "run") == step(last)
     assert {path.name for path in last.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
-    ended = two_processes(RESUME)
-    assert [status for status, _ in ended] == [0, 0], ended
+    outcomes = two_processes(RESUME)
+    assert [status for status, _ in outcomes] == [0, 0], outcomes
     assert (room / "run" / "model.safetensors").read_bytes() == (
         uninterrupted_by_two / "model.safetensors"
     ).read_bytes()
@@ -868,9 +820,9 @@ def test_both_processes_end_when_the_loss_of_one_is_not_finite(room, victim):
         RunTrainer.compute_loss = spoiled
         errors.PATIENCE = 0.1
 
-    ended = two_processes("--save_steps=4", arrange=arrange)
-    lines = [error_of(printed) for _, printed in ended]
-    assert [status for status, _ in ended] == [2, 2] and lines[0] == lines[1]
+    outcomes = two_processes("--save_steps=4", arrange=arrange)
+    lines = [error_of(printed) for _, printed in outcomes]
+    assert [status for status, _ in outcomes] == [2, 2] and lines[0] == lines[1]
     assert "The loss became NaN or infinite at step 3, with a learning rate of 0.01:" in lines[0]
     found = json.loads((room / "run" / DIVERGED).read_text())
     assert found == {"step": 3, "learning_rate": 0.01, "what": "loss"}
@@ -929,7 +881,7 @@ def test_launched_processes(room):
         return Path("printed.txt").read_text()
 
     process = start()
-    wait_for(room / "run" / "checkpoint-20", process)
+    wait_for(room / "run" / "checkpoint-20", lambda: process.poll() is None)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -938,7 +890,7 @@ def test_launched_processes(room):
     assert damage(last) is None
 
     process = start(RESUME)
-    wait_for(room / "run" / f"checkpoint-{step(last) + 20}", process)
+    wait_for(room / "run" / f"checkpoint-{step(last) + 20}", lambda: process.poll() is None)
     ranks = children(process.pid)
     process.terminate()
     printed = end(process, ranks)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_dca import DCAForCausalLM, grn_triton
 from tests.training.hub_server import HubServer, User
+from tests.training.processes import forked, run_as_main
 from tests.training.tiny import (
     IMAGE_RUN,
     TEXT_RUN,
@@ -359,35 +361,32 @@ def test_losses_that_nobody_looks_at_are_not_kept_for_ever(room, monkeypatch, ca
     assert not (room / "last" / "model.safetensors").exists()
 
 
-def command(hub, folder, *arguments, **environment):
-    """The text command in a process of its own, as someone who has nothing but access to `hub`."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
-        "HOME": str(folder),
-        "HF_HOME": str(folder / "hf_home"),
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    line = [sys.executable, "-m", "training.causal_lm", TEXT_RUN, *arguments]
-    return subprocess.run(line, cwd=folder / "room", env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture(scope="module")
 def hub():
     with HubServer({TOKEN: User("writer"), READ_TOKEN: User("writer", may_write=False)}) as hub:
         yield hub
 
 
-PUBLISHED = ("--output_dir=run", "--push_to_hub", "--hub_model_id=writer/tiny")
+PUBLISHED = (TEXT_RUN, "--output_dir=run", "--push_to_hub", "--hub_model_id=writer/tiny")
 
 
 def test_run_is_published_and_the_token_is_nowhere(hub, tmp_path, monkeypatch):
     (tmp_path / "room").mkdir()
     write_room(tmp_path / "room")
-    completed = command(hub, tmp_path, *PUBLISHED, f"--hub_token={TOKEN}")
+    # In a process of its own, as someone who has nothing but access to `hub`.
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    line = [sys.executable, "-m", "training.causal_lm", *PUBLISHED, f"--hub_token={TOKEN}"]
+    completed = subprocess.run(
+        line, cwd=tmp_path / "room", env=environment, capture_output=True, text=True, timeout=120
+    )
     assert completed.returncode == 0, completed.stderr
     assert f"{hub.url}/writer/tiny" in completed.stdout
     run, files = tmp_path / "room" / "run", hub.repositories["writer/tiny"].commits[-1].files
@@ -411,18 +410,19 @@ def test_run_is_published_and_the_token_is_nowhere(hub, tmp_path, monkeypatch):
     assert files["README.md"].count(b"writer/tiny") >= 2 and len(AutoTokenizer.from_pretrained(published)) == 300
 
 
-def test_run_that_may_not_be_published_is_not_started(hub, tmp_path):
-    (tmp_path / "room").mkdir()
-    write_room(tmp_path / "room")
-    before = snapshot(tmp_path / "room")
-    completed = command(
-        hub, tmp_path, *PUBLISHED, "--baseline=standard", "--hub_model_id=writer/no", HF_TOKEN=READ_TOKEN
-    )
-    assert completed.returncode == 2
-    (line,) = completed.stderr.splitlines()
+def test_run_that_may_not_be_published_is_not_started(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_room(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    before = snapshot(tmp_path)
+    with hub.reached(READ_TOKEN), pytest.raises(SystemExit) as exit:
+        call(causal_lm.main, *PUBLISHED, "--baseline=standard", "--hub_model_id=writer/no")
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and printed.out == ""
+    (line,) = printed.err.splitlines()
     assert line.startswith("error: ") and "write access" in line and "status 403" in line
-    assert READ_TOKEN not in line and completed.stdout == ""
-    assert snapshot(tmp_path / "room") == before
+    assert READ_TOKEN not in line
+    assert snapshot(tmp_path) == before
     assert "writer/no" not in hub.repositories
 
 
@@ -583,9 +583,9 @@ def test_epoch_in_order_is_filled_up_to_whole_steps(room, monkeypatch):
 
 def test_training_arguments_can_be_read_without_the_command(room):
     """In a process of its own, that the command was, too, and in one that has transformers alone."""
-    line = [sys.executable, "-m", "training.causal_lm", TEXT_RUN, "--output_dir=run", "--global_batch_size=8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(line, cwd=room, env=environment, check=True, capture_output=True, timeout=120)
+    options = (TEXT_RUN, "--output_dir=run", "--global_batch_size=8")
+    status, printed = forked(lambda: run_as_main("training.causal_lm", *options))
+    assert status == 0, printed
     read = (
         "import sys, torch\n"
         "for file in sys.argv[1:]:\n"
@@ -594,7 +594,7 @@ def test_training_arguments_can_be_read_without_the_command(room):
         "assert 'training' not in sys.modules"
     )
     files = [str(room / folder / "training_args.bin") for folder in ("run", "run/checkpoint-2")]
-    environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [sys.executable, "-c", read, *files]
     completed = subprocess.run(line, cwd=room, env=environment, capture_output=True, text=True, timeout=120)
     assert completed.stdout == 2 * "transformers.training_args 0.01 8 cpu\n", completed.stderr

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.training.conftest import DRAWING, drawing
 from tests.training.tiny import IMAGE_RUN, TEXT_RUN, assert_same_weights, call, failure, snapshot, write_images
 from training import causal_lm, compare, image_classification
 from training.results.figures import draw_loss_over_time
@@ -57,6 +58,13 @@ class Ended:
 
     def poll(self):
         return self.returncode
+
+
+@pytest.fixture
+def figures(no_figures):
+    """The figures of a comparison are drawn, and not those of each of its runs."""
+    with drawing({(module, name): function for (module, name), function in DRAWING.items() if module is report}):
+        yield
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ STUDY = {
     "configuration": TEXT_RUN,
     "fields": {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "warmup_steps": 0},
     "baseline": "standard",
-    "tune": {"seed": 0, "fields": {"learning_rate": [0.001, 0.003, 0.01]}},
+    "tune": {"seed": 0, "fields": {"learning_rate": [0.001, 0.01]}},
     "seeds": [1, 2],
     "variants": {
         "standard": {"residual_scheme": "standard"},
@@ -145,11 +145,9 @@ def write_study(**changes):
 def test_study_that_is_tuned(room, started):
     write_study()
     call(compare.main, "rivals.yaml")
-    trials, reported = started[:9], started[9:]
+    trials, reported = started[:6], started[6:]
     assert [name for name, *_ in trials] == [
-        f"{variant} with learning_rate {rate}, seed 0"
-        for variant in STUDY["variants"]
-        for rate in (0.001, 0.003, 0.01)
+        f"{variant} with learning_rate {rate}, seed 0" for variant in STUDY["variants"] for rate in (0.001, 0.01)
     ]
     assert trials[0][2] == "runs/rivals/tuning/standard/learning_rate 0.001"
     losses = {}
