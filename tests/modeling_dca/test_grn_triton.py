@@ -479,7 +479,9 @@ def test_obstacles(monkeypatch, caplog):
     inputs = random_inputs("dca", 2, dtype=torch.float32)
     monkeypatch.setattr(grn_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    message = "'triton' cannot run: the tensors are on cpu, and Triton needs a GPU; \"auto\" uses the best one that can."
+    message = (
+        "'triton' cannot run: the tensors are on cpu, and Triton needs a GPU; \"auto\" uses the best one that can."
+    )
     if grn_triton.triton is not None:
         assert grn_triton.obstacle(torch.device("cuda")) is None
         with pytest.raises(ValueError, match=message):

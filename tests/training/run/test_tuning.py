@@ -147,7 +147,10 @@ def test_the_head_of_a_classifier_is_trained_too(room, arguments, options):
         ([*FROZEN, "--baseline=standard"], "`baseline` is 'standard', which adds nothing to train"),
         (["--lora_rank=0"], "`lora_rank` is 0; it must be at least 1"),
         (["--lora_rank=2.5"], "2.5"),
-        (["--lora_rank=2", "--initial_checkpoint=adapted/checkpoint-2"], "lacks 14 weights, for example model.layers.0"),
+        (
+            ["--lora_rank=2", "--initial_checkpoint=adapted/checkpoint-2"],
+            "lacks 14 weights, for example model.layers.0",
+        ),
         (["--initial_checkpoint=base"], "'base', which lacks 1 weights, for example lm_head.weight"),
         (["--output_dir=adapted", "--resume_from_checkpoint", "--lora_rank=3"], "with 2 as `lora_rank`, not 3"),
         (["--output_dir=adapted", "--resume_from_checkpoint"], "with 2 as `lora_rank`, not None"),
