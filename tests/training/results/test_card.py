@@ -180,7 +180,7 @@ def test_verdict_of_a_card_follows_the_results(text_run, own, other, better):
     )
 
 
-def test_card_without_a_baseline_has_noverdict(image_run):
+def test_card_without_a_baseline_has_no_verdict(image_run):
     assert "better" not in card_of(image_run) and "Both models" not in card_of(image_run)
 
 

@@ -270,11 +270,11 @@ def test_shut_gates_are_zero():
         (["dca", "--page=page.html"], "'dca' is a model of texts: --page takes --text"),
         (
             ["dca", "--page=page.html", "--image=x.png"],
-            "'dca' is a model of texts: --page takes --text, and no --image",
+            "'dca' is a model of texts: --page takes --text, not --image",
         ),
-        (["dca", "--page=page.html", "--text=a", "--image=x.png"], "and no --image"),
+        (["dca", "--page=page.html", "--text=a", "--image=x.png"], "not --image"),
         (["dca", "--page=page.html", "--text="], "`text` has no tokens"),
-        (["dca", "--page=page.html", "--text=\udcff"], "`text` has in 'text' '\\udcff' as character 0"),
+        (["dca", "--page=page.html", "--text=\udcff"], "`text` has in 'text' the character '\\udcff' at position 0"),
         (["dca", "--page=page.txt", "--text=a"], "`page` is 'page.txt', which browsers do not open as a page"),
         (["dca", "--page=run", "--text=a"], "`page` is 'run', which browsers do not open"),
         (

@@ -496,7 +496,7 @@ def test_card_of_other_figures_is_refused(main, run_copy):
     index = [{"name": "x", "results": [{"task": {"type": "text-generation"}, "dataset": {}, "metrics": metrics}]}]
     (run_copy / "README.md").write_text(f"---\n{yaml.safe_dump({'model-index': index})}---\n# A model\n")
     line = main(run_copy, "writer/x")
-    assert "a loss of 3.5" in line and "all_results.json 2.25" in line
+    assert "a loss of 3.5" in line and "all_results.json has 2.25" in line
 
 
 def test_any_token_is_kept_back(main, run_copy):
