@@ -94,7 +94,8 @@ def test_gradients_in_half_precision_are_as_exact_as_those_of_the_reference(devi
     assert 0 < errors[0] <= (4 if grn_triton.INTERPRETED else 1.5) * errors[1] < 1
 
 
-@pytest.mark.parametrize("last_k", [None, 2])
+# (Without a GPU, the full stack is compiled in the tests of the kernels.)
+@pytest.mark.parametrize("last_k", [pytest.param(None, marks=pytest.mark.gpu), 2])
 @pytest.mark.parametrize("mode", [None, pytest.param("reduce-overhead", marks=pytest.mark.gpu)])
 def test_compiled_training_is_that_of_the_reference(device, mode, last_k):
     """Several steps of changing data; in the mode "reduce-overhead", the later ones are graphs that are replayed."""

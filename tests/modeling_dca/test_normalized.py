@@ -60,12 +60,15 @@ def results_of(function, stack, delta, gate, norms, missing=()):
     return [*results, *torch.autograd.grad(outputs, leaves, grads)]
 
 
-@pytest.mark.parametrize("width", [16, 40])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_residuals_and_norms_by_themselves(fused, scheme, dtype, width):
+def test_equals_residuals_and_norms_by_themselves(fused, scheme, dtype, masked):
     implementation, device = fused
-    stack, delta, gate = random_inputs(scheme, 5, (2, 150), dtype, width)
+    # Several blocks and two ranges of tokens, of which the last is not full; the interpreter takes its time for each block,
+    # and a wider one holds fewer tokens.
+    width = 16 if not masked else 40 if device == "cuda" else 12
+    stack, delta, gate = random_inputs(scheme, 5, (2, 35), dtype, width)
     stack, (delta, gate) = (
         [tensor if tensor is None else tensor.to(device) for tensor in tensors] for tensors in (stack, (delta, gate))
     )

@@ -47,6 +47,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_dca import DCAForCausalLM, DCAForImageClassification, DCAForSequenceClassification, conversion_dca
 from tests.training.hub_server import Commit, HubServer, Repository, User
+from tests.training.processes import fork, wait
 from tests.training.tiny import call, documents, failure, need_image_processors, snapshot
 from training import retrofit as command
 from training.results import conversion as retrofit
@@ -76,32 +77,6 @@ with torch.no_grad():
     results = {"text": text(input_ids=inputs["ids"]).logits, "image": image(pixel_values=inputs["pixels"]).logits}
 results["tokens"] = torch.tensor(AutoTokenizer.from_pretrained("text")("größe 🙂")["input_ids"])
 save_file(results, "results.safetensors")
-"""
-
-KILLED_WHILE_WRITING = """
-import os, runpy, signal
-from modeling_dca import DCAForCausalLM
-
-def killed(self, folder, **kwargs):
-    save(self, folder, **kwargs)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-save, DCAForCausalLM.save_pretrained = DCAForCausalLM.save_pretrained, killed
-runpy.run_module("training.retrofit", run_name="__main__", alter_sys=True)
-"""
-
-# Several commands in one process, and how each ended.
-SEVERAL = """
-import json, sys
-from training import retrofit as command
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["retrofit", *arguments]
-    try:
-        command.main()
-        print("STATUS 0")
-    except SystemExit as exit:
-        print("STATUS", exit.code)
 """
 
 
@@ -355,9 +330,17 @@ def test_disk_that_is_too_small_is_seen_before_writing(room, monkeypatch, capsys
 
 
 def test_killed_conversion_leaves_no_checkpoint_and_does_not_block_the_next(room):
-    arguments = ("-c", KILLED_WHILE_WRITING, room / "llama", room / "out")
-    completed = python(*arguments, cwd=ROOT, HF_HUB_OFFLINE="1", HF_HOME=str(room.parent))
-    assert completed.returncode == -signal.SIGKILL, completed.stderr
+    def work():
+        def killed(self, folder, **kwargs):
+            save(self, folder, **kwargs)
+            (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        save, DCAForCausalLM.save_pretrained = DCAForCausalLM.save_pretrained, killed
+        call(command.main, "llama", "out")
+
+    printed = room.parent / "printed.txt"
+    assert wait(fork(work, printed)) == -signal.SIGKILL, printed.read_text()
     assert names() == [".out.unfinished", "llama", "vit"]
     assert Path(".out.unfinished/config.json").exists()
     call(command.main, "llama", "out", "--verify")
@@ -742,15 +725,14 @@ def test_model_in_a_subfolder(room):
     assert DCAForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out")("deep")["input_ids"]
 
 
-def test_from_the_hub(sources, tmp_path):
+def test_from_the_hub(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     files = {path.name: path.read_bytes() for path in (sources / "llama").iterdir()}
-    arguments = [
-        ["reader/llama", "out", "--verify"],
-        ["reader/llama", "other", "--revision", "0" * 40, "--last_k=1"],
-        ["reader/none", "none"],
-        ["writer/private", "none"],
-        ["reader/llama", "none", "--revision=v9"],
+    can_be_read = [
+        ("reader/llama", "out", "--verify"),
+        ("reader/llama", "other", "--revision", "0" * 40, "--last_k=1"),
     ]
+    cannot_be_read = [("reader/none", "none"), ("writer/private", "none"), ("reader/llama", "none", "--revision=v9")]
     with HubServer({TOKEN: User("reader")}) as hub:
         card = b"---\nlicense: other\nlicense_name: fair\nlicense_link: LICENSE\nbase_model: reader/older\n---\n# A model\n"
         first, last = Commit("0" * 40, "first", files), Commit("1" * 40, "last", {**files, "README.md": card})
@@ -758,23 +740,15 @@ def test_from_the_hub(sources, tmp_path):
             hub.store(hashlib.sha256(content).hexdigest(), content)
         hub.repositories["reader/llama"] = Repository(False, [first, last])
         hub.repositories["writer/private"] = Repository(True, [first])
-        completed = python(
-            *("-c", SEVERAL, json.dumps(arguments)),
-            cwd=tmp_path,
-            PYTHONPATH=str(ROOT),
-            HF_ENDPOINT=hub.url,
-            HF_HUB_DISABLE_XET="1",
-            HF_TOKEN=TOKEN,
-        )
-    assert [line for line in completed.stdout.splitlines() if "STATUS" in line] == [
-        *["STATUS 0"] * 2,
-        *["STATUS 2"] * 3,
-    ], completed.stderr
-    unknown, private, revision = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
+        with hub.reached(TOKEN):
+            for arguments in can_be_read:
+                call(command.main, *arguments)
+            printed = capsys.readouterr()
+            unknown, private, revision = (failure(capsys, command.main, *arguments) for arguments in cannot_be_read)
     assert "'reader/none' is neither a local folder nor a model on the Hub" in unknown
     assert "'writer/private' is neither a local folder nor a model on the Hub" in private
     assert "does not have the revision" in revision
-    assert TOKEN not in completed.stdout + completed.stderr
+    assert TOKEN not in "".join((*printed, unknown, private, revision))
     assert not (tmp_path / "none").exists()
     for name, last_k in (("out", None), ("other", 1)):
         model = DCAForCausalLM.from_pretrained(tmp_path / name)
