@@ -66,6 +66,8 @@ HANDED_ON = {
 }
 #: Those of them that exist for text alone.
 OF_TEXT = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+#: What transformers' models took before 5, and have taken no notice of since: the cache knows its length. Tools still give it.
+DROPPED = {"cache_position"}
 
 
 def named_arguments(forward: Callable) -> Callable:
@@ -107,7 +109,7 @@ def named_arguments(forward: Callable) -> Callable:
             kwargs[name] = cache
         unknown = () if paged else [key for key in kwargs if key not in known]
         for key in unknown:
-            if kwargs[key] is None:
+            if kwargs[key] is None or key in DROPPED and name in parameters:
                 kwargs.pop(key)
             else:
                 check_unknown(self, key, parameters)

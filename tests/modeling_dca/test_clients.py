@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 import modeling_dca
 from modeling_dca import DCAConfig
 from modeling_dca.__main__ import main
+from modeling_dca.modeling_dca import CACHE_NAME
 
 
 CLASSES = [
@@ -159,6 +160,17 @@ def test_a_pipeline_of_vllm_is_refused_in_one_sentence():
     model.config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match="cannot be split into a pipeline.*--tensor-parallel-size"):
         model.supports_pp_plan  # noqa: B018
+
+
+def test_cache_positions_are_taken_no_notice_of():
+    """As in transformers' own models; Captum gives them to any model, after those that the cache has."""
+    model, ids = tiny_model().eval(), torch.arange(2, 12).reshape(2, 5)
+    expected = model(ids).logits
+    assert torch.equal(model(ids, cache_position=torch.arange(5)).logits, expected)
+    cache = {CACHE_NAME: transformers.DynamicCache()}
+    model(ids[:, :3], **cache)
+    found = model(ids[:, 3:], **cache, cache_position=torch.arange(3, 5)).logits
+    torch.testing.assert_close(found, expected[:, 3:])
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
