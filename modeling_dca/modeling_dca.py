@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -65,6 +66,8 @@ HANDED_ON = {
 }
 #: Those of them that are only for text.
 OF_TEXT = {"position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+#: What transformers' models took before 5, and have taken no notice of since: the cache knows its length. Tools still give it.
+DROPPED = {"cache_position"}
 
 
 def named_arguments(forward: Callable) -> Callable:
@@ -108,7 +111,7 @@ def named_arguments(forward: Callable) -> Callable:
             kwargs[name] = cache
         unknown = () if paged else [key for key in kwargs if key not in known]
         for key in unknown:
-            if kwargs[key] is None:
+            if kwargs[key] is None or key in DROPPED and name in parameters:
                 kwargs.pop(key)
             else:
                 check_unknown(self, key, parameters)
@@ -198,13 +201,30 @@ class DCARotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the first `cos.shape[-1]` features of `states` `(batch, heads, sequence, head_dim)`."""
+@use_kernel_forward_from_hub("rotary_pos_emb")
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    """Rotates queries and keys. Name and arguments are those of transformers' models, for which the Hub has kernels."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def rotated(states: torch.Tensor) -> torch.Tensor:
+        first, second = states.chunk(2, dim=-1)
+        return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return rotated(q), rotated(k)
+
+
+def rotate(
+    query_states: torch.Tensor, key_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates the first `cos.shape[-1]` features of both, `(batch, heads, sequence, head_dim)`."""
     width = cos.shape[-1]
-    if width < states.shape[-1]:
-        return torch.cat((rotate(states[..., :width], cos, sin), states[..., width:]), dim=-1)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    if width == query_states.shape[-1]:
+        return apply_rotary_pos_emb(query_states, key_states, cos, sin)
+    query_part, key_part = apply_rotary_pos_emb(query_states[..., :width], key_states[..., :width], cos, sin)
+    return (
+        torch.cat((query_part, query_states[..., width:]), dim=-1),
+        torch.cat((key_part, key_states[..., width:]), dim=-1),
+    )
 
 
 def soft_capped(values: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -268,6 +288,7 @@ class DCAGatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+@use_kernelized_func(apply_rotary_pos_emb)
 class DCAAttention(nn.Module):
     """Llama's attention. Queries, keys and values may be projections of different inputs."""
 
@@ -322,7 +343,7 @@ class DCAAttention(nn.Module):
         value_states = self.v_proj(value_input).view(hidden_shape).transpose(1, 2)
 
         if position_embeddings is not None and self.use_rope:
-            query_states, key_states = (rotate(states, *position_embeddings) for states in (query_states, key_states))
+            query_states, key_states = rotate(query_states, key_states, *position_embeddings)
 
         if cache is not None:
             # The cache of continuous batching adds to `kwargs` what its attention function needs.

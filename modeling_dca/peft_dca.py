@@ -37,7 +37,10 @@ def query_states(
         states = model.q_norm(states).view(hidden_shape).transpose(1, 2)
     else:
         states = model.q_norm(states.view(hidden_shape)).transpose(1, 2)
-    return states if position_embeddings is None or not model.use_rope else rotate(states, *position_embeddings)
+    if position_embeddings is None or not model.use_rope:
+        return states
+    rotated, _ = rotate(states, states, *position_embeddings)
+    return rotated
 
 
 __all__ = ["name_in_peft"]

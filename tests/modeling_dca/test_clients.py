@@ -10,10 +10,12 @@ import transformers
 from test_modeling_dca import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, pipeline
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotation
 
 import modeling_dca
 from modeling_dca import DCAConfig
 from modeling_dca.__main__ import main
+from modeling_dca.modeling_dca import CACHE_NAME
 
 
 CLASSES = [
@@ -95,6 +97,53 @@ def test_a_pipeline_has_nothing_to_warn_of(tmp_path, byte_tokenizer, caplog, rec
     assert warnings["dca"] <= warnings["llama"]
 
 
+TEXTS = ["def f", "import torch"]
+LABELS = {0: "contradiction", 1: "neutral", 2: "entailment"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [
+        ("feature-extraction", modeling_dca.DCAModel),
+        ("text-classification", modeling_dca.DCAForSequenceClassification),
+        ("zero-shot-classification", modeling_dca.DCAForSequenceClassification),
+        ("token-classification", modeling_dca.DCAForTokenClassification),
+    ],
+)
+def test_pipelines_of_the_heads(tmp_path, byte_tokenizer, task, head):
+    """Texts of two lengths in a batch: each has what the model gives for it alone."""
+    labels = {"id2label": LABELS, "label2id": {name: index for index, name in LABELS.items()}}
+    model = tiny_model(head, vocab_size=300, pad_token_id=1, **labels).eval()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    run = pipeline(task, str(tmp_path), device="cpu", batch_size=2)
+
+    def own(text):
+        return model(**byte_tokenizer(text, return_tensors="pt"))
+
+    def close(found, expected):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-5)
+
+    if task == "feature-extraction":
+        for text, found in zip(TEXTS, run(TEXTS)):
+            expected = own(text).last_hidden_state[0]
+            close(found[0][: len(expected)], expected)  # (the rest is padding)
+    elif task == "text-classification":
+        for text, found in zip(TEXTS, run(TEXTS, top_k=None)):
+            scores = {each["label"]: each["score"] for each in found}
+            close([scores[name] for name in LABELS.values()], own(text).logits[0].softmax(-1))
+    elif task == "zero-shot-classification":
+        found = run(TEXTS[0], ["code", "music"], hypothesis_template=" is {}.")
+        scores = dict(zip(found["labels"], found["scores"]))
+        entailed = torch.stack([own(f"{TEXTS[0]} is {label}.").logits[0, 2] for label in ("code", "music")])
+        close([scores["code"], scores["music"]], entailed.softmax(-1))
+    else:
+        for text, found in zip(TEXTS, run(TEXTS, ignore_labels=[])):
+            close([each["score"] for each in found], own(text).logits[0].softmax(-1).max(-1).values)
+            assert [each["entity"] for each in found] == [LABELS[i] for i in own(text).logits[0].argmax(-1).tolist()]
+
+
 def test_generation_takes_a_tokenizer(byte_tokenizer):
     """As transformers' server gives it, and who stops at a string must."""
     model = tiny_model(vocab_size=300).eval()
@@ -111,6 +160,35 @@ def test_a_pipeline_of_vllm_is_refused_in_one_sentence():
     model.config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match="cannot be split into a pipeline.*--tensor-parallel-size"):
         model.supports_pp_plan  # noqa: B018
+
+
+def test_cache_positions_are_taken_no_notice_of():
+    """As in transformers' own models; Captum gives them to any model, after those that the cache has."""
+    model, ids = tiny_model().eval(), torch.arange(2, 12).reshape(2, 5)
+    expected = model(ids).logits
+    assert torch.equal(model(ids, cache_position=torch.arange(5)).logits, expected)
+    cache = {CACHE_NAME: transformers.DynamicCache()}
+    model(ids[:, :3], **cache)
+    found = model(ids[:, 3:], **cache, cache_position=torch.arange(3, 5)).logits
+    torch.testing.assert_close(found, expected[:, 3:])
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_kernel_may_take_the_place_of_the_rotation(monkeypatch, factor):
+    """As in Llama, whose own function serves as the kernel: it gets what is rotated, and nothing else."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}
+    model = tiny_model(rope_parameters=rope, num_attention_heads=2, num_key_value_heads=1).eval()
+    config, ids, calls = model.config, torch.arange(2, 12).reshape(2, 5), []
+    expected = model(ids).logits
+
+    def kernel(q, k, cos, sin, unsqueeze_dim=1):
+        calls.append((q.shape, k.shape, cos.shape, sin.shape))
+        return llama_rotation(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", kernel)
+    assert torch.equal(model(ids).logits, expected)
+    width = int(config.head_dim * factor)
+    assert calls == config.num_hidden_layers * [((2, 2, 5, width), (2, 1, 5, width), (1, 5, width), (1, 5, width))]
 
 
 @pytest.fixture

@@ -148,7 +148,9 @@ def test_onnx_runs_what_is_exported(tmp_path, case):
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (logits,) = session.run(None, {name: values.numpy() for name, values in others.items()})
-    assert_close(torch.from_numpy(logits), model(**others), 1e-5)
+    # (Padding whose window is all padding attends to nothing, of which runtimes make different things.)
+    seen = others["attention_mask"].bool() if "attention_mask" in others else slice(None)
+    assert_close(torch.from_numpy(logits)[seen], model(**others)[seen], 1e-5)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
