@@ -83,7 +83,7 @@ test-xla: $(XLA_VENV)/.test
 	PJRT_DEVICE=CPU XLA_FLAGS=--xla_backend_optimization_level=0 $(XLA_VENV)/bin/python -m pytest -m xla tests/modeling_dca/test_graphs.py tests/training/run/test_xla.py
 
 # The tools of others, beside the tested environment. What can be tried there alone is: adapters by PEFT, programs by ONNX.
-CLIENTS := build executorch fastapi gguf lm-eval mergekit onnx onnxruntime onnxscript openai torchao trl twine uvicorn
+CLIENTS := build executorch fastapi gguf lm-eval mergekit onnx onnxruntime onnxscript openai optimum-quanto torchao trl twine uvicorn
 
 $(CLIENTS_VENV)/.test: pyproject.toml constraints.txt constraints-clients.txt
 	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)

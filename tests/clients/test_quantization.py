@@ -1,4 +1,4 @@
-"""torchao: quantized weights compute nearly the same, and are saved and loaded to the bit."""
+"""torchao and quanto: quantized weights compute nearly the same, and are saved and loaded to the bit."""
 
 import pytest
 import torch
@@ -33,3 +33,17 @@ def test_quantized_model_is_saved_and_loaded(checkpoint, kind, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(checkpoint)))
+
+
+def test_quanto(checkpoint, tmp_path):
+    quanto = pytest.importorskip("optimum.quanto")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    expected = logits(model)
+    quantized = quanto.QuantizedModelForCausalLM.quantize(model, weights=quanto.qint8, exclude="lm_head")
+    error = (logits(quantized) - expected).abs().mean() / expected.abs().mean()
+    assert 0 < error < 0.05
+    quantized.save_pretrained(tmp_path)
+    loaded = quanto.QuantizedModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(quantized))
+    for name in set(quanto.quantization_map(model)):
+        assert isinstance(loaded.get_submodule(name), quanto.QModuleMixin)
