@@ -82,3 +82,16 @@ def test_a_word_to_fill_in_can_be_told_from_its_context():
     assert {item["context"] for item in items} == {
         ("" if start == 0 else " ") + " ".join(words[start : start + 35]) for start in range(0, 400, 40)
     }
+
+
+def test_no_two_items_are_the_same_text_in_all():
+    """The harness takes what it has computed for one such item for the other, though they are split at different places."""
+    words = [f"word{index}" for index in range(400)]
+    for start in range(0, 400, 40):
+        words[start + 5] = words[start + (39 if start % 80 else 35)] = (
+            "known"  # the last word of half of the continuations
+        )
+    items = items_of([" ".join(words)], 5, 0)
+    texts = [item["context"] + item["word"] for item in items["held_out_cloze"]]
+    texts += [item["context"] + choice for item in items["held_out_choice"] for choice in item["choices"]]
+    assert len(set(texts)) == len(texts) == 5 + 5 * CHOICES
