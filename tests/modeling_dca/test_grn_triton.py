@@ -497,7 +497,7 @@ def test_obstacles(monkeypatch, caplog):
     monkeypatch.setattr(grn_triton, "triton", None)
     for device in ("cpu", "cuda"):
         assert grn_triton.obstacle(torch.device(device)) == "Triton is not installed"
-    with pytest.raises(ValueError, match="'triton' cannot run: Triton is not installed; \"auto\" takes"):
+    with pytest.raises(ValueError, match="'triton' cannot run: Triton is not installed; \"auto\" uses"):
         generalized_residual_triton(*inputs)
 
 
