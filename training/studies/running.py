@@ -158,11 +158,29 @@ def read_whole_runs(comparison: Comparison, recorded: dict[str, dict[str, Any]])
     ]
 
 
-def read_step_times(folder: Path) -> dict[str, Any] | None:
-    """The times of a training step that an earlier comparison in a folder has, if there is one."""
-    if not (folder / RAW).exists():
+def read_step_times(folder: Path, recorded: Path | None, study: bool) -> dict[str, Any] | None:
+    """
+    The times of a training step that an earlier comparison in a folder has, if there is one.
+
+    Args:
+        recorded: the `comparison.json` whose runs are taken.
+        study: whether the comparison is that of a study.
+
+    Raises:
+        [`UserError`]: the earlier comparison has runs of a study that are no longer available, and would be lost.
+    """
+    file = folder / RAW
+    if not file.exists():
         return None
-    return read_json(folder / RAW, remedy="move it away").get("step_times")
+    content = read_json(file, remedy="move it away")
+    if study and (recorded is None or recorded.resolve() != file.resolve()):
+        for run in content.get("runs", ()):
+            if not Path(run["folder"]).exists():
+                raise UserError(
+                    f"{file} has the only record of {run['folder']}, which would be lost: pass --recorded {file}, or choose another "
+                    "`output_dir`."
+                )
+    return content.get("step_times")
 
 
 def compare(
@@ -225,7 +243,7 @@ def compare(
     if not jobs and not read_whole_runs(comparison, figures):
         raise UserError("None of the runs is whole, which leaves nothing to compare: train them, with --jobs 1.")
     output_folder(folder, (TABLE, *PICTURES), (folder / RAW).exists)
-    step_times = read_step_times(folder)
+    step_times = read_step_times(folder, recorded, study)
     if trials:
         tune(trials, jobs, keep)
         comparison, figures = read()

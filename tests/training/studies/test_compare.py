@@ -699,8 +699,13 @@ def test_record_grows_with_each_run(room, started, monkeypatch, capsys):
     call(compare.main, "study.yaml", "--jobs=0")
     assert raw("runs/study") == found | {"command": "python -m training.compare study.yaml --jobs=0"}
     assert list(rows("runs/study")[1]) == ["standard", "2-DCA"]
-    # On another machine, it goes on from the record.
+    # On another machine, it goes on from the record, which is not lost where that is forgotten.
     shutil.move("runs/study", "kept")
+    before = snapshot(Path("kept"))
+    capsys.readouterr()
+    line = failure(capsys, compare.main, "study.yaml", "--output_dir=kept")
+    assert "kept/comparison.json has the only record of runs/study/standard/seed-0" in line and "--recorded" in line
+    assert snapshot(Path("kept")) == before
     monkeypatch.setattr(running, "start", train)
     started.clear()
     call(compare.main, "study.yaml", "--recorded=kept/comparison.json", "--output_dir=kept")
